@@ -1,0 +1,265 @@
+//! The codecs: lz4 and zstd from their C libraries, with memory of our own that is made once per worker.
+
+use crate::error::{Error, Result};
+use crate::object;
+use crate::page::{Page, PAGE_SIZE};
+use lz4_sys::{c_char, c_int, LZ4_decompress_safe};
+use std::ffi::c_void;
+use std::str::FromStr;
+use zstd_safe::{CCtx, CParameter, DCtx, DParameter, FrameFormat};
+
+extern "C" {
+    // In the library, but not in lz4-sys's bindings.
+    fn LZ4_sizeofState() -> c_int;
+    fn LZ4_compress_fast_extState(
+        state: *mut c_void,
+        source: *const c_char,
+        destination: *mut c_char,
+        source_size: c_int,
+        destination_size: c_int,
+        acceleration: c_int,
+    ) -> c_int;
+}
+
+/// How the payload of an object is encoded, as its header says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Codec {
+    /// The page as it is: incompressible.
+    Raw = 1,
+    /// One lz4 block.
+    Lz4 = 2,
+    /// One zstd frame without magic number, content size, checksum or dictionary id.
+    Zstd = 3,
+}
+
+impl Codec {
+    pub fn name(self) -> &'static str {
+        match self {
+            Codec::Raw => "incompressible",
+            Codec::Lz4 => "lz4",
+            Codec::Zstd => "zstd",
+        }
+    }
+
+    pub fn from_number(number: u16) -> Option<Codec> {
+        [Codec::Raw, Codec::Lz4, Codec::Zstd].into_iter().find(|&codec| codec as u16 == number)
+    }
+}
+
+/// What new pages are compressed with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Algorithm {
+    Lz4,
+    Zstd,
+}
+
+impl Algorithm {
+    pub fn name(self) -> &'static str {
+        match self {
+            Algorithm::Lz4 => "lz4",
+            Algorithm::Zstd => "zstd",
+        }
+    }
+}
+
+impl FromStr for Algorithm {
+    type Err = Error;
+    fn from_str(name: &str) -> Result<Algorithm> {
+        [Algorithm::Lz4, Algorithm::Zstd]
+            .into_iter()
+            .find(|algorithm| algorithm.name() == name)
+            .ok_or_else(|| Error::Invalid(format!("unknown compression algorithm {name:?}: use lz4 or zstd")))
+    }
+}
+
+/// An algorithm and the zstd level that goes with it, checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compression {
+    pub algorithm: Algorithm,
+    pub zstd_level: i32,
+}
+
+impl Compression {
+    /// Errors: [`Error::Invalid`] for a level outside 1..=22.
+    pub fn new(algorithm: Algorithm, zstd_level: i32) -> Result<Compression> {
+        if !(1..=22).contains(&zstd_level) {
+            return Err(Error::Invalid(format!("zstd level {zstd_level} is out of range: use 1 to 22")));
+        }
+        Ok(Compression { algorithm, zstd_level })
+    }
+}
+
+/// A page whose header and payload would not fit into one page is kept as it is.
+const MAX_COMPRESSED: usize = PAGE_SIZE - object::HEADER_SIZE;
+
+/// Codec contexts and buffers of one worker: one thread uses it at a time.
+pub struct Scratch {
+    // u64 for alignment: the library wants its state 8-aligned.
+    lz4: Box<[u64]>,
+    compressor: CCtx<'static>,
+    /// The level that `compressor` is set to.
+    level: Option<i32>,
+    decompressor: DCtx<'static>,
+    compressed: Box<Page>,
+}
+
+impl Scratch {
+    /// Allocates. Errors: [`Error::Invalid`] if the libraries give no context.
+    pub fn new() -> Result<Scratch> {
+        let refused = |_| Error::Invalid("the zstd library refused a parameter".into());
+        let mut compressor = CCtx::try_create().ok_or_else(|| Error::Invalid("no zstd compressor".into()))?;
+        for parameter in [
+            CParameter::Format(FrameFormat::Magicless),
+            CParameter::ContentSizeFlag(false),
+            CParameter::ChecksumFlag(false),
+            CParameter::DictIdFlag(false),
+        ] {
+            compressor.set_parameter(parameter).map_err(refused)?;
+        }
+        let mut decompressor = DCtx::try_create().ok_or_else(|| Error::Invalid("no zstd decompressor".into()))?;
+        decompressor.set_parameter(DParameter::Format(FrameFormat::Magicless)).map_err(refused)?;
+        // SAFETY: takes nothing, returns a constant of the library.
+        let lz4_bytes = unsafe { LZ4_sizeofState() } as usize;
+        Ok(Scratch {
+            lz4: vec![0; lz4_bytes.div_ceil(8)].into(),
+            compressor,
+            level: None,
+            decompressor,
+            compressed: Box::new([0; PAGE_SIZE]),
+        })
+    }
+
+    /// Encodes a page: returns the codec and the payload, which is the page itself if it does not get smaller.
+    ///
+    /// A codec that fails for a reason of its own makes the page incompressible, never lost.
+    pub fn compress<'a>(&'a mut self, page: &'a Page, with: Compression) -> (Codec, &'a [u8]) {
+        let (codec, length) = match with.algorithm {
+            Algorithm::Lz4 => (Codec::Lz4, self.compress_lz4(page)),
+            Algorithm::Zstd => (Codec::Zstd, self.compress_zstd(page, with.zstd_level)),
+        };
+        match length {
+            Some(length) => (codec, &self.compressed[..length]),
+            None => (Codec::Raw, page),
+        }
+    }
+
+    fn compress_lz4(&mut self, page: &Page) -> Option<usize> {
+        // SAFETY: the state has the size that the library asked for and is 8-aligned; source and destination are
+        // valid for the lengths given, and do not overlap.
+        let written = unsafe {
+            LZ4_compress_fast_extState(
+                self.lz4.as_mut_ptr().cast(),
+                page.as_ptr().cast(),
+                self.compressed.as_mut_ptr().cast(),
+                PAGE_SIZE as c_int,
+                MAX_COMPRESSED as c_int,
+                1,
+            )
+        };
+        // 0: does not fit.
+        usize::try_from(written).ok().filter(|&length| length > 0)
+    }
+
+    fn compress_zstd(&mut self, page: &Page, level: i32) -> Option<usize> {
+        if self.level != Some(level) {
+            self.compressor.set_parameter(CParameter::CompressionLevel(level)).ok()?;
+            self.level = Some(level);
+        }
+        self.compressor.compress2(&mut self.compressed[..MAX_COMPRESSED], &page[..]).ok()
+    }
+
+    /// Decodes a payload into `page`. Returns false, with `page` undefined, if it is not the encoding of a page.
+    #[must_use]
+    pub fn decompress(&mut self, codec: Codec, payload: &[u8], page: &mut Page) -> bool {
+        match codec {
+            Codec::Raw => {
+                let whole = payload.len() == PAGE_SIZE;
+                if whole {
+                    page.copy_from_slice(payload);
+                }
+                whole
+            }
+            Codec::Lz4 => {
+                // SAFETY: source and destination are valid for the lengths given, and do not overlap; the library
+                // checks every length that it reads from the source.
+                let written = unsafe {
+                    LZ4_decompress_safe(
+                        payload.as_ptr().cast(),
+                        page.as_mut_ptr().cast(),
+                        payload.len() as c_int,
+                        PAGE_SIZE as c_int,
+                    )
+                };
+                written == PAGE_SIZE as c_int
+            }
+            Codec::Zstd => self.decompressor.decompress(&mut page[..], payload) == Ok(PAGE_SIZE),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Pages from all zeros to noise: a random prefix, then a repeated pattern.
+    fn pages() -> impl Strategy<Value = Box<Page>> {
+        (prop::collection::vec(any::<u8>(), 0..=PAGE_SIZE), prop::collection::vec(any::<u8>(), 1..64)).prop_map(
+            |(noise, pattern)| {
+                let mut page = Box::new([0; PAGE_SIZE]);
+                page.iter_mut().zip(noise.iter().chain(pattern.iter().cycle())).for_each(|(to, from)| *to = *from);
+                page
+            },
+        )
+    }
+
+    fn compressions() -> impl Strategy<Value = Compression> {
+        (prop_oneof![Just(Algorithm::Lz4), Just(Algorithm::Zstd)], 1..=22)
+            .prop_map(|(algorithm, level)| Compression::new(algorithm, level).expect("in range"))
+    }
+
+    proptest! {
+        #[test]
+        fn every_page_comes_back(page in pages(), with in compressions()) {
+            let mut scratch = Scratch::new().expect("scratch");
+            let (codec, payload) = scratch.compress(&page, with);
+            let payload = payload.to_vec();
+            prop_assert!(codec == Codec::Raw || payload.len() <= MAX_COMPRESSED);
+            let mut back = Box::new([0xff; PAGE_SIZE]);
+            prop_assert!(scratch.decompress(codec, &payload, &mut back));
+            prop_assert!(back == page);
+        }
+
+        #[test]
+        fn any_bytes_are_refused_or_decoded_but_never_overrun(
+            number in 1u16..=3, payload in prop::collection::vec(any::<u8>(), 0..=PAGE_SIZE),
+        ) {
+            let mut scratch = Scratch::new().expect("scratch");
+            let codec = Codec::from_number(number).expect("exists");
+            let _ = scratch.decompress(codec, &payload, &mut [0; PAGE_SIZE]);
+        }
+    }
+
+    #[test]
+    fn noise_is_incompressible() {
+        let mut page = [0; PAGE_SIZE];
+        let mut x = 1u64;
+        page.iter_mut().for_each(|byte| {
+            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            *byte = (x >> 56) as u8;
+        });
+        let mut scratch = Scratch::new().expect("scratch");
+        for algorithm in [Algorithm::Lz4, Algorithm::Zstd] {
+            let with = Compression::new(algorithm, 3).expect("in range");
+            assert_eq!(scratch.compress(&page, with), (Codec::Raw, &page[..]));
+        }
+    }
+
+    #[test]
+    fn unknown_names_and_levels_are_refused() {
+        assert!("lzo".parse::<Algorithm>().is_err());
+        assert!(Compression::new(Algorithm::Zstd, 0).is_err());
+        assert!(Compression::new(Algorithm::Zstd, 23).is_err());
+    }
+}

@@ -1,0 +1,138 @@
+//! The lock order, in one table, checked in debug builds.
+//!
+//! A thread takes locks in the order of the table, at most one of each rank at a time:
+//!
+//! | rank | lock | protects |
+//! | --- | --- | --- |
+//! | `Slot` | a stripe of the slot table | the slot word, and the life of the object that it names |
+//! | `Class` | one size class | its fullness lists and the descriptors of its zspages |
+//! | `Arena` | the arena | which of its pages are in use, and which are resident |
+//!
+//! All three are held for bounded work only. Nothing waits for I/O or for Python under any of them; a store may
+//! wait for memory under `Slot`, when the pool grows by a page.
+
+use crate::sync::{Mutex, MutexGuard, PoisonError};
+use std::ops::{Deref, DerefMut};
+
+/// Position in the lock order; a higher rank is taken later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Rank {
+    Slot,
+    Class,
+    Arena,
+}
+
+/// A mutex with a place in the lock order.
+pub struct Ranked<T> {
+    rank: Rank,
+    mutex: Mutex<T>,
+}
+
+/// Holds the lock until dropped.
+pub struct Guard<'a, T> {
+    // Declared before `held`, so that the lock is released before the rank is.
+    inner: MutexGuard<'a, T>,
+    #[cfg(debug_assertions)]
+    _held: debug::Held,
+}
+
+impl<T> Ranked<T> {
+    pub fn new(rank: Rank, value: T) -> Self {
+        Ranked { rank, mutex: Mutex::new(value) }
+    }
+
+    /// Takes the lock; waits for its holder.
+    ///
+    /// # Panics
+    /// In debug builds, if this thread holds a lock of the same or a higher rank.
+    pub fn lock(&self) -> Guard<'_, T> {
+        #[cfg(debug_assertions)]
+        let held = debug::Held::new(self.rank);
+        let _ = self.rank;
+        Guard {
+            // Release builds abort on panic, so that only a test can meet a poisoned lock.
+            inner: self.mutex.lock().unwrap_or_else(PoisonError::into_inner),
+            #[cfg(debug_assertions)]
+            _held: held,
+        }
+    }
+}
+
+impl<T> Deref for Guard<'_, T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+impl<T> DerefMut for Guard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.inner
+    }
+}
+
+#[cfg(debug_assertions)]
+mod debug {
+    use super::Rank;
+    use std::cell::Cell;
+
+    thread_local! {
+        /// Bit n is set while this thread holds a lock of rank n.
+        static HELD: Cell<u8> = const { Cell::new(0) };
+    }
+
+    pub struct Held(Rank);
+
+    impl Held {
+        pub fn new(rank: Rank) -> Held {
+            HELD.with(|held| {
+                assert!(
+                    held.get() >> rank as u8 == 0,
+                    "lock order: {rank:?} taken while holding ranks {:#b}",
+                    held.get()
+                );
+                held.set(held.get() | 1 << rank as u8);
+            });
+            Held(rank)
+        }
+    }
+
+    impl Drop for Held {
+        fn drop(&mut self) {
+            HELD.with(|held| held.set(held.get() & !(1 << self.0 as u8)));
+        }
+    }
+}
+
+#[cfg(all(test, debug_assertions))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_order_of_the_table_is_allowed() {
+        let (slot, class, arena) =
+            (Ranked::new(Rank::Slot, ()), Ranked::new(Rank::Class, ()), Ranked::new(Rank::Arena, ()));
+        for _ in 0..2 {
+            let _slot = slot.lock();
+            let _class = class.lock();
+            let _arena = arena.lock();
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "lock order")]
+    fn an_inversion_panics() {
+        let (class, arena) = (Ranked::new(Rank::Class, ()), Ranked::new(Rank::Arena, ()));
+        let _arena = arena.lock();
+        let _class = class.lock();
+    }
+
+    #[test]
+    #[should_panic(expected = "lock order")]
+    fn two_locks_of_one_rank_panic() {
+        let (a, b) = (Ranked::new(Rank::Class, ()), Ranked::new(Rank::Class, ()));
+        let _a = a.lock();
+        let _b = b.lock();
+    }
+}

@@ -1,0 +1,202 @@
+//! Zspages: their descriptors, and the fullness lists of one size class.
+//!
+//! A zspage is 1 to 8 neighbouring arena pages that hold objects of one class. Its descriptor is that of its first
+//! page, in a table with one entry per arena page; it is known by that page's number, never by a pointer. Which
+//! objects are in use stands in a bitmap here, not in links inside free objects: damage to the arena's bytes can then
+//! spoil pages, but never the allocator.
+
+use super::class::Geometry;
+use crate::memory::{Zeroable, ZeroedTable};
+use crate::sync::{AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering::Relaxed};
+
+const NIL: u32 = u32::MAX;
+
+/// Fullness groups as in the kernel (`get_fullness_group`): empty, below 10 %, … below 100 %, full.
+const GROUPS: usize = 12;
+const FULL: usize = GROUPS - 1;
+
+/// Descriptor of one arena page. All but `used` and `back` mean something for the first page of a zspage only.
+///
+/// Relaxed atomics: the fields change under the lock of the class, which also orders them. `class` and `back` are
+/// read without it by who owns an object of the zspage, and stay as they are while it has any.
+#[derive(Default)]
+pub struct PageDesc {
+    /// The objects in use; page n of the zspage has the bits of objects 64·n to 64·n+63.
+    used: AtomicU64,
+    /// Neighbours in the fullness list.
+    next: AtomicU32,
+    previous: AtomicU32,
+    in_use: AtomicU16,
+    class: AtomicU8,
+    /// 1 + how many pages before this one the zspage begins; 0: the page is in no zspage.
+    back: AtomicU8,
+}
+
+// SAFETY: atomics of integers, valid when zero, no drop.
+unsafe impl Zeroable for PageDesc {}
+
+/// The descriptors of all arena pages.
+pub type Descriptors = ZeroedTable<PageDesc>;
+
+/// First page and class of the zspage that a page belongs to; None for a page in no zspage.
+pub fn zspage_of(descriptors: &Descriptors, page: u32) -> Option<(u32, usize)> {
+    let back = u32::from(descriptors.get(page as usize)?.back.load(Relaxed));
+    let first = page.checked_sub(back.checked_sub(1)?)?;
+    Some((first, usize::from(descriptors[first as usize].class.load(Relaxed))))
+}
+
+/// Whether an object of a zspage is in use. Exact for who owns the object, else a hint.
+pub fn is_used(descriptors: &Descriptors, first: u32, object: usize) -> bool {
+    descriptors[first as usize + object / 64].used.load(Relaxed) >> (object % 64) & 1 == 1
+}
+
+/// The zspages of one class by fullness. Protected by the lock of the class.
+///
+/// Invariant: a zspage is on the list of its group exactly while it has an object in use, or is being filled.
+pub struct ClassLists {
+    heads: [u32; GROUPS],
+    pub zspages: u64,
+    pub objects: u64,
+}
+
+impl ClassLists {
+    pub fn new() -> ClassLists {
+        ClassLists { heads: [NIL; GROUPS], zspages: 0, objects: 0 }
+    }
+
+    /// Makes fresh pages into a zspage with nothing in use, on the list of the empty.
+    pub fn insert_zspage(&mut self, descriptors: &Descriptors, first: u32, class: usize, geometry: &Geometry) {
+        for n in 0..geometry.pages {
+            let page = &descriptors[first as usize + n];
+            page.used.store(0, Relaxed);
+            page.back.store(n as u8 + 1, Relaxed);
+        }
+        let desc = &descriptors[first as usize];
+        desc.in_use.store(0, Relaxed);
+        desc.class.store(class as u8, Relaxed);
+        self.link(descriptors, first, 0);
+        self.zspages += 1;
+    }
+
+    /// Takes an object from the fullest zspage that has one, and returns zspage and object.
+    pub fn take_object(&mut self, descriptors: &Descriptors, geometry: &Geometry) -> Option<(u32, usize)> {
+        let first = self.heads[..FULL].iter().rev().copied().find(|&head| head != NIL)?;
+        let object = (0..geometry.pages).find_map(|n| {
+            let free = descriptors[first as usize + n].used.load(Relaxed).trailing_ones() as usize;
+            Some(n * 64 + free).filter(|&object| free < 64 && object < geometry.objects)
+        })?;
+        let word = &descriptors[first as usize + object / 64].used;
+        word.store(word.load(Relaxed) | 1 << (object % 64), Relaxed);
+        self.change_in_use(descriptors, first, geometry, 1);
+        self.objects += 1;
+        Some((first, object))
+    }
+
+    /// Takes an object back. Returns true if that was the last one: the zspage is then off every list, its pages are
+    /// in no zspage any more, and the caller owns them.
+    pub fn put_object(&mut self, descriptors: &Descriptors, geometry: &Geometry, first: u32, object: usize) -> bool {
+        assert!(is_used(descriptors, first, object), "object {object} of zspage {first} freed twice");
+        let word = &descriptors[first as usize + object / 64].used;
+        word.store(word.load(Relaxed) & !(1 << (object % 64)), Relaxed);
+        self.objects -= 1;
+        let empty = self.change_in_use(descriptors, first, geometry, -1) == 0;
+        if empty {
+            self.unlink(descriptors, first, 0);
+            self.zspages -= 1;
+            for n in 0..geometry.pages {
+                descriptors[first as usize + n].back.store(0, Relaxed);
+            }
+        }
+        empty
+    }
+
+    /// Changes the count of objects in use, and the list if the group changes with it. Returns the new count.
+    fn change_in_use(&mut self, descriptors: &Descriptors, first: u32, geometry: &Geometry, by: i16) -> u16 {
+        let desc = &descriptors[first as usize];
+        let before = desc.in_use.load(Relaxed);
+        let after = before.wrapping_add_signed(by);
+        desc.in_use.store(after, Relaxed);
+        let (old, new) = (group(before, geometry.objects), group(after, geometry.objects));
+        if old != new {
+            self.unlink(descriptors, first, old);
+            self.link(descriptors, first, new);
+        }
+        after
+    }
+
+    fn link(&mut self, descriptors: &Descriptors, first: u32, group: usize) {
+        let head = std::mem::replace(&mut self.heads[group], first);
+        let desc = &descriptors[first as usize];
+        desc.previous.store(NIL, Relaxed);
+        desc.next.store(head, Relaxed);
+        if head != NIL {
+            descriptors[head as usize].previous.store(first, Relaxed);
+        }
+    }
+
+    fn unlink(&mut self, descriptors: &Descriptors, first: u32, group: usize) {
+        let desc = &descriptors[first as usize];
+        let (next, previous) = (desc.next.load(Relaxed), desc.previous.load(Relaxed));
+        match previous {
+            NIL => self.heads[group] = next,
+            _ => descriptors[previous as usize].next.store(next, Relaxed),
+        }
+        if next != NIL {
+            descriptors[next as usize].previous.store(previous, Relaxed);
+        }
+    }
+}
+
+fn group(in_use: u16, objects: usize) -> usize {
+    match usize::from(in_use) {
+        0 => 0,
+        n if n == objects => FULL,
+        n => n * 10 / objects + 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_rise_with_use() {
+        for objects in 1..=512 {
+            let groups: Vec<usize> = (0..=objects as u16).map(|n| group(n, objects)).collect();
+            assert_eq!((groups[0], groups[objects]), (0, FULL));
+            assert!(groups.windows(2).all(|pair| pair[0] <= pair[1]));
+            assert!(groups[1..objects].iter().all(|&group| group > 0 && group < FULL));
+        }
+    }
+
+    #[test]
+    fn the_fullest_zspage_is_filled_first() {
+        let geometry = Geometry { size: 1024, pages: 1, objects: 4 };
+        let descriptors = Descriptors::new(8).expect("table");
+        let mut lists = ClassLists::new();
+        for first in 0..3 {
+            lists.insert_zspage(&descriptors, first, 0, &geometry);
+        }
+        let (fullest, _) = lists.take_object(&descriptors, &geometry).expect("object");
+        for _ in 1..4 {
+            assert_eq!(lists.take_object(&descriptors, &geometry).expect("object").0, fullest);
+        }
+        assert_ne!(lists.take_object(&descriptors, &geometry).expect("object").0, fullest);
+    }
+
+    #[test]
+    fn an_emptied_zspage_is_given_up() {
+        let geometry = Geometry { size: 4096, pages: 2, objects: 2 };
+        let descriptors = Descriptors::new(8).expect("table");
+        let mut lists = ClassLists::new();
+        lists.insert_zspage(&descriptors, 4, 7, &geometry);
+        let (a, b) = (lists.take_object(&descriptors, &geometry), lists.take_object(&descriptors, &geometry));
+        assert_eq!((a, b), (Some((4, 0)), Some((4, 1))));
+        assert_eq!(lists.take_object(&descriptors, &geometry), None);
+        assert_eq!(zspage_of(&descriptors, 5), Some((4, 7)));
+        assert!(!lists.put_object(&descriptors, &geometry, 4, 0));
+        assert!(lists.put_object(&descriptors, &geometry, 4, 1));
+        assert_eq!((lists.zspages, lists.objects), (0, 0));
+        assert_eq!(zspage_of(&descriptors, 5), None);
+    }
+}

@@ -1,0 +1,174 @@
+//! The state file: what must outlive the process, addressed by index and never by pointer.
+//!
+//! ```text
+//! page 0      header: magic, version, sizes, checksum
+//! then        slot words, 8 bytes per page of the swap file
+//! then        the arena: objects, each with its own header
+//! ```
+//!
+//! It is a memory file; everything else (free lists, fullness, counts, locks) is private memory that can be rebuilt
+//! from the slot words. The file is sparse: only pages that were touched take memory.
+
+use crate::error::{Error, Result};
+use crate::memory::Mapping;
+use crate::page::PAGE_SIZE;
+use crate::sync::AtomicU64;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use xxhash_rust::xxh3::xxh3_64;
+
+const MAGIC: [u8; 8] = *b"zswapd\0\x01";
+const VERSION: u32 = 1;
+
+/// The arena ends at 2 TiB: a location in a slot word has 37 bits and counts 16 bytes.
+pub const MAX_ARENA_PAGES: u64 = 1 << 29;
+
+/// The mapped state file.
+pub struct State {
+    // Declared before `file`: unmapped before it is closed.
+    mapping: Mapping,
+    file: OwnedFd,
+    slots: u64,
+    arena_pages: u32,
+    arena_start: usize,
+}
+
+impl State {
+    /// Makes an empty state in a new memory file (memfd), for `slots` pages of swap and `arena_pages` pages of objects.
+    ///
+    /// Takes address space, but memory only as it is touched. Errors: [`Error::System`].
+    pub fn create(slots: u64, arena_pages: u32) -> Result<State> {
+        // SAFETY: the name is a valid C string; the result is checked below.
+        let fd = unsafe { libc::memfd_create(c"zswapd-state".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(Error::last_os("cannot make the state file (memfd_create)"));
+        }
+        // SAFETY: `fd` was just returned by the kernel, and nobody else has it.
+        let file = unsafe { OwnedFd::from_raw_fd(fd) };
+        let words_bytes = (slots as usize * size_of::<AtomicU64>()).next_multiple_of(PAGE_SIZE);
+        let arena_start = PAGE_SIZE + words_bytes;
+        let length = arena_start + arena_pages as usize * PAGE_SIZE;
+        // SAFETY: plain system call on a descriptor that we own.
+        if unsafe { libc::ftruncate(file.as_raw_fd(), length as libc::off_t) } != 0 {
+            return Err(Error::last_os("cannot size the state file (ftruncate)"));
+        }
+        let mapping = Mapping::new(length, Some(file.as_fd()))?;
+        let state = State { mapping, file, slots, arena_pages, arena_start };
+        state.write_header();
+        Ok(state)
+    }
+
+    fn write_header(&self) {
+        let mut header = [0u8; 40];
+        header[..8].copy_from_slice(&MAGIC);
+        header[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        header[12..16].copy_from_slice(&(PAGE_SIZE as u32).to_le_bytes());
+        header[16..24].copy_from_slice(&self.slots.to_le_bytes());
+        header[24..28].copy_from_slice(&self.arena_pages.to_le_bytes());
+        let checksum = xxh3_64(&header[..32]);
+        header[32..].copy_from_slice(&checksum.to_le_bytes());
+        // SAFETY: page 0 of the mapping is the header's, and nobody else has the mapping yet.
+        unsafe { std::ptr::copy_nonoverlapping(header.as_ptr(), self.mapping.start().as_ptr(), header.len()) };
+    }
+
+    pub fn slots(&self) -> u64 {
+        self.slots
+    }
+
+    pub fn arena_pages(&self) -> u32 {
+        self.arena_pages
+    }
+
+    /// The slot words, one per page of the swap file.
+    pub fn words(&self) -> &[AtomicU64] {
+        // SAFETY: pages 1.. of the mapping hold `slots` words, 8-aligned; every bit pattern is a valid u64, and they
+        // are only ever accessed as atomics.
+        unsafe { std::slice::from_raw_parts(self.mapping.start().as_ptr().add(PAGE_SIZE).cast(), self.slots as usize) }
+    }
+
+    /// The next run of slots at or after `slot` whose words have ever been touched, as `(first, end)`.
+    ///
+    /// Untouched words are zero (EMPTY); asking the file for its data (SEEK_DATA) skips them without making them
+    /// resident. Without SEEK_DATA every slot counts as touched.
+    pub fn touched_slots(&self, slot: u64) -> Option<(u64, u64)> {
+        if slot >= self.slots {
+            return None;
+        }
+        let words_end = PAGE_SIZE as u64 + self.slots * 8;
+        let seek = |from: u64, whence| {
+            // SAFETY: plain system call; the file offset of this descriptor is used for nothing else.
+            let at = unsafe { libc::lseek(self.file.as_raw_fd(), from as libc::off_t, whence) };
+            u64::try_from(at).ok()
+        };
+        let from = PAGE_SIZE as u64 + slot * 8;
+        let Some(data) = seek(from, libc::SEEK_DATA) else {
+            let nothing_left = std::io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO);
+            return (!nothing_left).then_some((slot, self.slots));
+        };
+        if data >= words_end {
+            return None;
+        }
+        let hole = seek(data, libc::SEEK_HOLE).unwrap_or(words_end).min(words_end);
+        let to_slot = |offset: u64| (offset - PAGE_SIZE as u64) / 8;
+        Some((to_slot(data).max(slot), to_slot(hole)))
+    }
+
+    /// Bytes of memory that the file takes now: header, touched slot words and resident arena pages.
+    pub fn resident_bytes(&self) -> u64 {
+        // SAFETY: all-zero is a valid stat, and the descriptor is ours.
+        let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+        // SAFETY: as above; on failure the blocks stay zero.
+        unsafe { libc::fstat(self.file.as_raw_fd(), &mut stat) };
+        stat.st_blocks as u64 * 512
+    }
+
+    /// Address of a byte of the arena. Panics if it is outside.
+    pub fn arena(&self, offset: usize) -> *mut u8 {
+        assert!(offset < self.arena_pages as usize * PAGE_SIZE, "offset {offset} is outside the arena");
+        // SAFETY: the mapping reaches `arena_pages` pages beyond `arena_start`.
+        unsafe { self.mapping.start().as_ptr().add(self.arena_start + offset) }
+    }
+
+    /// Gives the memory of arena pages back to the system; they read zeros afterwards.
+    ///
+    /// Returns false if the system refused: the pages then stay resident, with their contents.
+    pub fn punch(&self, page: u32, pages: u32) -> bool {
+        let offset = self.arena_start + page as usize * PAGE_SIZE;
+        // SAFETY: plain system call on our descriptor; the caller owns these pages, and they stay mapped.
+        let result = unsafe {
+            libc::fallocate(
+                self.file.as_raw_fd(),
+                libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                offset as libc::off_t,
+                (pages as usize * PAGE_SIZE) as libc::off_t,
+            )
+        };
+        result == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sync::Ordering::Relaxed;
+
+    #[test]
+    fn only_touched_slots_are_found() {
+        let state = State::create(1 << 20, 512).expect("state");
+        assert_eq!(state.touched_slots(0), None);
+        state.words()[700_000].store(1, Relaxed);
+        let (first, end) = state.touched_slots(0).expect("one run");
+        assert!((first..end).contains(&700_000) && end - first <= 512);
+        assert_eq!(state.touched_slots(700_001), Some((700_001, end)));
+        assert_eq!(state.touched_slots(end), None);
+    }
+
+    #[test]
+    fn punched_pages_read_zeros() {
+        let state = State::create(1, 512).expect("state");
+        // SAFETY: the page is inside the arena and no one else uses it.
+        unsafe { state.arena(5 * PAGE_SIZE).write(7) };
+        assert!(state.punch(5, 1));
+        // SAFETY: as above.
+        assert_eq!(unsafe { state.arena(5 * PAGE_SIZE).read() }, 0);
+    }
+}

@@ -1,0 +1,210 @@
+//! The store: one page in, one page out, by slot.
+//!
+//! Everything about a page happens under the lock of its slot, which is held from start to finish: pages of different
+//! slots go in parallel. What a reader finds is always exactly what was last written, or an error.
+
+use crate::codec::{Codec, Compression, Scratch};
+use crate::error::{Error, Result};
+use crate::metrics::{Counter, Metrics};
+use crate::object::{self, HEADER_SIZE};
+use crate::page::{self, Page};
+use crate::pool::{Location, Pool};
+use crate::slots::{Entry, Slot, SlotTable};
+use crate::state::State;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Slots, pool and counters. All methods take `&self` and may be called from several threads.
+pub struct Store {
+    state: Arc<State>,
+    slots: SlotTable,
+    pool: Pool,
+    metrics: Metrics,
+}
+
+impl Store {
+    /// An empty store of `slots` pages whose pool takes at most `limit_bytes`.
+    ///
+    /// Errors: [`Error::System`] if the memory file or its mappings cannot be made.
+    pub fn new(slots: u64, limit_bytes: u64) -> Result<Store> {
+        let state = Arc::new(State::create(slots, Pool::arena_pages_for(slots))?);
+        Ok(Store {
+            slots: SlotTable::new(state.clone()),
+            pool: Pool::new(state.clone(), limit_bytes)?,
+            state,
+            metrics: Metrics::default(),
+        })
+    }
+
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    pub fn slots(&self) -> u64 {
+        self.state.slots()
+    }
+
+    /// Bytes of memory beside the pool: slot words, descriptors, locks.
+    pub fn metadata_bytes(&self) -> u64 {
+        self.slots.metadata_bytes() + self.pool.metadata_bytes()
+    }
+
+    /// Reads a page. An empty slot reads zeros.
+    ///
+    /// Errors: [`Error::Lost`]; [`Error::Corrupt`], after which the slot is LOST. `page` is then undefined.
+    pub fn load(&self, index: u32, page: &mut Page, scratch: &mut Scratch) -> Result<()> {
+        let start = Instant::now();
+        self.load_slot(&mut self.slots.lock(index), page, scratch)?;
+        self.metrics.loads.add(1);
+        self.metrics.load_latency.record_since(start);
+        Ok(())
+    }
+
+    /// Writes a page.
+    ///
+    /// Errors: [`Error::PoolFull`], after which the slot is LOST: its old page is not what was last written, and must
+    /// not come back.
+    pub fn store(&self, index: u32, page: &Page, with: Compression, scratch: &mut Scratch) -> Result<()> {
+        let start = Instant::now();
+        self.store_slot(&mut self.slots.lock(index), page, with, scratch)?;
+        self.metrics.stores.add(1);
+        self.metrics.store_latency.record_since(start);
+        Ok(())
+    }
+
+    /// Writes a part of a page, as one step for whoever else reads or writes it.
+    ///
+    /// Errors: as [`Store::load`] if the rest of the page cannot be read (the slot is LOST then, and stays so), and as
+    /// [`Store::store`].
+    pub fn store_part(
+        &self,
+        index: u32,
+        at: usize,
+        part: &[u8],
+        with: Compression,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let start = Instant::now();
+        let mut page = [0; page::PAGE_SIZE];
+        let mut slot = self.slots.lock(index);
+        self.load_slot(&mut slot, &mut page, scratch)?;
+        page[at..at + part.len()].copy_from_slice(part);
+        self.store_slot(&mut slot, &page, with, scratch)?;
+        self.metrics.stores.add(1);
+        self.metrics.store_latency.record_since(start);
+        Ok(())
+    }
+
+    /// Empties the slots of a range: they read zeros when this returns.
+    pub fn discard(&self, range: Range<u64>) {
+        let mut from = range.start;
+        while let Some((first, end)) = self.state.touched_slots(from).filter(|&(first, _)| first < range.end) {
+            for index in first..end.min(range.end) {
+                let mut slot = self.slots.lock(index as u32);
+                if slot.word().entry() != Entry::Empty {
+                    self.replace(&mut slot, Entry::Empty);
+                    self.metrics.discards.add(1);
+                }
+            }
+            from = end;
+        }
+    }
+
+    fn load_slot(&self, slot: &mut Slot<'_>, page: &mut Page, scratch: &mut Scratch) -> Result<()> {
+        match slot.word().entry() {
+            Entry::Empty => page.fill(0),
+            Entry::SameFilled(word) => page::fill(page, word),
+            Entry::Lost => {
+                self.metrics.errors_lost.add(1);
+                return Err(Error::Lost { slot: slot.index() });
+            }
+            Entry::Pool(location) => {
+                let decode = |object: &[u8]| match object::verify(object, slot.index()) {
+                    Some((codec, payload)) => scratch.decompress(codec, payload, page),
+                    None => false,
+                };
+                // SAFETY: we hold the lock of the slot that the object belongs to.
+                if unsafe { self.pool.with_object(location, decode) } != Some(true) {
+                    self.replace(slot, Entry::Lost);
+                    self.metrics.errors_corrupt.add(1);
+                    return Err(Error::Corrupt { slot: slot.index() });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn store_slot(&self, slot: &mut Slot<'_>, page: &Page, with: Compression, scratch: &mut Scratch) -> Result<()> {
+        if let Some(word) = page::same_filled(page) {
+            self.replace(slot, Entry::SameFilled(word));
+            return Ok(());
+        }
+        let (codec, payload) = scratch.compress(page, with);
+        let insert = |index| {
+            self.pool.insert(HEADER_SIZE + payload.len(), |object| object::write(object, index, codec, payload))
+        };
+        let location = insert(slot.index()).or_else(|_| {
+            // The old page is out of date, whether or not the new one finds room. Give it up: its room may do.
+            self.replace(slot, Entry::Lost);
+            insert(slot.index())
+        });
+        let location = location.inspect_err(|_| self.metrics.rejected_pool_full.add(1))?;
+        self.metrics.compressed_bytes.add(payload.len() as u64);
+        self.pages_of(codec).add(1);
+        self.replace(slot, Entry::Pool(location));
+        Ok(())
+    }
+
+    /// Publishes `entry` as what the slot holds, then frees what it held: in this order, so that no reader and no
+    /// crash ever finds a slot that names a freed object.
+    fn replace(&self, slot: &mut Slot<'_>, entry: Entry) {
+        match entry {
+            Entry::Lost => self.metrics.pages_lost.add(1),
+            Entry::SameFilled(_) => self.metrics.pages_same_filled.add(1),
+            Entry::Empty | Entry::Pool(_) => {}
+        }
+        match slot.publish(entry) {
+            Entry::Empty => {}
+            Entry::Lost => self.metrics.pages_lost.sub(1),
+            Entry::SameFilled(_) => self.metrics.pages_same_filled.sub(1),
+            Entry::Pool(location) => self.free_object(location),
+        }
+    }
+
+    fn free_object(&self, location: Location) {
+        // SAFETY: the slot is still locked; its word no longer names the object, so that nobody else frees it.
+        if let Some((codec, length)) = unsafe { self.pool.with_object(location, object::peek) }.flatten() {
+            self.metrics.compressed_bytes.sub(length as u64);
+            self.pages_of(codec).sub(1);
+        }
+        self.pool.free(location);
+    }
+
+    fn pages_of(&self, codec: Codec) -> &Counter {
+        match codec {
+            Codec::Raw => &self.metrics.pages_incompressible,
+            Codec::Lz4 => &self.metrics.pages_lz4,
+            Codec::Zstd => &self.metrics.pages_zstd,
+        }
+    }
+
+    /// Flips one bit of the stored object of a slot, header included: the `n`-th, counted round and round. False if
+    /// the slot has no object.
+    #[cfg(test)]
+    pub fn flip_bit(&self, index: u32, n: usize) -> bool {
+        let slot = self.slots.lock(index);
+        let Entry::Pool(location) = slot.word().entry() else { return false };
+        // SAFETY: the slot is locked.
+        let peeked = unsafe { self.pool.with_object(location, object::peek) }.flatten();
+        let (Some((_, length)), Some(address)) = (peeked, self.pool.address(location)) else { return false };
+        let bit = n % ((HEADER_SIZE + length) * 8);
+        // SAFETY: inside the object, which nobody reads while the slot is locked.
+        unsafe { *address.add(bit / 8) ^= 1 << (bit % 8) };
+        true
+    }
+}

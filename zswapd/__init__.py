@@ -1,0 +1,5 @@
+"""zswapd: compressed swap for Linux, served from userspace."""
+
+from importlib.metadata import version
+
+__version__ = version("zswapd")

@@ -1,0 +1,3 @@
+from zswapd.cli import main
+
+main()

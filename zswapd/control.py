@@ -1,0 +1,112 @@
+"""The control files: zswapd's settings and counters as files beside the swap file, after zram's in sysfs.
+
+A file is read whole as of its opening; each write is one command.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from zswapd import __version__
+from zswapd.config import parse_size
+from zswapd.engine import Engine
+
+ALGORITHMS = ("lz4", "zstd")
+
+
+@dataclass(frozen=True)
+class ControlFile:
+    """`read` gives the contents; `write` takes a command and raises ValueError (EINVAL) or OSError.
+
+    One that is None makes the file write-only or read-only. Neither may block.
+    """
+
+    read: Callable[[], str] | None = None
+    write: Callable[[str], None] | None = None
+
+    @property
+    def mode(self) -> int:
+        return (0o444 if self.read else 0) | (0o200 if self.write else 0)
+
+
+def control_files(engine: Engine, swapfile_in_use: Callable[[], bool]) -> dict[str, ControlFile]:
+    """The files by name. `swapfile_in_use` tells whether anyone has the swap file open."""
+
+    def reset(command: str) -> None:
+        if command != "1":
+            raise ValueError("write 1 to drop every page")
+        if swapfile_in_use():
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        engine.reset()
+
+    def set_mem_limit(command: str) -> None:
+        engine.mem_limit = parse_size(command)
+
+    return {
+        "stats.json": ControlFile(read=lambda: stats_json(engine)),
+        "mm_stat": ControlFile(read=lambda: _mm_stat(engine)),
+        "io_stat": ControlFile(read=lambda: _io_stat(engine)),
+        "comp_algorithm": ControlFile(
+            read=lambda: _comp_algorithm(engine), write=lambda command: _set_comp_algorithm(engine, command)
+        ),
+        "mem_limit": ControlFile(read=lambda: f"{engine.mem_limit}\n", write=set_mem_limit),
+        "reset": ControlFile(write=reset),
+    }
+
+
+def stats_json(engine: Engine) -> str:
+    """Everything that is counted, as one JSON object: the engine's counters, and who counts."""
+    return json.dumps(
+        {
+            "version": __version__,
+            "pid": os.getpid(),
+            "algorithm": engine.algorithm,
+            "zstd_level": engine.zstd_level,
+            **engine.stats(),
+        }
+    )
+
+
+def _mm_stat(engine: Engine) -> str:
+    """zram's columns: original, compressed, used, limit and peak bytes, same pages, pages compacted, huge pages."""
+    stats = engine.stats()
+    columns = (
+        stats["original_bytes"],
+        stats["compressed_bytes"],
+        stats["pool_bytes"],
+        stats["pool_limit_bytes"],
+        stats["pool_peak_bytes"],
+        stats["pages"]["same_filled"],
+        0,
+        stats["pages"]["incompressible"],
+    )
+    return _columns(columns)
+
+
+def _io_stat(engine: Engine) -> str:
+    """zram's columns: failed reads, failed writes, invalid requests, pages freed by discard."""
+    stats = engine.stats()
+    rejected = stats["rejected_stores"]
+    return _columns((sum(stats["errors"].values()), rejected["pool_full"], rejected["out_of_range"], stats["discards"]))
+
+
+def _columns(values: tuple[int, ...]) -> str:
+    return " ".join(f"{value:8d}" for value in values) + "\n"
+
+
+def _comp_algorithm(engine: Engine) -> str:
+    return " ".join(f"[{name}]" if name == engine.algorithm else name for name in ALGORITHMS) + "\n"
+
+
+def _set_comp_algorithm(engine: Engine, command: str) -> None:
+    """Takes "lz4", "zstd", or "zstd level=N"."""
+    algorithm, *parameters = command.split()
+    level = engine.zstd_level
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if algorithm != "zstd" or name != "level":
+            raise ValueError(f"unknown parameter {parameter!r}")
+        level = int(value)
+    engine.set_compression(algorithm, level)

@@ -1,0 +1,216 @@
+"""`zswapctl`: attaches and detaches the swap, shows its status, checks the machine, benchmarks."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import trio
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from zswapd import doctor as checks
+from zswapd import status as stats_view
+from zswapd import swapdev
+from zswapd.config import Config, format_size, load
+from zswapd.errors import SwapError, ZswapdError
+
+T = TypeVar("T")
+LINE_SHARE = 10  # without a terminal: a line of progress per this many percent
+
+
+class _Cli(click.Group):
+    """Shows ZswapdError as `zswapctl: message`, and imports the benchmarks only when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), "bench"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "bench":
+            from zswapd.bench.command import bench
+
+            return bench
+        return super().get_command(ctx, cmd_name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ZswapdError as error:
+            click.echo(f"zswapctl: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", "path", type=click.Path(path_type=Path), metavar="FILE", help="Configuration file.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key.")
+@click.version_option(package_name="zswapd")
+@click.pass_context
+def cli(ctx: click.Context, path: Path | None, overrides: tuple[str, ...]) -> None:
+    """Operate zswapd, the userspace compressed swap daemon."""
+    ctx.obj = load(path, overrides, os.environ)
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@cli.command()
+@click.option("--unsafe", is_flag=True, help="Attach although the daemon can wait for the memory it frees.")
+@_json
+@click.pass_obj
+def attach(config: Config, unsafe: bool, as_json: bool) -> None:
+    """Make the daemon's swapfile a swap area of this machine."""
+    swap = config.swap
+    attached = _run(
+        lambda: swapdev.attach(
+            swap.mount_point, priority=swap.priority, discard=swap.discard, unsafe=unsafe
+        ),
+        "interrupted: nothing is attached",
+    )
+    if as_json:
+        _print_json(dataclasses.asdict(attached))
+    else:
+        size = format_size(attached.size_bytes)
+        click.echo(f"attached: {attached.loop_device}, {size} of swap, priority {attached.priority}")
+
+
+@cli.command()
+@click.option("--force", is_flag=True, help="Skip the checks: memory may run out, or the daemon have died.")
+@_json
+@click.pass_obj
+def detach(config: Config, force: bool, as_json: bool) -> None:
+    """Bring every page back into memory and take the swap area away."""
+    with _DetachProgress(quiet=as_json) as progress:
+        detached = _run(
+            lambda: swapdev.detach(config.swap.mount_point, force=force, progress=progress.update),
+            "interrupted: everything goes on serving (see zswapctl status)",
+        )
+    if as_json:
+        _print_json({"detached": detached and dataclasses.asdict(detached)})
+    elif detached:
+        click.echo(f"detached: {detached.loop_device}, {format_size(detached.used_bytes)} back in memory")
+    else:
+        click.echo(f"nothing is attached at {config.swap.mount_point}")
+
+
+@cli.command()
+@_json
+@click.pass_obj
+def status(config: Config, as_json: bool) -> None:
+    """Show what is attached, what is stored and what it costs."""
+    mount_point = config.swap.mount_point
+    attachment = swapdev.discover(mount_point)
+    stats = stats_view.read_stats(mount_point)
+    if as_json:
+        _print_json({**stats, "attachment": attachment and dataclasses.asdict(attachment)})
+    else:
+        Console().print(stats_view.render(stats, attachment))
+
+
+@cli.command()
+@_json
+@click.pass_obj
+def doctor(config: Config, as_json: bool) -> None:
+    """Check that this machine can run zswapd; exit status 1 if it cannot."""
+    results = checks.run(config)
+    if as_json:
+        _print_json([dataclasses.asdict(check) for check in results])
+    else:
+        table = Table.grid(padding=(0, 2))
+        style = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+        for check in results:
+            table.add_row(
+                f"[{style[check.status]}]{check.status}[/]", check.name, check.detail, style=None
+            )
+            if check.remedy:
+                table.add_row("", "", f"[dim]{check.remedy}[/]")
+        Console().print(table)
+    if any(check.status == "fail" for check in results):
+        sys.exit(1)
+
+
+def _run(operation: Callable[[], Awaitable[T]], interrupted: str) -> T:
+    """Runs `operation`, which a signal cancels: it then tidies up, and SwapError(interrupted) is raised.
+
+    A second signal ends the program at once, whatever it was doing.
+    """
+
+    async def main() -> T:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(_cancel_on_signal, scope)
+                try:
+                    return await operation()
+                finally:
+                    nursery.cancel_scope.cancel()
+        raise SwapError(interrupted)
+
+    try:
+        return trio.run(main)
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
+
+
+async def _cancel_on_signal(
+    scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with trio.open_signal_receiver(*numbers) as signals:
+        task_status.started()
+        async for _ in signals:
+            scope.cancel()
+            for number in numbers:
+                signal.signal(number, signal.SIG_DFL)
+            click.echo("stopping as soon as the kernel can; again to leave it to end by itself", err=True)
+            await trio.sleep_forever()
+
+
+class _DetachProgress:
+    """A progress bar on a terminal, else a line each tenth of the way; both on stderr."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._total = 0
+        self._shown = 0
+        self._quiet = quiet
+        self._bar = Progress(
+            TextColumn("reading pages back"),
+            BarColumn(),
+            TextColumn("{task.fields[left]} left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=quiet or not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("", total=None, left="")
+
+    def __enter__(self) -> "_DetachProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, remaining: int) -> None:
+        self._total = max(self._total, remaining)
+        done = self._total - remaining
+        self._bar.update(self._task, total=self._total, completed=done, left=format_size(remaining))
+        share = 100 * done // self._total if self._total else 100
+        if self._bar.disable and not self._quiet and share >= self._shown:
+            click.echo(f"reading pages back: {share}%, {format_size(remaining)} left", err=True)
+            self._shown = share // LINE_SHARE * LINE_SHARE + LINE_SHARE
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def main() -> None:
+    cli(prog_name="zswapctl")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The errors that zswapd shows to people: what is wrong and where, and what to do about it."""
+
+
+class ZswapdError(Exception):
+    """`message` says what was wrong and where; `hint`, if there is one, says what to do.
+
+    str() gives the message, with the hint on a line of its own.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class ConfigError(ZswapdError):
+    """The configuration cannot be used: nothing was started or changed."""
+
+
+class SwapError(ZswapdError):
+    """Attaching or detaching the swap failed; the message says what state was left."""
+
+
+class DaemonError(ZswapdError):
+    """The daemon does not run, or does not answer."""

@@ -1,0 +1,238 @@
+"""The file system: a root directory with the swap file and the control files. The only user of pyfuse3.
+
+In this form pyfuse3's handlers carry the pages. A handler runs to its end without giving way, so that requests
+do not interleave.
+"""
+
+import errno
+import itertools
+import logging
+import os
+import stat
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT
+
+from zswapd.control import ControlFile, control_files
+from zswapd.engine import Engine
+from zswapd.errors import DaemonError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SWAPFILE = "swapfile"
+_SWAP_INODE = InodeT(pyfuse3.ROOT_INODE + 1)
+# Names, sizes and modes never change while mounted.
+_CACHE_SECONDS = 3600.0
+
+
+class SwapFs(pyfuse3.Operations):
+    """The handlers. A swap file request goes to the engine, whose errno it answers with."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self._engine = engine
+        self._controls = control_files(engine, lambda: bool(self.swapfile_opens))
+        self._names = (SWAPFILE, *self._controls)
+        self._mounted_ns = time.time_ns()
+        self._handles = map(FileHandleT, itertools.count(1))
+        #: Handles of the swap file: somebody, a loop device for one, may hold pages in it.
+        self.swapfile_opens: set[FileHandleT] = set()
+        #: Control files by handle, with their contents as of the opening.
+        self._control_opens: dict[FileHandleT, tuple[ControlFile, bytes]] = {}
+
+    # Names
+
+    async def lookup(self, parent_inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> EntryAttributes:
+        if parent_inode != pyfuse3.ROOT_INODE:
+            raise FUSEError(errno.ENOTDIR)
+        if name in (b".", b".."):
+            return self._attributes(pyfuse3.ROOT_INODE)
+        try:
+            return self._attributes(InodeT(_SWAP_INODE + self._names.index(os.fsdecode(name))))
+        except ValueError:
+            raise FUSEError(errno.ENOENT) from None
+
+    async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileHandleT:
+        if inode != pyfuse3.ROOT_INODE:
+            raise FUSEError(errno.ENOTDIR)
+        return FileHandleT(0)
+
+    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        for position, name in enumerate(self._names[start_id:], start_id):
+            entry = self._attributes(InodeT(_SWAP_INODE + position))
+            if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, position + 1):
+                return
+
+    # Attributes
+
+    async def getattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> EntryAttributes:
+        return self._attributes(inode)
+
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> EntryAttributes:
+        current = self._attributes(inode)
+        # Opening with O_TRUNC comes as a change of size: fine for a control file, whose size is always 0.
+        resized = fields.update_size and attr.st_size != current.st_size
+        if resized or fields.update_mode or fields.update_uid or fields.update_gid:
+            raise FUSEError(errno.EPERM)
+        return current
+
+    def _attributes(self, inode: InodeT) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = inode
+        entry.st_nlink = 1
+        entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._mounted_ns
+        entry.st_blksize = 4096
+        entry.entry_timeout = entry.attr_timeout = _CACHE_SECONDS
+        if inode == pyfuse3.ROOT_INODE:
+            entry.st_mode = stat.S_IFDIR | 0o755
+            entry.st_nlink = 2
+        elif inode == _SWAP_INODE:
+            entry.st_mode = stat.S_IFREG | 0o600
+            entry.st_size = self._engine.size_bytes
+            entry.st_blocks = self._engine.size_bytes // 512
+        else:
+            entry.st_mode = stat.S_IFREG | self._control(inode).mode
+            entry.st_size = 0
+        return entry
+
+    def _control(self, inode: InodeT) -> ControlFile:
+        position = inode - _SWAP_INODE
+        if not 0 < position < len(self._names):
+            raise FUSEError(errno.ENOENT)
+        return self._controls[self._names[position]]
+
+    # Contents
+
+    async def open(self, inode: InodeT, flags: int, ctx: pyfuse3.RequestContext) -> FileInfo:
+        fh = next(self._handles)
+        if inode == _SWAP_INODE:
+            self.swapfile_opens.add(fh)
+        else:
+            self._control_opens[fh] = self._open_control(self._control(inode), flags & os.O_ACCMODE)
+        # Direct I/O: the page cache would hold a second copy of every page.
+        return FileInfo(fh=fh, direct_io=True)
+
+    def _open_control(self, control: ControlFile, access: int) -> tuple[ControlFile, bytes]:
+        reads, writes = access != os.O_WRONLY, access != os.O_RDONLY
+        if (reads and control.read is None) or (writes and control.write is None):
+            raise FUSEError(errno.EACCES)
+        return control, _answer(control.read).encode() if reads and control.read else b""
+
+    async def release(self, fh: FileHandleT) -> None:
+        self.swapfile_opens.discard(fh)
+        self._control_opens.pop(fh, None)
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        if fh in self.swapfile_opens:
+            return _answer(lambda: self._engine.read(off, size))
+        _, contents = self._control_opens[fh]
+        return contents[off : off + size]
+
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        if fh in self.swapfile_opens:
+            _answer(lambda: self._engine.write(off, buf))
+        else:
+            control, _ = self._control_opens[fh]
+            _answer(lambda: control.write and control.write(buf.decode().strip()))
+        return len(buf)
+
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        """Nothing to do: a page is stored when its write is answered."""
+
+    async def flush(self, fh: FileHandleT) -> None:
+        """Nothing to do, as for fsync."""
+
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = 4096
+        data.f_blocks = self._engine.size_bytes // 4096
+        data.f_bfree = data.f_bavail = 0
+        data.f_files = len(self._names) + 1
+        data.f_ffree = data.f_favail = 0
+        data.f_namemax = 255
+        return data
+
+
+def _answer(request: Callable[[], T]) -> T:
+    """Does what a request asks for. Every failure becomes an errno: an exception that left a handler would end the
+    daemon, and take away the swap."""
+    try:
+        return request()
+    except OSError as error:
+        log.debug("a request failed: %s", error.strerror)
+        raise FUSEError(error.errno or errno.EIO) from None
+    except (ValueError, OverflowError) as error:
+        log.warning("a control file was given a bad value: %s", error)
+        raise FUSEError(errno.EINVAL) from None
+    except Exception:
+        log.exception("a request failed in a way that it never should")
+        raise FUSEError(errno.EIO) from None
+
+
+def check_mount_point(mount_point: Path) -> None:
+    """Raises DaemonError unless `mount_point` is an empty directory on which nothing is mounted."""
+    try:
+        entries: Sequence[str] = os.listdir(mount_point)
+    except FileNotFoundError:
+        raise DaemonError(f"the mount point {mount_point} does not exist", f"make it: mkdir -p {mount_point}") from None
+    except NotADirectoryError:
+        raise DaemonError(
+            f"the mount point {mount_point} is not a directory", "name another: swap.mount_point"
+        ) from None
+    except OSError as error:
+        hint = f"if a dead daemon left it mounted: umount {mount_point}"
+        raise DaemonError(f"the mount point {mount_point} cannot be used: {error.strerror}", hint) from None
+    if os.path.ismount(mount_point):
+        hint = f"another zswapd may run there (zswapctl status); else: umount {mount_point}"
+        raise DaemonError(f"the mount point {mount_point} is in use: something is mounted on it", hint)
+    if entries:
+        hint = "empty it, or name another: swap.mount_point"
+        raise DaemonError(f"the mount point {mount_point} is not empty: it has {entries[0]!r}", hint)
+
+
+@asynccontextmanager
+async def mounted(engine: Engine, mount_point: Path) -> AsyncIterator[SwapFs]:
+    """Mounts the file system and serves it until the block ends, then unmounts it.
+
+    Ending the block with the swap file open takes it away from who has it open: check `swapfile_opens` first.
+    If somebody unmounts the file system meanwhile, the block is cancelled. Raises DaemonError.
+    """
+    check_mount_point(mount_point)
+    options = {*pyfuse3.default_options, "fsname=zswapd"}
+    if os.geteuid() == 0:
+        # For monitoring by other users; the modes of the files say what they may do.
+        options.add("allow_other")
+    fs = SwapFs(engine)
+    try:
+        pyfuse3.init(fs, str(mount_point), options)
+    except RuntimeError as error:
+        hint = "is /dev/fuse there (modprobe fuse), and may this user mount (root, or fusermount3)?"
+        raise DaemonError(f"cannot mount on {mount_point}: {error}", hint) from None
+    try:
+        async with trio.open_nursery() as nursery:
+
+            async def serve() -> None:
+                await pyfuse3.main()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(serve)
+            yield fs
+            pyfuse3.terminate()
+    finally:
+        pyfuse3.close(unmount=True)

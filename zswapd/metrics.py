@@ -1,0 +1,121 @@
+"""Prometheus metrics over HTTP, read from the engine's counters at each scrape.
+
+Served by prometheus-client's own server, in its own threads: a scrape waits for no page, and no page for a scrape.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from zswapd import __version__
+from zswapd.engine import Engine, LatencyStats
+from zswapd.errors import DaemonError
+
+
+class EngineCollector(Collector):
+    """The engine's counters under Prometheus's names and base units."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        engine, stats = self._engine, self._engine.stats()
+        build = GaugeMetricFamily("zswapd_build_info", "Version of zswapd; always 1.", labels=["version"])
+        build.add_metric([__version__], 1)
+        yield build
+        algorithm = GaugeMetricFamily(
+            "zswapd_compression_info",
+            "What new pages are compressed with; always 1.",
+            labels=["algorithm", "zstd_level"],
+        )
+        algorithm.add_metric([engine.algorithm, str(engine.zstd_level)], 1)
+        yield algorithm
+
+        for name, value, text in (
+            ("swap_size", stats["swap_size_bytes"], "Size of the swap file."),
+            ("original", stats["original_bytes"], "Size of the stored pages before compression."),
+            (
+                "compressed",
+                stats["compressed_bytes"],
+                "Size of the stored pages after compression, without headers.",
+            ),
+            ("pool", stats["pool_bytes"], "Memory that the pool's zspages take."),
+            ("pool_peak", stats["pool_peak_bytes"], "The most memory that the pool's zspages ever took."),
+            (
+                "pool_reserve",
+                stats["pool_reserve_bytes"],
+                "Free memory that the pool keeps for its next zspages.",
+            ),
+            ("pool_limit", stats["pool_limit_bytes"], "Limit of the pool's memory."),
+            ("metadata", stats["metadata_bytes"], "Memory for slot words and descriptors beside the pool."),
+        ):
+            yield GaugeMetricFamily(f"zswapd_{name}_bytes", text, value=value)
+
+        yield _labelled_gauge("zswapd_pages", "Pages by how they are stored.", "kind", stats["pages"])
+        yield CounterMetricFamily("zswapd_loads", "Pages read.", value=stats["loads"])
+        yield CounterMetricFamily("zswapd_stores", "Pages written.", value=stats["stores"])
+        yield CounterMetricFamily("zswapd_discards", "Pages freed by discards.", value=stats["discards"])
+        for name, text, counts in (
+            ("zswapd_rejected_stores", "Writes that were refused, by reason.", stats["rejected_stores"]),
+            ("zswapd_load_errors", "Reads that failed, by reason.", stats["errors"]),
+        ):
+            family = CounterMetricFamily(name, text, labels=["reason"])
+            for reason, count in counts.items():
+                family.add_metric([reason], count)
+            yield family
+
+        yield _histogram("zswapd_load_duration_seconds", "Time to read one page.", stats["load_latency"])
+        yield _histogram("zswapd_store_duration_seconds", "Time to write one page.", stats["store_latency"])
+
+        classes = {str(entry["size_bytes"]): entry for entry in stats["classes"]}
+        for name, text, values in (
+            (
+                "zswapd_class_objects",
+                "Objects in use by size class.",
+                {k: v["objects"] for k, v in classes.items()},
+            ),
+            ("zswapd_class_zspages", "Zspages by size class.", {k: v["zspages"] for k, v in classes.items()}),
+        ):
+            yield _labelled_gauge(name, text, "size_bytes", values)
+
+
+def _labelled_gauge(name: str, text: str, label: str, values: dict[str, int]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, text, labels=[label])
+    for value, count in values.items():
+        family.add_metric([value], count)
+    return family
+
+
+def _histogram(name: str, text: str, latency: LatencyStats) -> HistogramMetricFamily:
+    bounds = [*map(str, latency["bounds_seconds"]), "+Inf"]
+    buckets = list(zip(bounds, accumulate(latency["counts"]), strict=True))
+    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=latency["sum_seconds"])
+
+
+@contextmanager
+def served(engine: Engine, address: tuple[str, int] | None) -> Iterator[None]:
+    """Serves /metrics at `address` (host, port) until the block ends; None serves nothing. Raises DaemonError."""
+    if address is None:
+        yield
+        return
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(engine))
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    host, port = address
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        hint = 'choose another with metrics.listen, or "" for no metrics'
+        raise DaemonError(f"cannot serve metrics on {host}:{port}: {error.strerror}", hint) from None
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

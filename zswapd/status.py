@@ -1,0 +1,152 @@
+"""What the daemon says of itself (stats.json), read with a deadline and rendered for people."""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from zswapd.config import format_size
+from zswapd.errors import DaemonError
+from zswapd.swapdev import Attachment, is_mounted
+
+DEADLINE_SECONDS = 5
+START_HINT = "start it: systemctl start zswapd, or zswapd run"
+
+
+def read_stats(mount_point: Path) -> dict[str, Any]:
+    """stats.json under `mount_point`. Raises DaemonError if the daemon does not run or answer in 5 seconds."""
+    if not is_mounted(mount_point):
+        raise DaemonError(f"the daemon does not run: nothing is mounted at {mount_point}", START_HINT)
+    # A child reads it: a process that waits for a stopped daemon may be impossible to kill, so it must not be us.
+    child = subprocess.Popen(
+        ["cat", mount_point / "stats.json"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        process_group=0,
+    )
+    try:
+        stdout, stderr = child.communicate(timeout=DEADLINE_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        raise DaemonError(
+            f"the daemon at {mount_point} does not answer", "it is stopped or stuck: see its log"
+        ) from None
+    if child.returncode:
+        reason = stderr.decode(errors="replace").strip().rpartition(": ")[2]
+        raise DaemonError(f"the daemon does not serve {mount_point}: {reason}", START_HINT)
+    try:
+        stats: dict[str, Any] = json.loads(stdout)
+    except ValueError:
+        raise DaemonError(
+            f"{mount_point}/stats.json is not JSON", "is another file system mounted there?"
+        ) from None
+    return stats
+
+
+def quantile(q: float, bounds: Sequence[float], counts: Sequence[int]) -> float | None:
+    """The `q` quantile of a histogram, interpolated within its bucket; None if it is empty.
+
+    `counts` are not cumulative and have one more bucket than `bounds` (+Inf), which gives the last bound: the
+    quantile is then at least that.
+    """
+    rank = q * sum(counts)
+    if not rank:
+        return None
+    below = 0
+    for index, bound in enumerate(bounds):
+        if counts[index] and below + counts[index] >= rank:
+            lower = bounds[index - 1] if index else 0.0
+            return lower + (bound - lower) * (rank - below) / counts[index]
+        below += counts[index]
+    return bounds[-1]
+
+
+def effective_ratio(stats: dict[str, Any]) -> float | None:
+    """Bytes stored over all the memory they take, pool, reserve and metadata included; None if it takes none."""
+    cost = stats["pool_bytes"] + stats["pool_reserve_bytes"] + stats["metadata_bytes"]
+    return stats["original_bytes"] / cost if cost else None
+
+
+def render(stats: dict[str, Any], attachment: Attachment | None) -> RenderableType:
+    """The state of the daemon and its swap, for people; errors in red."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("daemon", f"zswapd {stats['version']}, pid {stats['pid']}, {_algorithm(stats)}")
+    table.add_row("swap", _attachment(stats, attachment))
+
+    pages = {kind: count for kind, count in stats["pages"].items() if kind != "lost"}
+    kinds = ", ".join(f"{kind.replace('_', '-')} {count:,}" for kind, count in pages.items())
+    table.add_row("pages", f"{sum(pages.values()):,} ({kinds})")
+    ratio = effective_ratio(stats) if stats["original_bytes"] else None
+    table.add_row(
+        "memory",
+        f"{format_size(stats['original_bytes'])} stored as {format_size(stats['compressed_bytes'])}, "
+        f"in a pool of {format_size(stats['pool_bytes'])}"
+        + (f" (effective ratio {ratio:.2f})" if ratio is not None else ""),
+    )
+    table.add_row(
+        "overhead",
+        f"{format_size(stats['pool_reserve_bytes'])} reserve, {format_size(stats['metadata_bytes'])} metadata",
+    )
+    limit = stats["pool_limit_bytes"]
+    table.add_row(
+        "limit",
+        f"{stats['pool_bytes'] / limit:.1%} of {format_size(limit)} used, peak {format_size(stats['pool_peak_bytes'])}",
+    )
+    for operation in ("load", "store"):
+        table.add_row(
+            f"{operation}s", f"{stats[f'{operation}s']:,}{_latency(stats[f'{operation}_latency'])}"
+        )
+    table.add_row("discards", f"{stats['discards']:,}")
+    return Group(table, *_errors(stats))
+
+
+def _algorithm(stats: dict[str, Any]) -> str:
+    level = f" level {stats['zstd_level']}" if stats["algorithm"] == "zstd" else ""
+    return f"{stats['algorithm']}{level}"
+
+
+def _attachment(stats: dict[str, Any], attachment: Attachment | None) -> str:
+    if attachment is None:
+        return f"not attached ({format_size(stats['swap_size_bytes'])}): zswapctl attach"
+    if not attachment.is_swap:
+        return f"{attachment.loop_device} is half attached, not in use as swap: zswapctl detach"
+    return (
+        f"{attachment.loop_device}, {format_size(attachment.used_bytes)} of "
+        f"{format_size(attachment.size_bytes)} used, priority {attachment.priority}"
+    )
+
+
+def _latency(histogram: dict[str, Any]) -> str:
+    bounds, counts = histogram["bounds_seconds"], histogram["counts"]
+    quantiles = [(name, quantile(q, bounds, counts)) for name, q in (("p50", 0.5), ("p99", 0.99))]
+    return "".join(
+        f", {name} {'>= ' if value >= bounds[-1] else ''}{_duration(value)}"
+        for name, value in quantiles
+        if value is not None
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.1f} µs"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def _errors(stats: dict[str, Any]) -> list[Text]:
+    meaning = {
+        "lost": "loads of lost pages: the processes that needed them got an I/O error",
+        "corrupt": "loads of corrupt pages: the processes that needed them got an I/O error",
+        "pool_full": "stores refused, pool full: those pages stayed in memory",
+        "out_of_range": "stores refused, outside the swap area",
+    }
+    counts = {**stats["errors"], **stats["rejected_stores"]}
+    lines = [f"{count:,} {meaning.get(name, name)}" for name, count in counts.items() if count]
+    if lost := stats["pages"]["lost"]:
+        lines.append(f"{lost:,} pages are lost")
+    return [Text(line, style="bold red") for line in lines]

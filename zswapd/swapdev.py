@@ -1,0 +1,418 @@
+"""The swap device: swapfile -> loop device -> mkswap -> swapon, and the way back.
+
+The only place that runs privileged commands. Nothing records what is attached: a loop device is ours when it is
+backed by MOUNT_POINT/swapfile, and it is swap when /proc/swaps lists it.
+
+The daemon itself calls detach() while it goes on serving, so nothing here touches the mount from the trio thread:
+that would wait for an answer from the very loop that has to give it.
+"""
+
+import errno
+import fcntl
+import os
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import trio
+
+from zswapd import memcg
+from zswapd.config import format_size
+from zswapd.errors import DaemonError, SwapError
+
+ROOT = Path("/")
+FUSE_TIMEOUTS = ("default_request_timeout", "max_request_timeout")
+MARGIN_BYTES = 128 << 20  # memory that must be left over when every page is back
+SETTLE_SECONDS = 10  # for what ends asynchronously: a loop device's release, the daemon's answer
+POLL_SECONDS = 0.1
+
+_UNSAFE = """\
+attaching is not safe on a machine that may run out of memory as a whole: in this form the daemon serves pages \
+from Python, and can itself wait for the memory that it is meant to free; the machine then hangs"""
+_UNSAFE_HINT = """\
+use it only with workloads in a memory cgroup that has a limit, the daemon outside it, \
+and say so with --unsafe, until pages move to the native pager"""
+
+
+@dataclass(frozen=True)
+class SwapArea:
+    """A line of /proc/swaps."""
+
+    path: str
+    size_bytes: int
+    used_bytes: int
+    priority: int
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """The loop device over our swapfile. Until `is_swap`, the device is only half attached."""
+
+    loop_device: str
+    is_swap: bool
+    direct_io: bool
+    size_bytes: int
+    used_bytes: int
+    priority: int
+
+
+def parse_swaps(text: str) -> list[SwapArea]:
+    """The swap areas of /proc/swaps, whose sizes are in KiB."""
+    areas = []
+    for line in text.splitlines()[1:]:
+        path, _, size, used, priority = line.split()
+        path = _unescape(path)
+        areas.append(SwapArea(path, int(size) << 10, int(used) << 10, int(priority)))
+    return areas
+
+
+def read_swaps(root: Path = ROOT) -> list[SwapArea]:
+    """The machine's swap areas."""
+    return parse_swaps((root / "proc/swaps").read_text())
+
+
+def mem_available(root: Path = ROOT) -> int:
+    """MemAvailable in bytes."""
+    match = re.search(r"^MemAvailable:\s+(\d+) kB$", (root / "proc/meminfo").read_text(), re.MULTILINE)
+    return int(match[1]) << 10 if match else 0
+
+
+def is_mounted(mount_point: Path, root: Path = ROOT) -> bool:
+    """Whether a FUSE file system is mounted there, alive or not. Does not touch the mount."""
+    wanted = str(_real(mount_point))
+    for line in (root / "proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        if _unescape(left.split()[4]) == wanted and right.startswith("fuse"):
+            return True
+    return False
+
+
+def discover(mount_point: Path, root: Path = ROOT) -> Attachment | None:
+    """What is attached to the swapfile under `mount_point`, from /sys and /proc alone: does not touch the mount.
+
+    Of several loop devices (half attached, all but one), the one that is swap.
+    """
+    backing_file = str(_real(mount_point) / "swapfile")
+    swaps = {area.path: area for area in read_swaps(root)}
+    found = None
+    for attribute in sorted(root.glob("sys/block/loop*/loop/backing_file")):
+        try:
+            if attribute.read_text().rstrip("\n") != backing_file:
+                continue
+            direct_io = attribute.with_name("dio").read_text().strip() == "1"
+            size = int((attribute.parent.parent / "size").read_text()) * 512
+        except OSError:  # detached meanwhile
+            continue
+        device = f"/dev/{attribute.parent.parent.name}"
+        if area := swaps.get(device):
+            return Attachment(device, True, direct_io, size, area.used_bytes, area.priority)
+        found = found or Attachment(device, False, direct_io, size, 0, 0)
+    return found
+
+
+def fuse_timeouts(root: Path = ROOT) -> dict[str, int]:
+    """The sysctls by which the kernel aborts a FUSE connection whose server is slow, in seconds, where not 0."""
+    found = {}
+    for name in FUSE_TIMEOUTS:
+        path = root / "proc/sys/fs/fuse" / name
+        if path.exists() and (seconds := int(path.read_text())):
+            found[f"fs.fuse.{name}"] = seconds
+    return found
+
+
+def zswap_enabled(root: Path = ROOT) -> bool:
+    """Whether the kernel's zswap compresses pages before they reach any swap device."""
+    path = root / "sys/module/zswap/parameters/enabled"
+    return path.exists() and path.read_text().strip() == "Y"
+
+
+def refuse_machine(root: Path = ROOT) -> None:
+    """Raises SwapError if a setting of this machine makes attaching useless or dangerous."""
+    if zswap_enabled(root):
+        raise SwapError(
+            "the kernel's zswap is enabled in front of swap: every page would be compressed twice",
+            "switch it off: echo N > /sys/module/zswap/parameters/enabled (and zswap.enabled=0 at boot)",
+        )
+    for name, seconds in fuse_timeouts(root).items():
+        raise SwapError(
+            f"{name} = {seconds}: the kernel would abort the daemon's connection when a request takes that long, "
+            "and every page in swap would be lost",
+            f"sysctl -w {name}=0, then restart the daemon: the timeout is fixed when it mounts",
+        )
+
+
+def refuse_full(attachment: Attachment, root: Path = ROOT) -> None:
+    """Raises SwapError unless memory and the memory cgroups can take back every page in `attachment`.
+
+    Does not count on the daemon's pool to shrink meanwhile. Walks the cgroup hierarchy: may take a while.
+    """
+    used = attachment.used_bytes
+    others = [area for area in read_swaps(root) if area.path != attachment.loop_device]
+    elsewhere = sum(area.size_bytes - area.used_bytes for area in others)
+    available = mem_available(root)
+    force = "--force detaches all the same: the kernel may then kill processes"
+    if used and used + MARGIN_BYTES > available + elsewhere:
+        raise SwapError(
+            f"memory cannot take the pages back: {format_size(used)} in swap, {format_size(available)} available, "
+            f"{format_size(elsewhere)} free in other swap areas, and {format_size(MARGIN_BYTES)} must be left",
+            f"free memory or add swap first; {force}",
+        )
+    controller = memcg.find_controller(root)
+    full = list(memcg.overflows(controller, used)) if controller and used else []
+    if sum(group.need_bytes - group.limit_bytes for group in full) > elsewhere:
+        groups = ", ".join(
+            f"{g.group} needs {format_size(g.need_bytes)}, its limit is {format_size(g.limit_bytes)}"
+            for g in full
+        )
+        raise SwapError(
+            f"processes would be killed for want of memory in these cgroups: {groups}",
+            f"raise the limits, stop the workloads or add other swap first; {force}",
+        )
+
+
+async def attach(mount_point: Path, *, priority: int, discard: bool, unsafe: bool) -> Attachment:
+    """Makes the swapfile under `mount_point` a swap area of this machine, and returns it once it is in use.
+
+    Discards are used only if the swapfile can free pages. On failure or cancellation what was done is undone, and
+    nothing is attached. Raises SwapError or DaemonError. Touches no disk.
+    """
+    _require_root()
+    await _require_serving(mount_point)
+    async with _exclusive(mount_point):
+        if attached := discover(mount_point):
+            state = "attached already" if attached.is_swap else "half attached (not in use as swap)"
+            raise SwapError(f"{attached.loop_device} is {state}", "zswapctl detach undoes it")
+        refuse_machine()
+        if not unsafe:
+            raise SwapError(_UNSAFE, _UNSAFE_HINT)
+        try:
+            return await _attach(mount_point, priority, discard)
+        except BaseException as error:
+            with trio.CancelScope(shield=True):
+                try:
+                    await _dismantle(mount_point)
+                except SwapError as undo:
+                    raise SwapError(f"{error}; undoing it failed too: {undo.message}", undo.hint) from error
+            raise
+
+
+async def _attach(mount_point: Path, priority: int, discard: bool) -> Attachment:
+    swapfile = str(mount_point / "swapfile")
+    if discard:
+        # A loop device over FUSE always offers discards, and fails each one if the daemon cannot punch holes.
+        punch = ("fallocate", "--punch-hole", "--keep-size", "--offset", "0", "--length", "4096", swapfile)
+        discard = (await _run(*punch, check=False)).returncode == 0
+    loop = await _run("losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096", swapfile)
+    device = loop.stdout.decode().strip()
+    attached = discover(mount_point)
+    if attached is None or attached.loop_device != device or not attached.direct_io:
+        raise SwapError(
+            f"{device} over {swapfile} does not do direct I/O: pages would be held twice, in the page cache too",
+            "the kernel, or the daemon's file system, does not support it: see zswapctl doctor",
+        )
+    await _run("mkswap", device)
+    await _run("swapon", "--priority", str(priority), *(["--discard"] if discard else []), device)
+    attached = discover(mount_point)
+    if attached is None or not attached.is_swap:
+        raise SwapError(f"swapon succeeded, but /proc/swaps does not list {device}")
+    return attached
+
+
+async def detach(
+    mount_point: Path, *, force: bool = False, progress: Callable[[int], None] = lambda remaining: None
+) -> Attachment | None:
+    """Brings every page back into memory, frees the loop device and empties the daemon's pool.
+
+    Returns what was attached; None: nothing was. A half attached loop device is cleaned up. Unless `force`, refuses
+    if memory or a memory cgroup cannot take the pages back, or if the daemon does not answer. `progress` is called
+    with the bytes that remain in swap. Takes as long as reading every page back does.
+
+    Raises SwapError or DaemonError. On failure or cancellation the swap stays in use and everything goes on
+    serving; cancelling waits for the kernel to leave swapoff, which it does between two processes' pages.
+    """
+    _require_root()
+    detached = discover(mount_point)
+    if detached is None:
+        return None
+    if not force:
+        try:
+            await _require_serving(mount_point)
+        except DaemonError as error:
+            raise DaemonError(
+                error.message,
+                "if it is only stopped, continue it; if it has died, its pages are lost: --force frees the device, "
+                "and a process that needs a lost page gets SIGBUS",
+            ) from None
+    async with _exclusive(mount_point):
+        if not force and (attached := discover(mount_point)):
+            await trio.to_thread.run_sync(refuse_full, attached, abandon_on_cancel=True)
+        await _dismantle(mount_point, progress)
+    await _reset(mount_point)
+    return detached
+
+
+async def _dismantle(mount_point: Path, progress: Callable[[int], None] = lambda remaining: None) -> None:
+    while attached := discover(mount_point):
+        if attached.is_swap:
+            await _swapoff(mount_point, attached.loop_device, progress)
+        await _free_loop(mount_point, attached.loop_device)
+
+
+async def _swapoff(mount_point: Path, device: str, progress: Callable[[int], None]) -> None:
+    # Goes on after a cancellation, until swapoff has really ended.
+    reporting = trio.CancelScope(shield=True)
+
+    async def report() -> None:
+        with reporting:
+            while True:
+                if (attached := discover(mount_point)) and attached.is_swap:
+                    progress(attached.used_bytes)
+                await trio.sleep(POLL_SECONDS)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(report)
+        try:
+            result = await _run("swapoff", device, check=False)
+        finally:
+            reporting.cancel()
+
+    # Not the exit status: a signal that comes when the last page is back kills a swapoff that has succeeded.
+    attached = discover(mount_point)
+    if attached is None or not attached.is_swap:
+        return
+    reason = (
+        result.stderr.decode(errors="replace").strip() or f"swapoff ended with status {result.returncode}"
+    )
+    hint = "see the kernel log (dmesg)"
+    if "Cannot allocate memory" in reason or result.returncode == -9:
+        reason += " (memory cannot take the pages back)"
+        hint = "free memory or add other swap, then detach again"
+        if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+            hint += "; vm.overcommit_memory is 2: the commit limit must hold without this swap too"
+    elif "Invalid argument" in reason:
+        hint = "another swapoff of it may be running: it ends by itself"
+    remaining = format_size(attached.used_bytes)
+    raise SwapError(f"{reason}; {device} stays in use with {remaining}, everything goes on serving", hint)
+
+
+async def _free_loop(mount_point: Path, device: str) -> None:
+    await _run("losetup", "--detach", device)
+    # The kernel frees the device when the last process that has it open closes it, udev for one.
+    with trio.move_on_after(SETTLE_SECONDS):
+        while (attached := discover(mount_point)) and attached.loop_device == device:
+            await trio.sleep(POLL_SECONDS)
+        return
+    raise SwapError(
+        f"{device} is no longer swap, but another process has it open", f"see who: fuser -v {device}"
+    )
+
+
+async def _reset(mount_point: Path) -> None:
+    """Empties the pool; the swapfile stays busy until the loop device's release has reached the daemon."""
+    deadline = trio.current_time() + SETTLE_SECONDS
+    while True:
+        try:
+            # Abandoned on cancellation: the daemon may have stopped for good.
+            await trio.to_thread.run_sync(_write, mount_point / "reset", b"1", abandon_on_cancel=True)
+            return
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTCONN):
+                return  # the daemon is gone, and its pool with it
+            if error.errno != errno.EBUSY or trio.current_time() > deadline:
+                raise SwapError(
+                    f"detached, but the pool was not emptied: {mount_point}/reset: {error.strerror}",
+                    f"see who has the swapfile open: fuser -v {mount_point}/swapfile",
+                ) from None
+        await trio.sleep(POLL_SECONDS)
+
+
+def _require_root() -> None:
+    if os.geteuid() != 0:
+        raise SwapError("only root may attach or detach swap", "run it with sudo")
+
+
+async def _require_serving(mount_point: Path) -> None:
+    start = "start it: systemctl start zswapd, or zswapd run"
+    if not is_mounted(mount_point):
+        raise DaemonError(f"the daemon does not run: nothing is mounted at {mount_point}", start)
+    with trio.move_on_after(SETTLE_SECONDS):
+        try:
+            await trio.to_thread.run_sync(_open_and_close, mount_point / "swapfile", abandon_on_cancel=True)
+            return
+        except OSError as error:
+            if error.errno == errno.ENOTCONN:
+                start = f"unmount what it left: umount {mount_point}; then {start}"
+            raise DaemonError(f"the daemon does not serve {mount_point}: {error.strerror}", start) from None
+    raise DaemonError(f"the daemon at {mount_point} does not answer", "it is stopped or stuck: see its log")
+
+
+@asynccontextmanager
+async def _exclusive(mount_point: Path) -> AsyncIterator[None]:
+    """One attach or detach at a time: waits for the other. The lock is on the directory above the mount point."""
+    directory = os.open(_real(mount_point).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        while True:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await trio.sleep(POLL_SECONDS)
+        yield
+    finally:
+        os.close(directory)
+
+
+async def _run(*command: str, check: bool = True) -> CompletedProcess[bytes]:
+    # A process group of its own: Ctrl-C reaches us alone, and we decide. sbin: cron's PATH lacks it.
+    path = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
+    try:
+        result = await trio.run_process(
+            command,
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+            deliver_cancel=_terminate,
+            env={**os.environ, "PATH": path, "LC_ALL": "C"},
+            process_group=0,
+        )
+    except FileNotFoundError:
+        raise SwapError(f"{command[0]} is not installed", "install util-linux (Debian: and mount)") from None
+    if check and result.returncode:
+        reason = result.stderr.decode(errors="replace").strip()
+        raise SwapError(f"{' '.join(command)} failed: {reason or f'status {result.returncode}'}")
+    return result
+
+
+async def _terminate(process: trio.Process) -> None:
+    process.terminate()  # run_process then waits for its end, however long the kernel takes
+
+
+def _real(mount_point: Path) -> Path:
+    """`mount_point` as the kernel shows it, without touching the mount: a lookup of it could wait for the daemon."""
+    path = mount_point
+    for _ in range(40):  # as many symbolic links as the kernel follows
+        path = path.parent.resolve() / path.name
+        try:
+            path = path.parent / os.readlink(path)
+        except OSError:  # not a symbolic link
+            break
+    return path
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def _write(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
+def _open_and_close(path: Path) -> None:
+    os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
