@@ -116,9 +116,9 @@ class Swap(_Section):
     mount_point: Annotated[
         Path, BeforeValidator(_absolute), Field(description="an absolute path without .., other than /")
     ] = Path("/run/zswapd/mnt")
-    priority: Annotated[
-        int, Field(ge=0, le=32767, description="an integer from 0 to 32767; higher is used first")
-    ] = 100
+    priority: Annotated[int, Field(ge=0, le=32767, description="an integer from 0 to 32767; higher is used first")] = (
+        100
+    )
     discard: Annotated[bool, Field(description="true or false")] = True
 
 
@@ -212,9 +212,7 @@ def load(path: Path | None, overrides: Sequence[str], environ: Mapping[str, str]
         key = f"{section}.{name}"
         reason = first["msg"].removeprefix("Value error, ")
         takes = _SECTIONS[section].model_fields[name].description
-        raise ConfigError(
-            f"{source[key]}: {key} = {values[key]!r}: {reason}", f"{key} takes {takes}"
-        ) from None
+        raise ConfigError(f"{source[key]}: {key} = {values[key]!r}: {reason}", f"{key} takes {takes}") from None
 
 
 _Layer = Iterable[tuple[str, str, object]]  # (source, "section.key", value)
@@ -243,17 +241,13 @@ def _from_file(path: Path | None, environ: Mapping[str, str]) -> _Layer:
         where = re.search(r"line (\d+)", str(error))
         lines = text.splitlines()
         line = lines[int(where[1]) - 1].strip() if where and int(where[1]) <= len(lines) else ""
-        raise ConfigError(
-            f"{path}: not valid TOML: {error}", f"the line is: {line}" if line else ""
-        ) from None
+        raise ConfigError(f"{path}: not valid TOML: {error}", f"the line is: {line}" if line else "") from None
 
     for section, table in tables.items():
         if section not in _SECTIONS:
             raise _unknown(str(path), section, _SECTIONS)
         if not isinstance(table, dict):
-            raise ConfigError(
-                f"{path}: {section} = {table!r}: not a table", f"write [{section}] on a line of its own"
-            )
+            raise ConfigError(f"{path}: {section} = {table!r}: not a table", f"write [{section}] on a line of its own")
         for name, value in table.items():
             if f"{section}.{name}" not in _KEYS:
                 raise _unknown(str(path), f"{section}.{name}", _KEYS)

@@ -5,15 +5,16 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 import trio
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from zswapd import doctor as checks
 from zswapd import status as stats_view
@@ -22,6 +23,7 @@ from zswapd.config import Config, format_size, load
 from zswapd.errors import SwapError, ZswapdError
 
 T = TypeVar("T")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LINE_SHARE = 10  # without a terminal: a line of progress per this many percent
 
 
@@ -67,10 +69,8 @@ def attach(config: Config, unsafe: bool, as_json: bool) -> None:
     """Make the daemon's swapfile a swap area of this machine."""
     swap = config.swap
     attached = _run(
-        lambda: swapdev.attach(
-            swap.mount_point, priority=swap.priority, discard=swap.discard, unsafe=unsafe
-        ),
-        "interrupted: nothing is attached",
+        lambda: swapdev.attach(swap.mount_point, priority=swap.priority, discard=swap.discard, unsafe=unsafe),
+        lambda: "interrupted: nothing is attached",
     )
     if as_json:
         _print_json(dataclasses.asdict(attached))
@@ -88,7 +88,7 @@ def detach(config: Config, force: bool, as_json: bool) -> None:
     with _DetachProgress(quiet=as_json) as progress:
         detached = _run(
             lambda: swapdev.detach(config.swap.mount_point, force=force, progress=progress.update),
-            "interrupted: everything goes on serving (see zswapctl status)",
+            lambda: _still_there(config.swap.mount_point),
         )
     if as_json:
         _print_json({"detached": detached and dataclasses.asdict(detached)})
@@ -109,7 +109,7 @@ def status(config: Config, as_json: bool) -> None:
     if as_json:
         _print_json({**stats, "attachment": attachment and dataclasses.asdict(attachment)})
     else:
-        Console().print(stats_view.render(stats, attachment))
+        _print(stats_view.render(stats, attachment))
 
 
 @cli.command()
@@ -124,31 +124,39 @@ def doctor(config: Config, as_json: bool) -> None:
         table = Table.grid(padding=(0, 2))
         style = {"ok": "green", "warn": "yellow", "fail": "bold red"}
         for check in results:
-            table.add_row(
-                f"[{style[check.status]}]{check.status}[/]", check.name, check.detail, style=None
-            )
+            table.add_row(Text(check.status, style[check.status]), check.name, Text(check.detail))
             if check.remedy:
-                table.add_row("", "", f"[dim]{check.remedy}[/]")
-        Console().print(table)
+                table.add_row("", "", Text(check.remedy, "dim"))
+        _print(table)
     if any(check.status == "fail" for check in results):
         sys.exit(1)
 
 
-def _run(operation: Callable[[], Awaitable[T]], interrupted: str) -> T:
-    """Runs `operation`, which a signal cancels: it then tidies up, and SwapError(interrupted) is raised.
+def _still_there(mount_point: Path) -> str:
+    attached = swapdev.discover(mount_point)
+    if attached is None:
+        return "interrupted: the swap is detached, but its pool may not be empty"
+    if not attached.is_swap:
+        return f"interrupted: every page is back in memory; detach again to free {attached.loop_device}"
+    left = format_size(attached.used_bytes)
+    return f"interrupted: {left} stay in {attached.loop_device}, everything goes on serving"
+
+
+def _run(operation: Callable[[], Awaitable[T]], interrupted: Callable[[], str]) -> T:
+    """Runs `operation`, which a signal cancels: it then tidies up, and SwapError says how it was left.
 
     A second signal ends the program at once, whatever it was doing.
     """
 
     async def main() -> T:
-        with trio.CancelScope() as scope:
+        with trio.open_signal_receiver(*SIGNALS) as signals, trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
-                await nursery.start(_cancel_on_signal, scope)
+                nursery.start_soon(_cancel_on_signal, signals, scope)
                 try:
                     return await operation()
                 finally:
                     nursery.cancel_scope.cancel()
-        raise SwapError(interrupted)
+        raise SwapError(interrupted())
 
     try:
         return trio.run(main)
@@ -156,18 +164,12 @@ def _run(operation: Callable[[], Awaitable[T]], interrupted: str) -> T:
         raise group.exceptions[0] from None
 
 
-async def _cancel_on_signal(
-    scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    with trio.open_signal_receiver(*numbers) as signals:
-        task_status.started()
-        async for _ in signals:
-            scope.cancel()
-            for number in numbers:
-                signal.signal(number, signal.SIG_DFL)
-            click.echo("stopping as soon as the kernel can; again to leave it to end by itself", err=True)
-            await trio.sleep_forever()
+async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for _ in signals:
+        scope.cancel()
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        click.echo("stopping as soon as the kernel can; again to leave it to end by itself", err=True)
 
 
 class _DetachProgress:
@@ -188,20 +190,28 @@ class _DetachProgress:
         self._task = self._bar.add_task("", total=None, left="")
 
     def __enter__(self) -> "_DetachProgress":
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if not self._bar.disable:
+            self._bar.stop()
 
     def update(self, remaining: int) -> None:
         self._total = max(self._total, remaining)
         done = self._total - remaining
+        self._bar.start()  # only now: there may be nothing to detach
         self._bar.update(self._task, total=self._total, completed=done, left=format_size(remaining))
         share = 100 * done // self._total if self._total else 100
         if self._bar.disable and not self._quiet and share >= self._shown:
             click.echo(f"reading pages back: {share}%, {format_size(remaining)} left", err=True)
             self._shown = share // LINE_SHARE * LINE_SHARE + LINE_SHARE
+
+
+def _print(renderable: RenderableType) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 1000  # lines stay whole for grep
+    console.print(renderable)
 
 
 def _print_json(value: object) -> None:

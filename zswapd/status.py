@@ -12,10 +12,9 @@ from rich.text import Text
 
 from zswapd.config import format_size
 from zswapd.errors import DaemonError
-from zswapd.swapdev import Attachment, is_mounted
+from zswapd.swapdev import START_HINT, Attachment, is_mounted
 
 DEADLINE_SECONDS = 5
-START_HINT = "start it: systemctl start zswapd, or zswapd run"
 
 
 def read_stats(mount_point: Path) -> dict[str, Any]:
@@ -39,13 +38,14 @@ def read_stats(mount_point: Path) -> dict[str, Any]:
         ) from None
     if child.returncode:
         reason = stderr.decode(errors="replace").strip().rpartition(": ")[2]
-        raise DaemonError(f"the daemon does not serve {mount_point}: {reason}", START_HINT)
+        raise DaemonError(
+            f"the daemon does not serve {mount_point}: {reason}",
+            f"unmount what it left: umount {mount_point}; then {START_HINT}",
+        )
     try:
         stats: dict[str, Any] = json.loads(stdout)
     except ValueError:
-        raise DaemonError(
-            f"{mount_point}/stats.json is not JSON", "is another file system mounted there?"
-        ) from None
+        raise DaemonError(f"{mount_point}/stats.json is not JSON", "is another file system mounted there?") from None
     return stats
 
 
@@ -99,9 +99,7 @@ def render(stats: dict[str, Any], attachment: Attachment | None) -> RenderableTy
         f"{stats['pool_bytes'] / limit:.1%} of {format_size(limit)} used, peak {format_size(stats['pool_peak_bytes'])}",
     )
     for operation in ("load", "store"):
-        table.add_row(
-            f"{operation}s", f"{stats[f'{operation}s']:,}{_latency(stats[f'{operation}_latency'])}"
-        )
+        table.add_row(f"{operation}s", f"{stats[f'{operation}s']:,}{_latency(stats[f'{operation}_latency'])}")
     table.add_row("discards", f"{stats['discards']:,}")
     return Group(table, *_errors(stats))
 

@@ -28,6 +28,8 @@ FUSE_TIMEOUTS = ("default_request_timeout", "max_request_timeout")
 MARGIN_BYTES = 128 << 20  # memory that must be left over when every page is back
 SETTLE_SECONDS = 10  # for what ends asynchronously: a loop device's release, the daemon's answer
 POLL_SECONDS = 0.1
+SBIN = ":/usr/sbin:/sbin"  # cron's PATH lacks them
+START_HINT = "start it: systemctl start zswapd, or zswapd run"
 
 _UNSAFE = """\
 attaching is not safe on a machine that may run out of memory as a whole: in this form the daemon serves pages \
@@ -162,10 +164,9 @@ def refuse_full(attachment: Attachment, root: Path = ROOT) -> None:
         )
     controller = memcg.find_controller(root)
     full = list(memcg.overflows(controller, used)) if controller and used else []
-    if sum(group.need_bytes - group.limit_bytes for group in full) > elsewhere:
+    if min(used, sum(group.need_bytes - group.limit_bytes for group in full)) > elsewhere:
         groups = ", ".join(
-            f"{g.group} needs {format_size(g.need_bytes)}, its limit is {format_size(g.limit_bytes)}"
-            for g in full
+            f"{g.group} needs {format_size(g.need_bytes)}, its limit is {format_size(g.limit_bytes)}" for g in full
         )
         raise SwapError(
             f"processes would be killed for want of memory in these cgroups: {groups}",
@@ -202,7 +203,7 @@ async def attach(mount_point: Path, *, priority: int, discard: bool, unsafe: boo
 async def _attach(mount_point: Path, priority: int, discard: bool) -> Attachment:
     swapfile = str(mount_point / "swapfile")
     if discard:
-        # A loop device over FUSE always offers discards, and fails each one if the daemon cannot punch holes.
+        # A loop device over FUSE offers discards whether or not the daemon can punch holes; each would then fail.
         punch = ("fallocate", "--punch-hole", "--keep-size", "--offset", "0", "--length", "4096", swapfile)
         discard = (await _run(*punch, check=False)).returncode == 0
     loop = await _run("losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096", swapfile)
@@ -211,7 +212,7 @@ async def _attach(mount_point: Path, priority: int, discard: bool) -> Attachment
     if attached is None or attached.loop_device != device or not attached.direct_io:
         raise SwapError(
             f"{device} over {swapfile} does not do direct I/O: pages would be held twice, in the page cache too",
-            "the kernel, or the daemon's file system, does not support it: see zswapctl doctor",
+            "the kernel or the daemon's file system does not support it",
         )
     await _run("mkswap", device)
     await _run("swapon", "--priority", str(priority), *(["--discard"] if discard else []), device)
@@ -268,8 +269,9 @@ async def _swapoff(mount_point: Path, device: str, progress: Callable[[int], Non
     async def report() -> None:
         with reporting:
             while True:
-                if (attached := discover(mount_point)) and attached.is_swap:
-                    progress(attached.used_bytes)
+                for area in read_swaps():
+                    if area.path == device:
+                        progress(area.used_bytes)
                 await trio.sleep(POLL_SECONDS)
 
     async with trio.open_nursery() as nursery:
@@ -283,9 +285,7 @@ async def _swapoff(mount_point: Path, device: str, progress: Callable[[int], Non
     attached = discover(mount_point)
     if attached is None or not attached.is_swap:
         return
-    reason = (
-        result.stderr.decode(errors="replace").strip() or f"swapoff ended with status {result.returncode}"
-    )
+    reason = result.stderr.decode(errors="replace").strip() or f"swapoff ended with status {result.returncode}"
     hint = "see the kernel log (dmesg)"
     if "Cannot allocate memory" in reason or result.returncode == -9:
         reason += " (memory cannot take the pages back)"
@@ -305,9 +305,7 @@ async def _free_loop(mount_point: Path, device: str) -> None:
         while (attached := discover(mount_point)) and attached.loop_device == device:
             await trio.sleep(POLL_SECONDS)
         return
-    raise SwapError(
-        f"{device} is no longer swap, but another process has it open", f"see who: fuser -v {device}"
-    )
+    raise SwapError(f"{device} is no longer swap, but another process has it open", f"see who: fuser -v {device}")
 
 
 async def _reset(mount_point: Path) -> None:
@@ -335,17 +333,17 @@ def _require_root() -> None:
 
 
 async def _require_serving(mount_point: Path) -> None:
-    start = "start it: systemctl start zswapd, or zswapd run"
     if not is_mounted(mount_point):
-        raise DaemonError(f"the daemon does not run: nothing is mounted at {mount_point}", start)
+        raise DaemonError(f"the daemon does not run: nothing is mounted at {mount_point}", START_HINT)
     with trio.move_on_after(SETTLE_SECONDS):
         try:
             await trio.to_thread.run_sync(_open_and_close, mount_point / "swapfile", abandon_on_cancel=True)
             return
         except OSError as error:
-            if error.errno == errno.ENOTCONN:
-                start = f"unmount what it left: umount {mount_point}; then {start}"
-            raise DaemonError(f"the daemon does not serve {mount_point}: {error.strerror}", start) from None
+            raise DaemonError(
+                f"the daemon does not serve {mount_point}: {error.strerror}",
+                f"unmount what it left: umount {mount_point}; then {START_HINT}",
+            ) from None
     raise DaemonError(f"the daemon at {mount_point} does not answer", "it is stopped or stuck: see its log")
 
 
@@ -366,8 +364,8 @@ async def _exclusive(mount_point: Path) -> AsyncIterator[None]:
 
 
 async def _run(*command: str, check: bool = True) -> CompletedProcess[bytes]:
-    # A process group of its own: Ctrl-C reaches us alone, and we decide. sbin: cron's PATH lacks it.
-    path = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
+    # A process group of its own: Ctrl-C reaches us alone, and we decide.
+    path = os.environ.get("PATH", "/usr/bin:/bin") + SBIN
     try:
         result = await trio.run_process(
             command,

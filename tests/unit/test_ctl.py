@@ -1,0 +1,194 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from click.testing import CliRunner, Result
+
+from zswapd import ctl, doctor, status, swapdev
+from zswapd.errors import SwapError
+from zswapd.swapdev import Attachment
+
+ATTACHED = Attachment("/dev/loop9", True, True, 1 << 30, 1 << 20, 100)
+
+
+@pytest.fixture(autouse=True)
+def empty_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("ZSWAPD_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "empty.toml").touch()
+    monkeypatch.setenv("ZSWAPD_CONFIG", str(tmp_path / "empty.toml"))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(ctl.cli, ["--set", "swap.mount_point=/run/zswapd-test/mnt", *arguments])
+
+
+@pytest.mark.parametrize("command", [["status"], ["status", "--json"], ["attach"], ["attach", "--unsafe"]])
+def test_without_a_daemon_one_is_told_how_to_start_it(command: list[str]) -> None:
+    result = run(*command)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("zswapctl: the daemon does not run: nothing is mounted at /run/zswapd-test/mnt\n")
+    assert "zswapd run" in result.stderr
+
+
+def test_detaching_nothing_says_so_and_succeeds() -> None:
+    result = run("detach")
+    assert (result.exit_code, result.stdout) == (0, "nothing is attached at /run/zswapd-test/mnt\n")
+    assert json.loads(run("detach", "--json").stdout) == {"detached": None}
+
+
+def test_a_bad_configuration_is_an_error_and_bad_usage_another() -> None:
+    result = run("--set", "swap.size=0", "status")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("zswapctl: --set: swap.size = 0: ")
+    assert run("no-such-command").exit_code == 2
+    assert run("attach", "--no-such-option").exit_code == 2
+
+
+def test_attach_passes_the_configuration_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    async def attach(mount_point: Path, **options: Any) -> Attachment:
+        seen.update(options, mount_point=mount_point)
+        return ATTACHED
+
+    monkeypatch.setattr(swapdev, "attach", attach)
+    result = run("--set", "swap.priority=7", "--set", "swap.discard=false", "attach", "--unsafe")
+    assert seen == {
+        "mount_point": Path("/run/zswapd-test/mnt"),
+        "priority": 7,
+        "discard": False,
+        "unsafe": True,
+    }
+    assert result.stdout == "attached: /dev/loop9, 1.0 GiB of swap, priority 100\n"
+    run("attach")
+    assert seen["unsafe"] is False
+    assert json.loads(run("attach", "--json").stdout)["loop_device"] == "/dev/loop9"
+
+
+def test_progress_without_a_terminal_is_a_few_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def detach(mount_point: Path, *, force: bool, progress: Any) -> Attachment:
+        assert force
+        for remaining in range(1000 << 10, -1, -(1 << 10)):
+            progress(remaining)
+        return ATTACHED
+
+    monkeypatch.setattr(swapdev, "detach", detach)
+    result = run("detach", "--force")
+    assert result.stdout == "detached: /dev/loop9, 1.0 MiB back in memory\n"
+    lines = result.stderr.splitlines()
+    assert len(lines) == 11
+    assert lines[0] == "reading pages back: 0%, 1000.0 KiB left"
+    assert lines[-1] == "reading pages back: 100%, 0 B left"
+
+    result = run("detach", "--force", "--json")
+    assert json.loads(result.stdout)["detached"]["used_bytes"] == 1 << 20
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("left", "text"),
+    [
+        (None, "the swap is detached"),
+        (ATTACHED, "1.0 MiB stay in /dev/loop9, everything goes on serving"),
+        (replace(ATTACHED, is_swap=False), "every page is back in memory; detach again to free /dev/loop9"),
+    ],
+)
+def test_an_interruption_says_how_things_were_left(
+    left: Attachment | None, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def detach(mount_point: Path, *, force: bool, progress: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(swapdev, "detach", detach)
+    monkeypatch.setattr(swapdev, "discover", lambda mount_point: left)
+    assert text in run("detach").stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_interrupts_in_good_order(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    tidied = []
+
+    async def detach(mount_point: Path, *, force: bool, progress: Any) -> None:
+        os.kill(os.getpid(), number)
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.lowlevel.checkpoint()
+                tidied.append(mount_point)
+
+    monkeypatch.setattr(swapdev, "detach", detach)
+    before = signal.getsignal(number)
+    result = run("detach")
+    assert result.exit_code == 1
+    assert "zswapctl: interrupted: " in result.stderr
+    assert tidied == [Path("/run/zswapd-test/mnt")]
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_signal_ends_the_program_at_once() -> None:
+    program = """
+import trio
+from zswapd import ctl
+
+async def operation():
+    print("started", flush=True)
+    with trio.CancelScope(shield=True):
+        await trio.sleep_forever()
+
+ctl._run(operation, lambda: "")
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        try:
+            assert child.stdout
+            assert child.stderr
+            assert child.stdout.readline() == "started\n"
+            child.send_signal(signal.SIGINT)
+            assert child.stderr.readline().startswith("stopping as soon as the kernel can")
+            child.send_signal(signal.SIGINT)
+            assert child.wait(10) == -signal.SIGINT
+        finally:
+            child.kill()
+
+
+def test_an_error_is_shown_with_its_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def detach(mount_point: Path, *, force: bool, progress: Any) -> None:
+        raise SwapError("what", "remedy")
+
+    monkeypatch.setattr(swapdev, "detach", detach)
+    result = run("detach")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "zswapctl: what\nremedy\n")
+
+
+def test_status_joins_the_daemon_s_word_with_the_kernel_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "read_stats", lambda mount_point: {"pid": 5})
+    monkeypatch.setattr(swapdev, "discover", lambda mount_point: ATTACHED)
+    shown = json.loads(run("status", "--json").stdout)
+    assert shown["pid"] == 5
+    assert shown["attachment"]["loop_device"] == "/dev/loop9"
+
+
+@pytest.mark.parametrize(("worst", "code"), [("ok", 0), ("warn", 0), ("fail", 1)])
+def test_doctor_fails_only_for_failures(worst: Any, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [doctor.Check("a", "ok", "fine"), doctor.Check("b", worst, "detail [red]", "remedy")]
+    monkeypatch.setattr(doctor, "run", lambda config: found)
+    result = run("doctor")
+    assert result.exit_code == code
+    assert "detail [red]" in result.stdout
+    assert "remedy" in result.stdout
+    result = run("doctor", "--json")
+    assert result.exit_code == code
+    assert [check["status"] for check in json.loads(result.stdout)] == ["ok", worst]

@@ -1,0 +1,119 @@
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from zswapd import doctor
+from zswapd.config import load
+
+CONFIG = load(None, ["swap.mount_point=/run/zswapd-test/mnt", "swap.priority=100"], {})
+FILES = {
+    "dev/fuse": "",
+    "dev/loop-control": "",
+    "proc/self/mounts": "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n",
+    "proc/self/status": "Name:\tcat\nCapEff:\t000001ffffffffff\n",
+    "proc/self/uid_map": "         0          0 4294967295\n",
+    "proc/swaps": "Filename Type Size Used Priority\n",
+    "proc/sys/kernel/osrelease": "6.9.0-test\n",
+    "proc/sys/vm/overcommit_memory": "0\n",
+    "proc/sys/vm/page-cluster": "0\n",
+    "proc/sys/vm/swappiness": "60\n",
+    "sys/fs/cgroup/cgroup.controllers": "cpu memory\n",
+    "sys/module/zswap/parameters/enabled": "N\n",
+    "sys/power/state": "\n",
+}
+
+
+def write(root: Path, path: str, text: str) -> None:
+    file = root / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine on which nothing is wrong."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(doctor, "read_stats", lambda mount_point: {"version": "1", "pid": 7})
+    for path, text in FILES.items():
+        write(tmp_path, path, text)
+    return tmp_path
+
+
+def problems(machine: Path) -> dict[str, str]:
+    checks = doctor.run(CONFIG, machine)
+    assert all(check.remedy for check in checks if check.status != "ok")
+    return {check.name: check.status for check in checks if check.status != "ok"}
+
+
+def test_nothing_is_wrong(machine: Path) -> None:
+    assert problems(machine) == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "problem"),
+    [
+        ("proc/self/status", "CapEff:\t000001ffffdfffff\n", {"privileges": "fail"}),
+        ("proc/self/status", "CapEff:\t000001fffeffffff\n", {"protection": "warn"}),
+        ("proc/self/uid_map", "0 100000 65536\n", {"privileges": "fail"}),
+        (".dockerenv", "", {"privileges": "warn"}),
+        ("proc/sys/kernel/osrelease", "6.8.12-amd64\n", {"kernel": "warn"}),
+        ("proc/sys/kernel/osrelease", "6.0.0\n", {"kernel": "fail"}),
+        ("proc/sys/kernel/osrelease", "5.15.0\n", {"kernel": "fail"}),
+        ("sys/fs/cgroup/cgroup.controllers", "cpu\n", {"memory cgroups": "warn"}),
+        ("sys/module/zswap/parameters/enabled", "Y\n", {"kernel zswap": "fail"}),
+        ("proc/sys/fs/fuse/max_request_timeout", "30\n", {"FUSE timeouts": "fail"}),
+        ("proc/sys/vm/page-cluster", "3\n", {"vm.page-cluster": "warn"}),
+        ("proc/sys/vm/swappiness", "0\n", {"vm.swappiness": "warn"}),
+        ("proc/sys/vm/overcommit_memory", "2\n", {"vm.overcommit_memory": "warn"}),
+        ("sys/power/state", "freeze mem disk\n", {"suspend": "warn"}),
+        ("proc/swaps", FILES["proc/swaps"] + "/dev/sda2 partition 9 0 100\n", {"swap areas": "warn"}),
+        ("proc/swaps", FILES["proc/swaps"] + "/dev/sda2 partition 9 0 99\n", {}),
+    ],
+)
+def test_what_is_wrong_is_found(machine: Path, path: str, text: str, problem: dict[str, str]) -> None:
+    write(machine, path, text)
+    assert problems(machine) == problem
+
+
+@pytest.mark.parametrize(("path", "name"), [("dev/fuse", "FUSE"), ("dev/loop-control", "loop devices")])
+def test_what_is_missing_is_found(machine: Path, path: str, name: str) -> None:
+    (machine / path).unlink()
+    assert problems(machine) == {name: "fail"}
+
+
+def test_root_is_needed(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert problems(machine) == {"root": "fail"}
+
+
+def test_tools_are_needed(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "TOOLS", ("swapon", "no-such-tool"))
+    [check] = [check for check in doctor.run(CONFIG, machine) if check.name == "tools"]
+    assert (check.status, check.detail) == ("fail", "not found: no-such-tool")
+
+
+def test_memory_must_be_lockable(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(machine, "proc/self/status", "CapEff:\t000001ffffffbfff\n")
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (8 << 20, 8 << 20))
+    assert problems(machine) == {"memory lock": "fail"}
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (resource.RLIM_INFINITY,) * 2)
+    assert problems(machine) == {}
+
+
+def test_a_pool_as_large_as_memory(machine: Path) -> None:
+    config = load(None, ["pool.mem_limit=100%"], {})
+    [check] = [check for check in doctor.run(config, machine) if check.name == "memory"]
+    assert check.status == "warn"
+
+
+def test_a_daemon_that_does_not_run_is_no_failure(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert problems(machine) == {"daemon": "warn"}
+
+
+@pytest.mark.parametrize(("release", "version"), [("6.1.0-18-amd64", (6, 1)), ("7.12", (7, 12)), ("odd", (0, 0))])
+def test_kernel_versions(release: str, version: tuple[int, int]) -> None:
+    assert doctor.kernel_version(release) == version

@@ -1,0 +1,127 @@
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from zswapd import status
+from zswapd.errors import DaemonError
+from zswapd.swapdev import Attachment
+
+BOUNDS = [0.001, 0.002, 0.004]
+HISTOGRAM = {"bounds_seconds": BOUNDS, "counts": [0, 100, 0, 0], "sum_seconds": 0.15}
+MIB = 1 << 20
+
+
+def stats(**changes: Any) -> dict[str, Any]:
+    return {
+        "version": "9.9",
+        "pid": 42,
+        "swap_size_bytes": 1 << 30,
+        "algorithm": "zstd",
+        "zstd_level": 5,
+        "pages": {"lz4": 1000, "zstd": 24, "same_filled": 7, "incompressible": 3, "lost": 0},
+        "original_bytes": 12 * MIB,
+        "compressed_bytes": 3 * MIB,
+        "pool_bytes": 4 * MIB,
+        "pool_peak_bytes": 5 * MIB,
+        "pool_reserve_bytes": MIB,
+        "pool_limit_bytes": 8 * MIB,
+        "metadata_bytes": MIB,
+        "loads": 100,
+        "stores": 200,
+        "discards": 0,
+        "rejected_stores": {"pool_full": 0, "out_of_range": 0},
+        "errors": {"lost": 0, "corrupt": 0},
+        "load_latency": HISTOGRAM,
+        "store_latency": {"bounds_seconds": BOUNDS, "counts": [0, 0, 0, 0], "sum_seconds": 0},
+        **changes,
+    }
+
+
+def shown(stats: dict[str, Any], attachment: Attachment | None = None) -> str:
+    console = Console(width=200, force_terminal=True, color_system="standard")
+    with console.capture() as capture:
+        console.print(status.render(stats, attachment), highlight=False)
+    return capture.get()
+
+
+@pytest.mark.parametrize(
+    ("q", "counts", "expected"),
+    [
+        (0.5, [0, 0, 0, 0], None),
+        (0.5, [10, 0, 0, 0], 0.0005),
+        (0.5, [0, 10, 0, 0], 0.0015),
+        (0.99, [98, 0, 2, 0], 0.003),
+        (0.5, [5, 0, 5, 0], 0.001),
+        (0.99, [1, 0, 0, 99], 0.004),
+    ],
+)
+def test_quantiles(q: float, counts: list[int], expected: float | None) -> None:
+    assert status.quantile(q, BOUNDS, counts) == (expected if expected is None else pytest.approx(expected))
+
+
+def test_effective_ratio_counts_all_the_memory() -> None:
+    assert status.effective_ratio(stats()) == 2.0
+    assert status.effective_ratio(stats(pool_bytes=0, pool_reserve_bytes=0, metadata_bytes=0)) is None
+
+
+def test_the_state_is_shown() -> None:
+    text = shown(stats(), Attachment("/dev/loop5", True, True, 1 << 30, MIB, 100))
+    assert "/dev/loop5, 1.0 MiB of 1.0 GiB used, priority 100" in text
+    assert "1,034 (lz4 1,000, zstd 24, same-filled 7, incompressible 3)" in text
+    assert "12.0 MiB stored as 3.0 MiB, in a pool of 4.0 MiB (effective ratio 2.00)" in text
+    assert "50.0% of 8.0 MiB used, peak 5.0 MiB" in text
+    assert "100, p50 1.5 ms, p99 2.0 ms" in text
+    assert "zstd level 5" in text
+    assert "\x1b[1;31m" not in text
+
+
+def test_what_is_not_attached_says_so() -> None:
+    assert "not attached" in shown(stats())
+    half = shown(stats(), Attachment("/dev/loop5", False, True, 1 << 30, 0, 0))
+    assert "/dev/loop5 is half attached" in half
+
+
+def test_latency_beyond_the_last_bound_is_a_lower_limit() -> None:
+    beyond = {"bounds_seconds": BOUNDS, "counts": [0, 0, 0, 9], "sum_seconds": 9.0}
+    assert "p50 >= 4.0 ms" in shown(stats(load_latency=beyond))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"errors": {"lost": 3, "corrupt": 0}}, "3 loads of lost pages"),
+        ({"errors": {"lost": 0, "corrupt": 4}}, "4 loads of corrupt pages"),
+        ({"rejected_stores": {"pool_full": 5, "out_of_range": 0}}, "5 stores refused, pool full"),
+        ({"pages": {"lz4": 1, "lost": 6}}, "6 pages are lost"),
+    ],
+)
+def test_errors_are_red(changes: dict[str, Any], text: str) -> None:
+    assert f"\x1b[1;31m{text}" in shown(stats(**changes))
+
+
+def test_no_mount_means_no_daemon(tmp_path: Path) -> None:
+    with pytest.raises(DaemonError, match="does not run") as caught:
+        status.read_stats(tmp_path)
+    assert "zswapd run" in caught.value.hint
+
+
+def test_a_daemon_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "stats.json")  # opening it waits for a writer that never comes
+    monkeypatch.setattr(status, "is_mounted", lambda mount_point: True)
+    monkeypatch.setattr(status, "DEADLINE_SECONDS", 0.1)
+    with pytest.raises(DaemonError, match="does not answer"):
+        status.read_stats(tmp_path)
+
+
+def test_what_is_read_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "is_mounted", lambda mount_point: True)
+    with pytest.raises(DaemonError, match=r"does not serve .*: No such file or directory"):
+        status.read_stats(tmp_path)
+    (tmp_path / "stats.json").write_text("{")
+    with pytest.raises(DaemonError, match="not JSON"):
+        status.read_stats(tmp_path)
+    (tmp_path / "stats.json").write_text('{"pid": 1}')
+    assert status.read_stats(tmp_path) == {"pid": 1}

@@ -1,0 +1,253 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from zswapd import swapdev
+from zswapd.errors import DaemonError, SwapError
+from zswapd.memcg import Controller, find_controller
+from zswapd.swapdev import Attachment, SwapArea, discover, is_mounted, parse_swaps, refuse_full, refuse_machine
+
+MOUNT_POINT = Path("/run/zswapd-test/mnt")
+GIB = 1 << 30
+SWAPS = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
+OURS = Attachment("/dev/loop3", True, True, 4 * GIB, GIB, 100)
+
+
+def write(root: Path, path: str, text: str) -> None:
+    file = root / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def add_loop(root: Path, name: str, backing_file: str, dio: int = 1) -> None:
+    write(root, f"sys/block/{name}/loop/backing_file", f"{backing_file}\n")
+    write(root, f"sys/block/{name}/loop/dio", f"{dio}\n")
+    write(root, f"sys/block/{name}/size", "8192\n")
+
+
+def machine(root: Path, available_kib: int, swaps: str = "", mounts: str = "") -> None:
+    write(root, "proc/meminfo", f"MemTotal: 99999999 kB\nMemAvailable:   {available_kib} kB\n")
+    write(root, "proc/swaps", SWAPS + swaps)
+    write(root, "proc/self/mounts", mounts)
+
+
+def test_swaps_are_parsed_in_bytes_with_escapes() -> None:
+    text = SWAPS + "/dev/loop0    partition\t262140\t\t100\t\t-2\n/swap\\040file\\134x   file  8 4 32767\n"
+    assert parse_swaps(text) == [
+        SwapArea("/dev/loop0", 262140 << 10, 100 << 10, -2),
+        SwapArea("/swap file\\x", 8 << 10, 4 << 10, 32767),
+    ]
+    assert parse_swaps(SWAPS) == []
+
+
+def test_discover_finds_our_loop_device_alone(tmp_path: Path) -> None:
+    write(tmp_path, "proc/swaps", SWAPS + "/dev/loop1 partition 100 4 5\n/dev/loop7 partition 200 8 6\n")
+    add_loop(tmp_path, "loop1", "/run/zswapd-other/mnt/swapfile")
+    (tmp_path / "sys/block/loop2").mkdir()  # free
+    assert discover(MOUNT_POINT, tmp_path) is None
+
+    add_loop(tmp_path, "loop3", f"{MOUNT_POINT}/swapfile", dio=0)
+    half = discover(MOUNT_POINT, tmp_path)
+    assert half == Attachment("/dev/loop3", False, False, 8192 * 512, 0, 0)
+
+    add_loop(tmp_path, "loop7", f"{MOUNT_POINT}/swapfile")
+    assert discover(MOUNT_POINT, tmp_path) == Attachment("/dev/loop7", True, True, 8192 * 512, 8 << 10, 6)
+
+
+def test_discover_follows_a_symbolic_link(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "direct").symlink_to("real/mnt")
+    write(tmp_path, "proc/swaps", SWAPS)
+    add_loop(tmp_path, "loop0", f"{real}/mnt/swapfile")
+    assert discover(tmp_path / "link/mnt", tmp_path)
+    assert discover(tmp_path / "direct", tmp_path)
+
+
+def test_only_a_fuse_mount_is_a_daemon(tmp_path: Path) -> None:
+    line = "36 35 98:0 / {} rw,noatime shared:1 - {} source rw\n"
+    other = line.format("/run/zswapd-test", "fuse") + line.format(MOUNT_POINT, "ext4")
+    write(tmp_path, "proc/self/mountinfo", other)
+    assert not is_mounted(MOUNT_POINT, tmp_path)
+    write(tmp_path, "proc/self/mountinfo", other + line.format("/a\\040b", "fuse.zswapd"))
+    assert is_mounted(Path("/a b"), tmp_path)
+
+
+def test_attach_refuses_zswap_in_front(tmp_path: Path) -> None:
+    refuse_machine(tmp_path)
+    write(tmp_path, "sys/module/zswap/parameters/enabled", "N\n")
+    refuse_machine(tmp_path)
+    write(tmp_path, "sys/module/zswap/parameters/enabled", "Y\n")
+    with pytest.raises(SwapError, match="twice"):
+        refuse_machine(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["default_request_timeout", "max_request_timeout"])
+def test_attach_refuses_fuse_timeouts(tmp_path: Path, name: str) -> None:
+    write(tmp_path, f"proc/sys/fs/fuse/{name}", "0\n")
+    refuse_machine(tmp_path)
+    write(tmp_path, f"proc/sys/fs/fuse/{name}", "15\n")
+    with pytest.raises(SwapError, match=rf"fs.fuse.{name} = 15.*") as caught:
+        refuse_machine(tmp_path)
+    assert f"sysctl -w fs.fuse.{name}=0" in caught.value.hint
+
+
+def test_memory_must_take_every_page_back_and_leave_a_margin(tmp_path: Path) -> None:
+    enough = (GIB + swapdev.MARGIN_BYTES) >> 10
+    machine(tmp_path, enough)
+    refuse_full(OURS, tmp_path)
+    machine(tmp_path, enough - 1)
+    with pytest.raises(SwapError, match=r"memory cannot take the pages back: 1.0 GiB in swap") as caught:
+        refuse_full(OURS, tmp_path)
+    assert "--force" in caught.value.hint
+
+
+def test_other_swap_counts_but_not_our_own(tmp_path: Path) -> None:
+    machine(tmp_path, 1 << 10, "/dev/loop3 partition 4194304 1048576 100\n")
+    with pytest.raises(SwapError, match="0 B free in other swap areas"):
+        refuse_full(OURS, tmp_path)
+    machine(tmp_path, 1 << 10, "/dev/sda2 partition 2097152 1048576 5\n")
+    with pytest.raises(SwapError, match=r"1.0 GiB free in other swap areas"):
+        refuse_full(OURS, tmp_path)
+    machine(tmp_path, 1 << 10, "/dev/sda2 partition 2097152 0 5\n")
+    refuse_full(OURS, tmp_path)
+
+
+def test_empty_swap_needs_no_memory(tmp_path: Path) -> None:
+    machine(tmp_path, 1)
+    refuse_full(Attachment("/dev/loop3", True, True, GIB, 0, 1), tmp_path)
+
+
+def v1_group(root: Path, name: str, limit: int, rss: int, shmem: int, swap: int) -> None:
+    group = f"sys/fs/cgroup/memory/{name}"
+    write(root, f"{group}/memory.limit_in_bytes", f"{limit}\n")
+    # The plain fields exclude descendants: they must not be what is read.
+    stat = f"rss 1\nshmem 1\nswap 1\ntotal_rss {rss}\ntotal_shmem {shmem}\ntotal_swap {swap}\n"
+    write(root, f"{group}/memory.stat", stat)
+
+
+def v2_group(root: Path, name: str, limit: str, anon: int, shmem: int, swap: int, swapcached: int = 0) -> None:
+    group = f"sys/fs/cgroup/{name}"
+    write(root, f"{group}/memory.max", f"{limit}\n")
+    write(root, f"{group}/memory.swap.current", f"{swap}\n")
+    write(root, f"{group}/memory.stat", f"anon {anon}\nfile 5\nshmem {shmem}\nswapcached {swapcached}\n")
+
+
+def v1_machine(root: Path, swaps: str = "") -> None:
+    machine(root, 1 << 30, swaps, "cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\n")
+    write(root, "sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
+
+
+def v2_machine(root: Path, swaps: str = "") -> None:
+    machine(root, 1 << 30, swaps, "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n")
+    write(root, "sys/fs/cgroup/cgroup.controllers", "cpu memory\n")
+
+
+def test_a_v1_cgroup_that_would_exceed_its_limit(tmp_path: Path) -> None:
+    v1_machine(tmp_path)
+    v1_group(tmp_path, "slice/fits", 300 << 20, 100 << 20, 50 << 20, 150 << 20)
+    v1_group(tmp_path, "unlimited", 9223372036854771712, 900 << 20, 0, 900 << 20)
+    refuse_full(OURS, tmp_path)
+    v1_group(tmp_path, "slice/full", 300 << 20, 100 << 20, 50 << 20, 151 << 20)
+    with pytest.raises(SwapError, match=r"/slice/full needs 301.0 MiB, its limit is 300.0 MiB\n"):
+        refuse_full(OURS, tmp_path)
+
+
+def test_a_v2_cgroup_that_would_exceed_its_limit(tmp_path: Path) -> None:
+    v2_machine(tmp_path)
+    v2_group(tmp_path, "unlimited", "max", 900 << 20, 0, 900 << 20)
+    v2_group(tmp_path, "cached", str(300 << 20), 200 << 20, 0, 101 << 20, swapcached=1 << 20)
+    v2_group(tmp_path, "no-swap", str(300 << 20), 301 << 20, 0, 0)
+    refuse_full(OURS, tmp_path)
+    v2_group(tmp_path, "app.slice/db", str(300 << 20), 200 << 20, 1 << 20, 100 << 20)
+    with pytest.raises(SwapError, match=r"cgroups: /app.slice/db needs 301.0 MiB, its limit is 300.0 MiB\n"):
+        refuse_full(OURS, tmp_path)
+
+
+def test_only_what_is_in_our_swap_comes_back_to_a_cgroup(tmp_path: Path) -> None:
+    v2_machine(tmp_path)
+    v2_group(tmp_path, "a", str(1 * GIB), GIB // 2, 0, 9 * GIB)
+    small = Attachment("/dev/loop3", True, True, GIB, GIB // 2, 100)
+    refuse_full(small, tmp_path)
+    with pytest.raises(SwapError, match=r"/a needs 1.5 GiB"):
+        refuse_full(OURS, tmp_path)
+
+
+def test_a_full_cgroup_may_use_other_swap(tmp_path: Path) -> None:
+    v2_machine(tmp_path, "/dev/sda2 partition 524287 0 5\n")
+    v2_group(tmp_path, "a", str(GIB), GIB // 2, 0, GIB)
+    with pytest.raises(SwapError, match=r"/a needs 1.5 GiB"):
+        refuse_full(OURS, tmp_path)
+    v2_machine(tmp_path, "/dev/sda2 partition 524288 0 5\n")
+    refuse_full(OURS, tmp_path)
+
+
+def test_the_controller_is_found_on_a_hybrid_machine(tmp_path: Path) -> None:
+    unified = "cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n"
+    write(tmp_path, "proc/self/mounts", unified + "cgroup /sys/fs/cgroup/cpu,memory cgroup rw,cpu,memory 0 0\n")
+    write(tmp_path, "sys/fs/cgroup/unified/cgroup.controllers", "pids\n")
+    assert find_controller(tmp_path) == Controller(1, tmp_path / "sys/fs/cgroup/cpu,memory")
+    write(tmp_path, "proc/self/mounts", unified)
+    assert find_controller(tmp_path) is None
+
+
+async def test_only_root_attaches_and_detaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(SwapError, match="only root"):
+        await swapdev.attach(MOUNT_POINT, priority=1, discard=False, unsafe=True)
+    with pytest.raises(SwapError, match="only root"):
+        await swapdev.detach(MOUNT_POINT)
+
+
+async def test_nothing_to_attach_or_detach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(DaemonError, match="does not run"):
+        await swapdev.attach(MOUNT_POINT, priority=1, discard=False, unsafe=True)
+    assert await swapdev.detach(MOUNT_POINT) is None
+
+
+async def test_attaching_says_what_is_not_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "mnt/swapfile").touch()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(swapdev, "is_mounted", lambda mount_point: True)
+    monkeypatch.setattr(swapdev, "refuse_machine", lambda: None)
+    with pytest.raises(SwapError, match=r"not safe.*the machine then hangs") as caught:
+        await swapdev.attach(tmp_path / "mnt", priority=1, discard=False, unsafe=False)
+    assert "memory cgroup that has a limit" in caught.value.hint
+
+
+async def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(swapdev, "SBIN", "")
+    with pytest.raises(SwapError, match="losetup is not installed"):
+        await swapdev._run("losetup", "--find")
+
+
+async def test_a_failed_command_gives_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(SwapError, match=r"^losetup --find .*/none failed: losetup: .*No such file"):
+        await swapdev._run("losetup", "--find", f"{tmp_path}/none")
+
+
+async def test_resetting_waits_for_the_swapfile_to_be_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = []
+
+    def busy_twice(path: Path, data: bytes) -> None:
+        attempts.append((path, data))
+        if len(attempts) < 3:
+            raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(swapdev, "_write", busy_twice)
+    await swapdev._reset(tmp_path)
+    assert attempts == [(tmp_path / "reset", b"1")] * 3
+
+    attempts.clear()
+    monkeypatch.setattr(swapdev, "SETTLE_SECONDS", -1)
+    with pytest.raises(SwapError, match="the pool was not emptied"):
+        await swapdev._reset(tmp_path)
+
+
+async def test_a_pool_that_is_gone_needs_no_reset(tmp_path: Path) -> None:
+    await swapdev._reset(tmp_path / "gone")
