@@ -42,7 +42,10 @@ def control_files(engine: Engine, swapfile_in_use: Callable[[], bool]) -> dict[s
         engine.reset()
 
     def set_mem_limit(command: str) -> None:
-        engine.mem_limit = parse_size(command)
+        size = parse_size(command)
+        if size == 0:
+            raise ValueError("a limit of 0 would refuse every page")
+        engine.mem_limit = size
 
     return {
         "stats.json": ControlFile(read=lambda: stats_json(engine)),
@@ -108,5 +111,7 @@ def _set_comp_algorithm(engine: Engine, command: str) -> None:
         name, _, value = parameter.partition("=")
         if algorithm != "zstd" or name != "level":
             raise ValueError(f"unknown parameter {parameter!r}")
+        if not value.isdecimal():
+            raise ValueError(f"not a level: {value!r}")
         level = int(value)
     engine.set_compression(algorithm, level)

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import pyfuse3
 import trio
@@ -70,6 +70,12 @@ class SwapFs(pyfuse3.Operations):
             entry = self._attributes(InodeT(_SWAP_INODE + position))
             if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, position + 1):
                 return
+
+    async def _refuse(self, *_: object) -> NoReturn:
+        """The files are what they are, as in procfs and sysfs: none is made, removed or renamed."""
+        raise FUSEError(errno.EPERM)
+
+    create = mknod = mkdir = symlink = link = unlink = rmdir = rename = _refuse  # type: ignore[assignment]
 
     # Attributes
 

@@ -25,6 +25,11 @@ pub fn write(object: &mut [u8], slot: u32, codec: Codec, payload: &[u8]) {
     object[HEADER_SIZE..HEADER_SIZE + payload.len()].copy_from_slice(payload);
 }
 
+/// Whether the header names this slot. If not, whoever found the object through that slot's word must leave it alone.
+pub fn belongs_to(object: &[u8], slot: u32) -> bool {
+    object.starts_with(&slot.to_le_bytes())
+}
+
 /// Codec and payload length as the header says, unverified: for accounting. None if they make no sense.
 pub fn peek(object: &[u8]) -> Option<(Codec, usize)> {
     let kind = u16::from_le_bytes(object.get(8..10)?.try_into().ok()?);
@@ -38,7 +43,7 @@ pub fn verify(object: &[u8], slot: u32) -> Option<(Codec, &[u8])> {
     let (codec, length) = peek(object)?;
     let payload = &object[HEADER_SIZE..HEADER_SIZE + length];
     let kind = (codec as u16) << LENGTH_BITS | length as u16;
-    let intact = object[..4] == slot.to_le_bytes()
+    let intact = belongs_to(object, slot)
         && object[4..8] == checksum(slot, kind, payload).to_le_bytes()
         && object[10..12] == [0; 2];
     intact.then_some((codec, payload))

@@ -172,13 +172,16 @@ impl Store {
             Entry::Empty => {}
             Entry::Lost => self.metrics.pages_lost.sub(1),
             Entry::SameFilled(_) => self.metrics.pages_same_filled.sub(1),
-            Entry::Pool(location) => self.free_object(location),
+            Entry::Pool(location) => self.free_object(slot.index(), location),
         }
     }
 
-    fn free_object(&self, location: Location) {
+    /// Frees what the word of a slot named. A word may be damaged, and name an object of another slot: that one stays.
+    fn free_object(&self, index: u32, location: Location) {
+        let examine = |object: &[u8]| object::belongs_to(object, index).then(|| object::peek(object));
         // SAFETY: the slot is still locked; its word no longer names the object, so that nobody else frees it.
-        if let Some((codec, length)) = unsafe { self.pool.with_object(location, object::peek) }.flatten() {
+        let Some(header) = unsafe { self.pool.with_object(location, examine) }.flatten() else { return };
+        if let Some((codec, length)) = header {
             self.metrics.compressed_bytes.sub(length as u64);
             self.pages_of(codec).sub(1);
         }

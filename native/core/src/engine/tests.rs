@@ -269,7 +269,8 @@ fn concurrent_calls_never_tear_a_page() {
             let mut scratch = Scratch::new().expect("scratch");
             let mut page = vec![0; PAGE_SIZE];
             let mut seen = 0;
-            while !stop.load(Ordering::Relaxed) {
+            // Whole to the end, and at least until a page was seen: a busy machine may let the writers finish first.
+            while !stop.load(Ordering::Relaxed) || seen == 0 {
                 for slot in 0..PAGES as u64 {
                     match engine.read(slot * PAGE_SIZE as u64, &mut page, &mut scratch) {
                         Ok(_) if page.iter().all(|&byte| byte == 0) => {}
@@ -283,7 +284,6 @@ fn concurrent_calls_never_tear_a_page() {
                     }
                 }
             }
-            assert!(seen > 0);
         });
     });
     engine.reset();

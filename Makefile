@@ -1,0 +1,112 @@
+# make build   everything that zswapd needs: system packages, Python packages in .venv, the native module
+# make demo    real pages through a real swap device, every one checked
+# make test    all tests (needs root for the swap device; says what it skips)
+# make lint    formatting, lints, types
+# make lock    choose the newest Python packages: rewrites requirements*.lock, which pin them with hashes
+# make clean   remove what the above have made here
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.PHONY: build demo test lint lock clean system
+
+PYTHON := .venv/bin/python
+NATIVE := zswapd/_native.abi3.so
+NATIVE_SOURCES := pyproject.toml $(shell find native -path native/target -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
+# mkswap, swapon and losetup, where a user's PATH lacks them.
+export PATH := $(PATH):/usr/sbin:/sbin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+build: $(NATIVE)
+
+# pyfuse3 comes as source: what builds it is pinned too, and goes first.
+.venv/.packages: requirements.lock requirements-build.lock | system
+	@echo "zswapd: Python packages into .venv"
+	$(PYTHON) -m pip --version >/dev/null 2>&1 || python3 -m venv --clear .venv
+	$(PYTHON) -m pip install --quiet --require-hashes -r requirements-build.lock
+	$(PYTHON) -m pip install --quiet --require-hashes --no-build-isolation -r requirements.lock
+	touch $@
+
+$(NATIVE): .venv/.packages $(NATIVE_SOURCES) | system
+	@echo "zswapd: native module (the first time takes a minute or two)"
+	# All that it needs is installed: maturin's pip has nothing to fetch.
+	VIRTUAL_ENV=$(CURDIR)/.venv PIP_NO_INDEX=1 PIP_QUIET=1 $(PYTHON) -m maturin develop --release --locked
+	touch $@
+
+# Installs what is missing, and only that. Looks for the things themselves, not for packages: they may come from
+# elsewhere.
+system:
+	@fail() { echo "zswapd: $$*" >&2; exit 1; }
+	have() { command -v "$$1" >/dev/null; }
+	# An environment that works stays, whatever python3 is now.
+	python=$(PYTHON)
+	$(PYTHON) -c '' 2>/dev/null || python=python3
+	rust_is_fit() {
+	    local version
+	    version=$$(cargo --version 2>/dev/null | cut -d' ' -f2)
+	    have rustc && [[ -n $$version && $$(printf '1.85\n%s\n' "$$version" | sort -V | head -n 1) == 1.85 ]]
+	}
+	missing=()
+	have $$python || missing+=(python3)
+	$$python -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+	$$python -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null ||
+	    missing+=(python3-dev)
+	have gcc || missing+=(gcc libc6-dev)
+	have pkg-config || missing+=(pkg-config)
+	pkg-config --exists fuse3 2>/dev/null || missing+=(libfuse3-dev)
+	have fusermount3 || missing+=(fuse3)
+	have mkswap || missing+=(util-linux)
+	have losetup && have swapon || missing+=(mount)
+	rust_is_fit || missing+=($$(grep -q 'VERSION_ID="12"' /etc/os-release && echo rustc-web cargo-web || echo rustc cargo))
+	if [[ -n $${missing[*]} ]]; then
+	    have apt-get || fail "missing: $${missing[*]} (Debian's names; Rust 1.85 or later): install them and run make again"
+	    [[ $$EUID == 0 ]] || fail "packages are missing, run: sudo apt-get install $${missing[*]}"
+	    echo "zswapd: installing $${missing[*]}"
+	    export DEBIAN_FRONTEND=noninteractive
+	    apt-get -qq update
+	    apt-get -qq install --no-install-recommends $${missing[*]} >/dev/null ||
+	        fail "apt-get could not install: $${missing[*]}"
+	fi
+	rust_is_fit || fail "Rust 1.85 or later is needed, and apt has none: install it with rustup and run make again"
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+	    fail "Python 3.11 or later is needed, python3 is $$($$python --version): put a later one first in PATH"
+
+demo: build
+	@$(PYTHON) -m zswapd.bench.demo
+
+test: build
+	cargo test --manifest-path native/Cargo.toml --quiet --locked
+	cargo test --manifest-path native/Cargo.toml --quiet --locked --release
+	$(PYTHON) -m pytest tests/unit tests/fuse tests/swap
+	echo "zswapd: all tests passed"
+
+lint: build
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m mypy
+	cargo fmt --version >/dev/null && cargo clippy --version >/dev/null || {
+	    echo "zswapd: cargo fmt and clippy are needed: rustup component add rustfmt clippy; or Debian 13: apt-get install" \
+	        "rustfmt rust-clippy; Debian 12: apt-get install rustfmt-web rust-web-clippy" >&2
+	    exit 1
+	}
+	cd native
+	cargo fmt --check
+	cargo clippy --quiet --locked --all-targets -- -D warnings
+
+lock:
+	python3 -m venv --clear build/lock
+	build/lock/bin/python -m pip install --quiet uv
+	compile() {
+	    build/lock/bin/uv pip compile "$$@" --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
+	        --no-emit-index-url --custom-compile-command "make lock" --quiet
+	}
+	compile pyproject.toml --extra dev --output-file requirements.lock
+	printf '%s\n' cython pip setuptools setuptools-scm |
+	    compile - --constraint requirements.lock --output-file requirements-build.lock
+	rm -r build/lock
+
+clean:
+	rm -rf --one-file-system .venv build native/target $(NATIVE) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find zswapd tests -name __pycache__ -prune -exec rm -r {} +

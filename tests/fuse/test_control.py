@@ -1,0 +1,201 @@
+"""The control files and the statistics, through the mounted file system."""
+
+import errno
+import os
+import re
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.daemon import CONTROLS, Daemon
+from tests.errnos import raises_errno
+from tests.pages import PAGE, noise
+
+SIZE = 64 << 20
+
+# Commands
+
+
+def test_comp_algorithm(daemon: Daemon, swapfile: int) -> None:
+    assert daemon.read("comp_algorithm") == "[lz4] zstd\n"
+    text = (b"some text " * PAGE)[:PAGE]
+    os.pwrite(swapfile, text, 0)
+    daemon.write("comp_algorithm", "zstd level=9\n")
+    assert daemon.read("comp_algorithm") == "lz4 [zstd]\n"
+    assert daemon.stats()["zstd_level"] == 9
+    os.pwrite(swapfile, text, PAGE)
+    pages = daemon.stats()["pages"]
+    assert (pages["lz4"], pages["zstd"]) == (1, 1)
+    assert os.pread(swapfile, 2 * PAGE, 0) == 2 * text
+    daemon.write("comp_algorithm", "zstd")
+    assert daemon.stats()["zstd_level"] == 9
+
+
+@pytest.mark.parametrize(
+    ("command", "limit"), [("1048576\n", 1 << 20), ("8K", 8192), ("2M", 2 << 20), ("1GiB", 1 << 30)]
+)
+def test_mem_limit(daemon: Daemon, swapfile: int, command: str, limit: int) -> None:
+    daemon.write("mem_limit", command)
+    assert daemon.read("mem_limit") == f"{limit}\n"
+    assert daemon.stats()["pool_limit_bytes"] == limit
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        *(
+            ("mem_limit", bad)
+            for bad in ("x", "-1", "1.5M", "\n", "1M 2M", "0x10", str(2**64), "9" * 20, "9" * 20 + "T")
+        ),
+        *(("mem_limit", bad) for bad in (b"\xff\xfe", b"1\0", "9" * 5000)),
+        *(
+            ("comp_algorithm", bad)
+            for bad in ("lzo", "\n", "zstd level=0", "zstd level=23", "zstd level=x", "lz4 level=1")
+        ),
+        *(
+            ("comp_algorithm", bad)
+            for bad in (f"zstd level={2**64}", "zstd level=", "zstd speed=1", "ZSTD", "lz4 zstd")
+        ),
+        *(("reset", bad) for bad in ("0", "2", "\n", "yes", "11")),
+    ],
+)
+def test_bad_commands_change_nothing(daemon: Daemon, swapfile: int, name: str, command: str | bytes) -> None:
+    os.pwrite(swapfile, noise(1), 0)
+    with raises_errno(errno.EINVAL):
+        daemon.write(name, command)
+    stats = daemon.stats()
+    assert (stats["algorithm"], stats["pool_limit_bytes"], stats["pages"]["incompressible"]) == ("lz4", 1 << 30, 1)
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_read_only_is_not_written_and_write_only_is_not_read(daemon: Daemon, name: str) -> None:
+    """Root passes every mode: the daemon itself refuses."""
+    wrong = {0o444: os.O_WRONLY, 0o200: os.O_RDONLY}.get(CONTROLS[name])
+    if wrong is None:
+        os.close(os.open(daemon.mount_point / name, os.O_RDWR))
+        return
+    for flags in (wrong, os.O_RDWR):
+        with raises_errno(errno.EACCES):
+            os.close(os.open(daemon.mount_point / name, flags))
+
+
+def test_reset(daemon: Daemon, swapfile: int) -> None:
+    os.pwrite(swapfile, noise(1), 0)
+    with raises_errno(errno.EBUSY):
+        daemon.write("reset", "1")
+    assert os.pread(swapfile, PAGE, 0) == noise(1)
+
+
+def test_reset_drops_every_page(daemon: Daemon) -> None:
+    with daemon.opened() as fd:
+        for page in range(10):
+            os.pwrite(fd, noise(page), page * PAGE)
+    assert daemon.stats()["original_bytes"] >= 10 * PAGE
+    daemon.reset()
+    stats = daemon.stats()
+    assert sum(stats["pages"].values()) == stats["original_bytes"] == stats["pool_bytes"] == 0
+    assert daemon.swapfile.open("rb").read(10 * PAGE) == bytes(10 * PAGE)
+
+
+def test_shell_redirection_works(daemon: Daemon) -> None:
+    """echo >, which opens with O_TRUNC, and >>."""
+    for mode in ("w", "a"):
+        with (daemon.mount_point / "mem_limit").open(mode) as file:
+            file.write("1G\n")
+    assert daemon.read("mem_limit") == f"{1 << 30}\n"
+
+
+# Statistics
+
+HISTOGRAM = {"bounds_seconds": list, "counts": list, "sum_seconds": float}
+SCHEMA = {
+    "version": str,
+    "pid": int,
+    "swap_size_bytes": int,
+    "page_size_bytes": int,
+    "algorithm": str,
+    "zstd_level": int,
+    "pages": dict.fromkeys(("lz4", "zstd", "same_filled", "incompressible", "lost"), int),
+    "original_bytes": int,
+    "compressed_bytes": int,
+    "pool_bytes": int,
+    "pool_peak_bytes": int,
+    "pool_reserve_bytes": int,
+    "pool_limit_bytes": int,
+    "metadata_bytes": int,
+    "loads": int,
+    "stores": int,
+    "discards": int,
+    "rejected_stores": dict.fromkeys(("pool_full", "out_of_range"), int),
+    "errors": dict.fromkeys(("lost", "corrupt"), int),
+    "load_latency": HISTOGRAM,
+    "store_latency": HISTOGRAM,
+    "classes": list,
+}
+CLASS = dict.fromkeys(("size_bytes", "pages_per_zspage", "objects_per_zspage", "zspages", "objects"), int)
+
+
+def shape(value: object, schema: object) -> object:
+    """The types of `value` where `schema` has types."""
+    if isinstance(schema, dict) and isinstance(value, dict):
+        return {key: shape(inner, schema.get(key)) for key, inner in value.items()}
+    return type(value)
+
+
+def test_stats_json(daemon: Daemon, swapfile: int) -> None:
+    os.pwrite(swapfile, noise(1) + b"\xaa" * PAGE + (b"text " * PAGE)[:PAGE], 0)
+    os.pread(swapfile, 3 * PAGE, 0)
+    stats = daemon.stats()
+    assert shape(stats, SCHEMA) == SCHEMA
+    assert all(shape(entry, CLASS) == CLASS for entry in stats["classes"])
+    assert (stats["pid"], stats["swap_size_bytes"], stats["page_size_bytes"]) == (daemon.pid, SIZE, PAGE)
+    assert stats["pages"] == {"lz4": 1, "zstd": 0, "same_filled": 1, "incompressible": 1, "lost": 0}
+    assert stats["original_bytes"] == 3 * PAGE
+    assert PAGE < stats["compressed_bytes"] < 2 * PAGE
+    classes = stats["classes"]
+    assert sum(entry["objects"] for entry in classes) == 2
+    assert sum(entry["zspages"] * entry["pages_per_zspage"] for entry in classes) * PAGE == stats["pool_bytes"]
+    for what in ("load", "store"):
+        latency = stats[f"{what}_latency"]
+        assert len(latency["counts"]) == len(latency["bounds_seconds"]) + 1
+        assert sum(latency["counts"]) == stats[f"{what}s"]
+
+
+def test_zram_columns(daemon: Daemon, swapfile: int) -> None:
+    os.pwrite(swapfile, noise(1) + b"\xaa" * PAGE, 0)
+    stats = daemon.stats()
+    assert [int(column) for column in daemon.read("mm_stat").split()] == [
+        stats["original_bytes"],
+        stats["compressed_bytes"],
+        stats["pool_bytes"],
+        1 << 30,
+        stats["pool_peak_bytes"],
+        1,
+        0,
+        1,
+    ]
+    assert re.fullmatch(r"( *\d+){4}\n", daemon.read("io_stat"))
+
+
+def test_a_reading_is_of_one_moment(daemon: Daemon, swapfile: int) -> None:
+    """What was opened stays as it was, in however many pieces it is read."""
+    fd = os.open(daemon.mount_point / "stats.json", os.O_RDONLY)
+    try:
+        first = os.read(fd, 10)
+        os.pwrite(swapfile, noise(1), 0)
+        whole = os.pread(fd, 1 << 20, 0)
+        assert whole.startswith(first)
+        assert whole != (daemon.mount_point / "stats.json").read_bytes()
+    finally:
+        os.close(fd)
+
+
+def test_scrape(daemon: Daemon, swapfile: int) -> None:
+    os.pwrite(swapfile, noise(1), 0)
+    with urllib.request.urlopen(f"http://127.0.0.1:{daemon.port}/metrics", timeout=20) as response:
+        families = {family.name: family for family in text_string_to_metric_families(response.read().decode())}
+    stats = daemon.stats()
+    assert families["zswapd_stores"].samples[0].value == stats["stores"] > 0
+    assert families["zswapd_pool_bytes"].samples[0].value == stats["pool_bytes"] > 0
+    assert families["process_open_fds"].samples[0].value > 0

@@ -1,0 +1,176 @@
+"""The daemon's life: starts that cannot succeed, and every way to stop."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.daemon import PAGE, Daemon
+from tests.machine import lacks
+from tests.pages import noise
+from zswapd import swapdev
+
+MakeDaemon = Callable[..., Daemon]
+
+# Starts that cannot succeed
+
+
+def test_the_mount_point_is_missing(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    daemon.mount_point.rmdir()
+    message = daemon.fails()
+    assert f"{daemon.mount_point} does not exist" in message
+    assert f"mkdir -p {daemon.mount_point}" in message
+
+
+def test_the_mount_point_is_a_file(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    daemon.mount_point.rmdir()
+    daemon.mount_point.touch()
+    assert f"{daemon.mount_point} is not a directory" in daemon.fails()
+
+
+def test_the_mount_point_is_not_empty(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    (daemon.mount_point / "precious").touch()
+    message = daemon.fails()
+    assert f"{daemon.mount_point} is not empty" in message
+    assert "precious" in message
+
+
+def test_the_mount_point_is_in_use(make_daemon: MakeDaemon) -> None:
+    first = make_daemon().start()
+    second = make_daemon(swap__mount_point=str(first.mount_point))
+    message = second.fails()
+    assert f"{first.mount_point} is in use" in message
+    assert f"umount {first.mount_point}" in message
+    assert first.stats()["pid"] == first.pid
+
+
+def test_a_daemon_that_was_killed_leaves_an_error_that_the_next_one_explains(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start()
+    daemon.signal(signal.SIGKILL)
+    assert daemon.wait() == -signal.SIGKILL
+    with pytest.raises(OSError, match="not connected") as caught:
+        daemon.stats()
+    assert caught.value.errno == errno.ENOTCONN
+    again = make_daemon(swap__mount_point=str(daemon.mount_point))
+    message = again.fails()
+    assert f"{daemon.mount_point} cannot be used: Transport endpoint is not connected" in message
+    remedy = f"umount {daemon.mount_point}"
+    assert remedy in message
+    if os.geteuid() != 0:
+        lacks("root, to unmount it")
+    subprocess.run(remedy, shell=True, check=True)
+    daemon.start_again()
+    assert daemon.stats()["pid"] == daemon.pid
+
+
+def test_the_metrics_port_is_in_use(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    with socket.create_server(("127.0.0.1", daemon.port)):
+        message = daemon.fails()
+    assert f"127.0.0.1:{daemon.port}: Address already in use" in message
+    assert "metrics.listen" in message
+    assert not swapdev.is_mounted(daemon.mount_point)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("swap__size", 4097),
+        ("swap__size", "17TiB"),
+        ("swap__mount_point", "relative"),
+        ("swap__priority", 40000),
+        ("pool__mem_limit", "150%"),
+        ("compression__algorithm", "lzo"),
+        ("compression__zstd_level", 23),
+        ("metrics__listen", "0.0.0.0:9839"),
+        ("daemon__on_sigterm", "ignore"),
+        ("daemon__nice", 5),
+    ],
+)
+def test_bad_settings(make_daemon: MakeDaemon, key: str, value: object) -> None:
+    daemon = make_daemon(**{key: value})
+    message = daemon.fails()
+    assert key.replace("__", ".") in message
+    assert str(daemon.config) in message
+    assert not swapdev.is_mounted(daemon.mount_point)
+
+
+# Running and stopping
+
+
+def test_metrics_can_be_switched_off(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(metrics__listen="").start()
+    sockets = [os.readlink(path) for path in Path(f"/proc/{daemon.pid}/fd").iterdir() if path.exists()]
+    inodes = {name[8:-1] for name in sockets if name.startswith("socket:")}
+    listening = {line.split()[9] for line in Path("/proc/net/tcp").read_text().splitlines() if line.split()[3] == "0A"}
+    assert not inodes & listening
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it_cleanly(make_daemon: MakeDaemon, number: signal.Signals) -> None:
+    daemon = make_daemon().start()
+    daemon.signal(number)
+    assert daemon.wait() == 0
+    assert not swapdev.is_mounted(daemon.mount_point)
+    assert os.listdir(daemon.mount_point) == []
+    assert "stopped" in daemon.log()
+
+
+def test_it_can_be_started_again(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start()
+    with daemon.opened() as swapfile:
+        os.pwrite(swapfile, noise(1), 0)
+    daemon.reset()
+    assert daemon.stop() == 0
+    daemon.start_again()
+    assert daemon.stats()["original_bytes"] == 0
+    assert daemon.stop() == 0
+
+
+def test_it_does_not_stop_while_the_swap_file_is_open(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start()
+    with daemon.opened() as swapfile:
+        os.pwrite(swapfile, noise(1), 0)
+        daemon.signal(signal.SIGTERM)
+        daemon.wait_for_log("not stopping: somebody has the swap file open")
+        assert os.pread(swapfile, PAGE, 0) == noise(1)
+    daemon.reset()
+    assert daemon.stop() == 0
+
+
+def test_an_unmount_from_outside_ends_it(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start()
+    unmount = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
+    subprocess.run([*unmount, str(daemon.mount_point)], check=True)
+    assert daemon.wait() == 0
+    assert not swapdev.is_mounted(daemon.mount_point)
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_it_tells_systemd_when_it_serves(make_daemon: MakeDaemon, abstract: bool) -> None:
+    daemon = make_daemon()
+    name = str(daemon.directory / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind("\0" + name if abstract else name)
+        systemd.settimeout(30)
+        daemon.extra_environment["NOTIFY_SOCKET"] = "@" + name if abstract else name
+        daemon.start()
+        assert systemd.recv(100) == b"READY=1"
+    assert daemon.stop() == 0
+
+
+def test_the_journal_gets_priorities(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    daemon.extra_environment["JOURNAL_STREAM"] = "8:1"
+    daemon.start()
+    assert f"<6>serving 64.0 MiB of swap at {daemon.swapfile}" in daemon.log()
+    assert daemon.stop() == 0

@@ -1,0 +1,266 @@
+"""Real swap: real pages go out through the loop device and come back, whatever else happens meanwhile.
+
+The workload that is swapped out is the benchmark's: it knows the checksum of every page before it writes it.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import cycle, islice
+from typing import Any
+
+import pytest
+
+from tests.daemon import ENVIRONMENT, PAGE, Daemon, wait_until
+from tests.machine import lacks
+from tests.pages import noise, real_pages
+from zswapd import swapdev
+from zswapd.bench.cgroup import MemoryCgroup
+
+pytestmark = pytest.mark.usefixtures("_swap")
+
+PAGES = 16 << 10  # 64 MiB
+LIMIT = 24 << 20
+ENOUGH = 4 * PAGES * PAGE
+LEAST_SWAPPED = 32 << 20
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Iterator[int]:
+    """A memory file of pages that all differ: real ones that carry their number, some noise, some zeros."""
+    fd = os.memfd_create("zswapd-test-corpus")
+    with open(fd, "wb", closefd=False) as file:
+        for number, page in enumerate(islice(cycle(real_pages()), PAGES)):
+            content = noise(number) if number % 16 == 0 else bytes(PAGE) if number % 16 == 1 else page
+            file.write(content if number % 16 == 1 else number.to_bytes(8) + content[8:])
+    yield fd
+    os.close(fd)
+
+
+class Workload:
+    """The process in the memory cgroup, driven phase by phase."""
+
+    def __init__(self, process: subprocess.Popen[str], group: MemoryCgroup) -> None:
+        self._process, self.group = process, group
+        self._result("ready")
+
+    def run(self, phase: str) -> dict[str, Any]:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps({"phase": phase}) + "\n")
+        self._process.stdin.flush()
+        return self._result("result")
+
+    def fill(self) -> None:
+        self.run("fill")
+        assert self.group.swap_bytes() > LEAST_SWAPPED
+
+    def verify(self) -> None:
+        result = self.run("verify")
+        assert (result["verified"], result["wrong"]) == (PAGES, 0), result
+        assert self.group.oom_kills() == 0
+
+    def _result(self, event: str) -> dict[str, Any]:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            message: dict[str, Any] = json.loads(line)
+            if message["event"] == event:
+                return message
+        raise AssertionError(f"the workload ended with status {self._process.wait()}")
+
+
+@contextmanager
+def swapped(daemon: Daemon, corpus: int) -> Iterator[Workload]:
+    """A workload over its memory limit while `daemon` is attached. Killed and gone at the end."""
+    with MemoryCgroup(LIMIT) as group:
+        daemon.workloads = group
+        command = [sys.executable, "-m", "zswapd.bench.workload", str(corpus), str(PAGES), "anonymous"]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, pass_fds=[corpus], env=ENVIRONMENT
+        ) as process:
+            try:
+                group.add(process.pid)
+                yield Workload(process, group)
+            finally:
+                process.kill()
+    daemon.workloads = None
+
+
+@pytest.fixture
+def attached(make_daemon: Callable[..., Daemon]) -> Callable[..., Daemon]:
+    """Starts a daemon and attaches it, from the command line: attached(compression__algorithm="zstd").
+
+    Of the highest priority: the pages go there and nowhere else, whatever swap this machine has.
+    """
+
+    def start(**settings: object) -> Daemon:
+        daemon = make_daemon(**{"swap__size": "128MiB", "swap__priority": 32767} | settings).start()
+        result = daemon.ctl("attach", "--unsafe")
+        assert result.returncode == 0, result.stderr
+        return daemon
+
+    return start
+
+
+def swap_area(daemon: Daemon) -> swapdev.Attachment:
+    attachment = swapdev.discover(daemon.mount_point)
+    assert attachment
+    assert attachment.is_swap
+    return attachment
+
+
+def assert_gone(daemon: Daemon, device: str) -> None:
+    assert swapdev.discover(daemon.mount_point) is None
+    assert device not in [area.path for area in swapdev.read_swaps()]
+
+
+@pytest.mark.parametrize("algorithm", ["lz4", "zstd"])
+def test_every_page_comes_back(attached: Callable[..., Daemon], corpus: int, algorithm: str) -> None:
+    daemon = attached(compression__algorithm=algorithm, swap__priority=32766)
+    area = swap_area(daemon)
+    assert (area.priority, area.direct_io) == (32766, True)
+    with swapped(daemon, corpus) as workload:
+        workload.fill()
+        pages = daemon.stats()["pages"]
+        assert pages[algorithm] * PAGE > LEAST_SWAPPED // 2
+        assert pages["incompressible"] > 0
+        assert pages["zstd" if algorithm == "lz4" else "lz4"] == pages["lost"] == 0
+        workload.verify()
+        workload.run("sequential")
+
+        status = json.loads(daemon.ctl("status", "--json").stdout)
+        assert status["attachment"]["loop_device"] == area.loop_device
+        assert status["attachment"]["used_bytes"] > LEAST_SWAPPED
+        assert area.loop_device in daemon.ctl("status").stdout
+
+        # swapoff with the pages in it.
+        workload.group.set_limit(ENOUGH)
+        result = daemon.ctl("detach")
+        assert result.returncode == 0, result.stderr
+        assert area.loop_device in result.stdout
+        assert_gone(daemon, area.loop_device)
+        stats = daemon.stats()
+        assert sum(stats["pages"].values()) == stats["pool_bytes"] == 0
+        assert stats["errors"] == {"lost": 0, "corrupt": 0}
+        workload.verify()
+    assert daemon.stop() == 0
+
+
+def test_attach_needs_to_be_told_that_it_is_unsafe(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon().start()
+    result = daemon.ctl("attach")
+    assert result.returncode == 1
+    assert "--unsafe" in result.stderr
+    assert swapdev.discover(daemon.mount_point) is None
+    result = daemon.ctl("detach")
+    assert result.returncode == 0
+    assert "nothing is attached" in result.stdout
+
+
+def test_attach_twice(attached: Callable[..., Daemon]) -> None:
+    daemon = attached()
+    area = swap_area(daemon)
+    result = daemon.ctl("attach", "--unsafe")
+    assert result.returncode == 1
+    assert f"{area.loop_device} is attached already" in result.stderr
+    assert swap_area(daemon).loop_device == area.loop_device
+
+
+def test_detach_is_refused_where_the_pages_have_no_room(attached: Callable[..., Daemon], corpus: int) -> None:
+    if swapdev.read_swaps():
+        lacks("no swap of its own, which would take the pages")
+    daemon = attached()
+    area = swap_area(daemon)
+    with swapped(daemon, corpus) as workload:
+        workload.fill()
+        result = daemon.ctl("detach")
+        assert result.returncode == 1
+        assert workload.group.path.name in result.stderr
+        assert "limit" in result.stderr
+        assert swap_area(daemon).loop_device == area.loop_device
+
+        # The daemon's own detaching at SIGTERM is as careful.
+        daemon.signal(signal.SIGTERM)
+        daemon.wait_for_log("not stopping, still serving")
+        assert workload.group.path.name in daemon.log()
+        workload.verify()
+
+        workload.group.set_limit(ENOUGH)
+        assert daemon.ctl("detach").returncode == 0
+        workload.verify()
+    assert daemon.stop() == 0
+
+
+def test_sigterm_detaches_first(attached: Callable[..., Daemon], corpus: int) -> None:
+    daemon = attached()
+    area = swap_area(daemon)
+    with swapped(daemon, corpus) as workload:
+        workload.fill()
+        workload.group.set_limit(ENOUGH)
+        assert daemon.stop() == 0
+        assert_gone(daemon, area.loop_device)
+        assert not swapdev.is_mounted(daemon.mount_point)
+        assert "detaching the swap first" in daemon.log()
+        workload.verify()
+
+
+def test_sigterm_can_be_refused(attached: Callable[..., Daemon], corpus: int) -> None:
+    daemon = attached(daemon__on_sigterm="refuse")
+    with swapped(daemon, corpus) as workload:
+        workload.fill()
+        daemon.signal(signal.SIGTERM)
+        daemon.wait_for_log("not stopping: the swap is attached (daemon.on_sigterm is refuse)")
+        workload.verify()
+        assert swap_area(daemon).used_bytes > 0
+        workload.group.set_limit(ENOUGH)
+        assert daemon.ctl("detach").returncode == 0
+        workload.verify()
+    assert daemon.stop() == 0
+
+
+def test_a_second_sigterm_says_what_the_first_waits_for(attached: Callable[..., Daemon]) -> None:
+    daemon = attached()
+    area = swap_area(daemon)
+    # Whoever has the device open delays its release: the daemon waits here, for some seconds.
+    device = os.open(area.loop_device, os.O_RDONLY)
+    try:
+        daemon.signal(signal.SIGTERM)
+        wait_until(lambda: area.loop_device not in [one.path for one in swapdev.read_swaps()], "swapoff")
+        daemon.signal(signal.SIGTERM)
+        daemon.wait_for_log("SIGTERM again: still waiting, the swap is off, its loop device is being freed")
+    finally:
+        os.close(device)
+    assert daemon.wait() == 0
+    assert_gone(daemon, area.loop_device)
+
+
+def test_a_half_attached_device_is_cleaned_up(make_daemon: Callable[..., Daemon]) -> None:
+    """losetup without swapon, as an attach that was killed leaves it."""
+    daemon = make_daemon().start()
+    losetup = ["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096", str(daemon.swapfile)]
+    device = subprocess.run(losetup, check=True, capture_output=True, text=True).stdout.strip()
+    result = daemon.ctl("attach", "--unsafe")
+    assert result.returncode == 1
+    assert f"{device} is half attached" in result.stderr
+    assert daemon.ctl("detach").returncode == 0
+    assert_gone(daemon, device)
+    assert daemon.stop() == 0
+
+
+def test_swap_of_a_daemon_that_was_killed_can_be_taken_away(attached: Callable[..., Daemon]) -> None:
+    """Without pages in it: some could be those of another process, and would be lost."""
+    daemon = attached(swap__priority=0)
+    area = swap_area(daemon)
+    daemon.signal(signal.SIGKILL)
+    daemon.wait()
+    result = daemon.ctl("detach")
+    assert result.returncode == 1
+    assert "--force" in result.stderr
+    assert swap_area(daemon).loop_device == area.loop_device
+    result = daemon.ctl("detach", "--force")
+    assert result.returncode == 0, result.stderr
+    assert_gone(daemon, area.loop_device)

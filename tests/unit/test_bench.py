@@ -1,0 +1,307 @@
+"""The benchmark's own parts: what it measures with must be right before any figure is."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import chain, islice, pairwise, repeat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.machine import lacks
+from tests.pages import PAGE, noise, real_pages
+from zswapd import memcg
+from zswapd.bench.cgroup import MemoryCgroup
+from zswapd.bench.command import summarize
+from zswapd.bench.commands import Interrupted, alongside, run, until_signal
+from zswapd.bench.corpus import Corpus, Source, build, gather
+from zswapd.bench.leftovers import leftovers
+from zswapd.bench.programs import Running, known
+from zswapd.bench.runner import WrongPages, workload
+from zswapd.bench.workload import Anonymous, DirectFile, Memory, Workload, percentile
+from zswapd.errors import ZswapdError
+
+PAGES = 512
+
+
+def silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def content(corpus: Corpus) -> list[bytes]:
+    return [os.pread(corpus.fd, PAGE, number * PAGE) for number in range(corpus.pages)]
+
+
+@pytest.mark.parametrize(
+    ("values", "fraction", "expected"),
+    [
+        (range(1, 101), 0.5, 50),
+        (range(1, 101), 0.99, 99),
+        (range(1, 101), 0.999, 100),
+        (range(1, 1001), 0.999, 999),
+        ([1, 2, 3], 0.5, 2),
+        ([7], 0.01, 7),
+        ([7], 1.0, 7),
+        ([], 0.5, 0),
+    ],
+)
+def test_percentiles_are_nearest_rank(values: Any, fraction: float, expected: int) -> None:
+    assert percentile(values, fraction) == expected
+
+
+def noises(name: str, count: int) -> Iterator[bytes]:
+    return (noise(f"{name} {number}") for number in range(count))
+
+
+async def gathered(seed: int, pages: int = 2000) -> list[bytes]:
+    sources = [
+        Source(name, kind, 1500, noises(name, 1500)) for name, kind in (("a", "heap"), ("b", "heap"), ("c", "file"))
+    ]
+    with await gather(sources, pages, seed, silent) as corpus:
+        assert corpus.sources.total() == corpus.pages
+        return content(corpus)
+
+
+async def test_a_seed_decides_the_order() -> None:
+    assert await gathered(1) == await gathered(1)
+    assert await gathered(1) != await gathered(2)
+
+
+async def test_any_prefix_is_a_mix_of_runs() -> None:
+    origin = {page: name for name in "abc" for page in noises(name, 1500)}
+    names = [origin[page] for page in await gathered(1)]
+    assert set(names[:1000]) == {"a", "b", "c"}
+    changes = sum(one != other for one, other in pairwise(names))
+    assert changes < len(names) // 64
+
+
+async def test_zeros_and_repetitions_are_left_out_and_nothing_is_made_up() -> None:
+    some = list(islice(real_pages(), 100))
+    distinct = len(set(some) - {bytes(PAGE)})
+    pages = chain(some, repeat(bytes(PAGE), 50), some)
+    with await gather([Source("all", "heap", 250, pages)], 250, 1, silent) as corpus:
+        assert corpus.pages == distinct
+        assert len(set(content(corpus))) == distinct
+        assert bytes(PAGE) not in content(corpus)
+        assert corpus.dropped.total() == 250 - distinct
+
+
+async def test_programs_give_most_of_the_pages() -> None:
+    with await build(4096, 1, silent) as corpus:
+        heap = sum(corpus.sources[program.name] for program in known())
+        assert corpus.pages == 4096
+        assert len(set(content(corpus))) == corpus.pages
+        assert heap >= 0.6 * corpus.pages
+        assert corpus.left_out == []
+
+
+async def test_a_program_s_memory_holds_what_it_works_on() -> None:
+    program = next(program for program in known() if program.name == "python-syntax-trees")
+    running = Running(program, 64 << 20, 30, [])
+    try:
+        assert await running.ready()
+        # A name that only the sources which it parses can have brought there.
+        assert any(b"_syntax_error" in page or b"decompress" in page for page in running.pages())
+    finally:
+        running.end()
+
+
+class Leaky(Anonymous):
+    """Memory that loses, mixes up or spoils pages."""
+
+    def __init__(self) -> None:
+        super().__init__(PAGES)
+        self.unreadable: set[int] = set()
+
+    def read(self, page: int) -> bytes:
+        if page in self.unreadable:
+            raise OSError("EIO")
+        return super().read(page)
+
+
+@pytest.fixture
+def corpus_fd() -> Iterator[int]:
+    fd = os.memfd_create("zswapd-test-corpus")
+    os.write(fd, b"".join(noises("corpus", PAGES)))
+    yield fd
+    os.close(fd)
+
+
+def filled(fd: int, memory: Memory) -> Workload:
+    workload = Workload(fd, PAGES, memory, lambda done, total: None)
+    workload.fill()
+    assert workload.verify() == {"verified": PAGES, "wrong": 0, "wrong_pages": []}
+    return workload
+
+
+def test_the_workload_s_memory_is_private() -> None:
+    """Shared memory is reclaimed in another way, and comes back in another way."""
+    memory = Anonymous(PAGES)
+    memory.write(0, noise("ours"))
+    if (child := os.fork()) == 0:
+        memory.write(0, noise("the child's"))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert memory.read(0) == noise("ours")
+
+
+def test_verify_catches_a_flipped_bit(corpus_fd: int) -> None:
+    memory = Leaky()
+    workload = filled(corpus_fd, memory)
+    for page, offset in ((0, 0), (7, 4095), (PAGES - 1, 2048)):
+        spoilt = bytearray(memory.read(page))
+        spoilt[offset] ^= 1
+        memory.write(page, bytes(spoilt))
+    assert workload.verify()["wrong_pages"] == [0, 7, PAGES - 1]
+
+
+def test_verify_catches_pages_in_each_other_s_place_and_pages_that_cannot_be_read(corpus_fd: int) -> None:
+    memory = Leaky()
+    workload = filled(corpus_fd, memory)
+    one, other = memory.read(3), memory.read(4)
+    memory.write(3, other)
+    memory.write(4, one)
+    memory.unreadable = {9}
+    assert workload.verify()["wrong_pages"] == [3, 4, 9]
+
+
+def test_verify_does_not_trust_the_corpus_alone(corpus_fd: int) -> None:
+    memory = Leaky()
+    workload = filled(corpus_fd, memory)
+    os.pwrite(corpus_fd, noise("another"), 5 * PAGE)
+    memory.write(5, noise("another"))
+    assert workload.verify()["wrong_pages"] == [5]
+
+
+def test_rewriting_changes_a_quarter_and_what_is_expected(corpus_fd: int) -> None:
+    memory = Leaky()
+    workload = filled(corpus_fd, memory)
+    before = [memory.read(page) for page in range(PAGES)]
+    assert workload.rewrite(seed=1) == {"rewritten": PAGES // 4}
+    changed = [page for page in range(PAGES) if memory.read(page) != before[page]]
+    assert len(changed) == PAGES // 4
+    assert workload.verify()["wrong"] == 0
+    memory.write(changed[0], before[changed[0]])  # an overwrite that was lost
+    assert workload.verify()["wrong_pages"] == [changed[0]]
+
+
+def test_direct_files_are_filled_read_and_timed(corpus_fd: int, tmp_path: Path) -> None:
+    path = tmp_path / "swapfile"
+    path.write_bytes(bytes(PAGES * PAGE))
+    try:
+        memory = DirectFile(str(path))
+    except OSError:
+        lacks("a temporary directory with O_DIRECT")
+    workload = filled(corpus_fd, memory)
+    assert path.read_bytes() == b"".join(noises("corpus", PAGES))
+    timed = workload.random(seed=1)
+    assert timed["faults"] == PAGES
+    assert 0 < timed["p50_us"] <= timed["p99_us"] <= timed["max_us"]
+
+
+async def test_the_workload_process_reports_what_it_finds(corpus_fd: int) -> None:
+    corpus = Corpus(corpus_fd, 1, PAGES)
+    async with workload(corpus, None, silent) as load:
+        await load.run("fill")
+        await load.run("verify")
+        assert load.verified == PAGES
+        os.pwrite(corpus_fd, b"!", 17 * PAGE)
+        with pytest.raises(WrongPages, match=r"1 of 512 pages are wrong: \[17\]"):
+            await load.run("verify")
+        os.kill(load.pid, signal.SIGKILL)
+        with pytest.raises(ZswapdError, match="status -9"):
+            await load.run("verify")
+
+
+def test_a_cgroup_limits_and_goes_with_its_members() -> None:
+    controller = memcg.find_controller()
+    if os.geteuid() != 0 or controller is None or not os.access(controller.path, os.W_OK):
+        lacks("root and a memory cgroup controller")
+    hog = "import sys; print(); sys.stdin.read(1); b = bytearray(32 << 20); print(); sys.stdin.read()"
+    with MemoryCgroup(64 << 20) as group:
+        path = group.path
+        assert path.name.startswith(f"zswapd-bench-{os.getpid()}-")
+        assert (group.usage_bytes(), group.swap_bytes(), group.oom_kills()) == (0, 0, 0)
+        process = subprocess.Popen([sys.executable, "-c", hog], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdin
+        assert process.stdout
+        process.stdout.readline()
+        group.add(process.pid)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        assert group.members() == [process.pid]
+        assert 32 << 20 <= group.usage_bytes() <= group.peak_bytes() <= 64 << 20
+        assert f"cgroup {path}" in leftovers(Path("/nowhere"))
+        group.set_limit(48 << 20)
+    assert process.wait() == -signal.SIGKILL
+    assert not path.exists()
+    assert f"cgroup {path}" not in leftovers(Path("/nowhere"))
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_leftovers_are_found(tmp_path: Path) -> None:
+    assert leftovers(tmp_path) == []
+    file = tmp_path / f"zswapd-bench-{os.getpid()}.swap"
+    file.touch()
+    process = subprocess.Popen(["sleep", "600"])
+    try:
+        assert leftovers(tmp_path) == [f"file {file}", f"process {process.pid} (sleep)"]
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def test_a_signal_ends_the_work_in_good_order() -> None:
+    undone: list[str] = []
+
+    async def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                os.kill(os.getpid(), signal.SIGINT)  # impatience changes nothing
+                await trio.sleep(0.01)
+                undone.append("everything")
+
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        await until_signal(work)
+    assert undone == ["everything"]
+
+
+async def test_a_failure_beside_other_work_is_raised_as_it_is() -> None:
+    async def fail() -> None:
+        raise ZswapdError("no")
+
+    with pytest.raises(ZswapdError, match="no"):
+        await alongside(trio.sleep_forever, fail)
+
+
+async def test_programs_are_bounded_in_time_and_their_failures_say_why() -> None:
+    with pytest.raises(ZswapdError, match="did not end within"):
+        await run("sleep", "600", seconds=0.01)
+    with pytest.raises(ZswapdError, match="No such file"):
+        await run("cat", "/nowhere")
+    with pytest.raises(ZswapdError, match="is not installed"):
+        await run("zswapd-no-such-program")
+
+
+def test_a_summary_is_the_median_and_the_spread() -> None:
+    figures = dict.fromkeys(
+        ("fill_mb_per_second", "random_p50_us", "random_p99_us", "sequential_mb_per_second", "cpu_seconds"), 1.0
+    )
+    runs: list[dict[str, Any]] = [
+        {"row": row, **figures, "fill_mb_per_second": fill, "machine_cpu_seconds": 1.0, "effective_ratio": ratio}
+        for row, ratio, fills in (("a", 2.0, (3, 1, 9)), ("b", None, (5, 5, 5)))
+        for fill in fills
+    ]
+    summary = summarize(runs)
+    assert list(summary) == ["a", "b"]
+    assert summary["a"]["fill_mb_per_second"] == {"median": 3, "min": 1, "max": 9}
+    assert summary["b"]["effective_ratio"] is None

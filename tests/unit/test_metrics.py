@@ -1,0 +1,151 @@
+"""The metrics: named as Prometheus wants them, and saying what the engine's statistics say."""
+
+import re
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.daemon import free_port
+from tests.machine import lacks
+from tests.pages import PAGE, noise
+from zswapd import metrics
+from zswapd.engine import Engine
+from zswapd.errors import DaemonError
+
+# https://prometheus.io/docs/practices/naming: base units, and no other.
+OTHER_UNITS = re.compile(r"_(ms|us|ns|milliseconds|microseconds|kb|kib|mb|mib|percent|pages_bytes)(_|$)")
+
+
+@pytest.fixture
+def engine() -> Engine:
+    """One that has seen a little of everything."""
+    engine = Engine(size_bytes=32 * PAGE, mem_limit=20 * PAGE, algorithm="lz4", zstd_level=3)
+    engine.write(0, b"text " * PAGE)  # lz4, two pages and a part
+    engine.set_compression("zstd", 3)
+    engine.write(8 * PAGE, (b"more text " * PAGE)[:PAGE])
+    engine.write(9 * PAGE, b"\xaa" * PAGE)
+    engine.write(10 * PAGE, noise(1))
+    engine.read(0, 3 * PAGE)
+    for page in range(16, 32):
+        try:
+            engine.write(page * PAGE, noise(page))
+        except OSError:
+            break
+    else:
+        pytest.fail("the pool did not fill up")
+    with pytest.raises(OSError, match="lost"):
+        engine.read(page * PAGE, PAGE)
+    with pytest.raises(OSError, match="outside"):
+        engine.write(32 * PAGE, b"x")
+    engine.discard(8 * PAGE, PAGE)
+    return engine
+
+
+def scrape(engine: Engine) -> str:
+    registry = CollectorRegistry()
+    registry.register(metrics.EngineCollector(engine))
+    return generate_latest(registry).decode()
+
+
+def samples(text: str) -> dict[tuple[str, str], float]:
+    """Values by name and label values."""
+    return {
+        (sample.name, ",".join(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_names_follow_the_conventions(engine: Engine) -> None:
+    text = scrape(engine)
+    families = list(text_string_to_metric_families(text))
+    assert len(families) > 15
+    for family in families:
+        assert re.fullmatch(r"zswapd(_[a-z]+)+", family.name)
+        assert family.documentation.endswith("."), family.name
+        assert not OTHER_UNITS.search(family.name)
+        assert family.samples, family.name
+        if family.type == "counter":
+            assert all(sample.name.endswith("_total") for sample in family.samples)
+        elif family.type == "histogram":
+            assert family.name.endswith("_seconds")
+        else:
+            assert family.type == "gauge"
+            assert not family.name.endswith(("_total", "_count", "_sum", "_bucket"))
+    assert len({family.name for family in families}) == len(families)
+
+
+def test_values_are_those_of_the_statistics(engine: Engine) -> None:
+    # Two readings of an engine that stands still. Not one number is zero by default.
+    stats, values = engine.stats(), samples(scrape(engine))
+    for key in ("swap_size", "original", "compressed", "pool", "pool_peak", "pool_reserve", "pool_limit", "metadata"):
+        assert values[f"zswapd_{key}_bytes", ""] == stats[f"{key}_bytes"]  # type: ignore[literal-required]
+    for key in ("loads", "stores", "discards"):
+        assert values[f"zswapd_{key}_total", ""] == stats[key] > 0  # type: ignore[literal-required]
+    assert {kind: values["zswapd_pages", kind] for kind in stats["pages"]} == stats["pages"]
+    assert set(stats["pages"]) == {"lz4", "zstd", "same_filled", "incompressible", "lost"}
+    for name, counts in (("rejected_stores", stats["rejected_stores"]), ("load_errors", stats["errors"])):
+        assert {reason: values[f"zswapd_{name}_total", reason] for reason in counts} == counts
+    assert stats["rejected_stores"] == {"pool_full": 1, "out_of_range": 1}
+    assert stats["errors"] == {"lost": 1, "corrupt": 0}
+    assert values["zswapd_compression_info", "zstd,3"] == 1
+    assert sum(value for (name, _), value in values.items() if name == "zswapd_class_objects") == sum(
+        stats["pages"][kind] for kind in ("lz4", "zstd", "incompressible")
+    )
+
+
+@pytest.mark.parametrize("what", ["load", "store"])
+def test_histograms_are_cumulative_and_complete(engine: Engine, what: str) -> None:
+    stats = engine.stats()
+    latency = stats["load_latency"] if what == "load" else stats["store_latency"]
+    name = f"zswapd_{what}_duration_seconds"
+    family = next(family for family in text_string_to_metric_families(scrape(engine)) if family.name == name)
+    buckets = [(sample.labels["le"], sample.value) for sample in family.samples if sample.name == f"{name}_bucket"]
+    bounds, counts = [float(bound) for bound, _ in buckets], [count for _, count in buckets]
+    assert bounds == [*latency["bounds_seconds"], float("inf")]
+    assert bounds == sorted(set(bounds))
+    assert counts == [sum(latency["counts"][: position + 1]) for position in range(len(bounds))]
+    values = {sample.name: sample.value for sample in family.samples}
+    assert counts[-1] == values[f"{name}_count"] == stats["loads" if what == "load" else "stores"] > 0
+    assert values[f"{name}_sum"] == latency["sum_seconds"] > 0
+
+
+def get(url: str) -> str:
+    text: bytes = urllib.request.urlopen(url, timeout=20).read()
+    return text.decode()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_served_until_the_block_ends(engine: Engine, host: str) -> None:
+    if ":" in host and not Path("/proc/net/if_inet6").exists():
+        lacks("IPv6")
+    port = free_port()
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
+    with metrics.served(engine, (host, port)):
+        values = samples(get(url))
+        assert values["zswapd_stores_total", ""] == engine.stats()["stores"]
+        assert values["process_resident_memory_bytes", ""] > 0
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        get(url)
+
+
+def test_none_serves_nothing(engine: Engine) -> None:
+    with metrics.served(engine, None):
+        pass
+
+
+def test_a_port_in_use_is_named(engine: Engine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        message = f"127.0.0.1:{port}: Address already in use"
+        with (
+            pytest.raises(DaemonError, match=message) as caught,
+            metrics.served(engine, ("127.0.0.1", port)),
+        ):
+            pytest.fail("served")
+        assert "metrics.listen" in caught.value.hint

@@ -1,0 +1,182 @@
+"""The kernel's own swap devices, as the benchmark's rows: zram, and a plain swap file.
+
+Every device is an async context manager: entered, it is in use as swap at a priority above all others; left, it is
+gone, whatever happened. The workload must have ended by then, or all its pages come back into memory.
+"""
+
+import errno
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import trio
+
+from zswapd import swapdev
+from zswapd.bench.commands import run, settle, write
+from zswapd.config import format_size
+from zswapd.errors import ZswapdError
+
+CONTROL = Path("/sys/class/zram-control")
+SWAPOFF_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a device that keeps pages in memory holds now: bytes of pages, and bytes of memory taken for them."""
+
+    original_bytes: int
+    used_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        return self.original_bytes / self.used_bytes if self.used_bytes else 0.0
+
+
+class Device(ABC):
+    """A swap device of our own. `path` is what /proc/swaps calls it, once entered."""
+
+    name: str
+    path: str = ""
+
+    async def __aenter__(self) -> Self:
+        try:
+            swapdev.refuse_machine()
+            await self._set_up(self.priority())
+            self.require_first()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._tear_down()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with trio.CancelScope(shield=True):
+            await self._tear_down()
+
+    @abstractmethod
+    async def _set_up(self, priority: int) -> None: ...
+
+    @abstractmethod
+    async def _tear_down(self) -> None:
+        """Undo what was set up, however far that came. Bounded in time."""
+
+    async def held(self) -> Held | None:
+        """What it holds in memory; None for a device that keeps pages on disk."""
+        return None
+
+    def cpu_seconds(self) -> float:
+        """CPU time of processes that serve the device. What kernel threads do for it is not in it."""
+        return 0.0
+
+    def area(self) -> swapdev.SwapArea | None:
+        """Its line in /proc/swaps."""
+        return next((area for area in swapdev.read_swaps() if area.path == self.path), None)
+
+    @staticmethod
+    def priority() -> int:
+        """A priority above that of every swap area of the machine."""
+        highest = max((area.priority for area in swapdev.read_swaps()), default=0)
+        if highest >= 32767:
+            raise ZswapdError("a swap area has priority 32767 already: none can be above it", "swapoff it first")
+        return max(100, highest + 1)
+
+    def require_first(self) -> None:
+        """Raises ZswapdError unless it comes before all other swap areas, so that the pages went to it."""
+        mine = self.area()
+        if mine is None:
+            raise ZswapdError(f"{self.name}: /proc/swaps does not list {self.path}")
+        for area in swapdev.read_swaps():
+            if area.path != self.path and area.priority >= mine.priority:
+                raise ZswapdError(
+                    f"{area.path} came before {self.path} in priority", "pages would go there: swapoff it"
+                )
+
+    async def _swap_off(self, last_resort: Callable[[], None] = lambda: None) -> None:
+        if self.area():
+            await run("swapoff", self.path, seconds=SWAPOFF_SECONDS, last_resort=last_resort)
+
+
+class Zram(Device):
+    """A zram device of its own, added and removed again."""
+
+    def __init__(self, algorithm: str, size_bytes: int) -> None:
+        self.name = f"zram-{algorithm}"
+        self._algorithm = algorithm
+        self._size = size_bytes
+        self._number: int | None = None
+
+    async def _set_up(self, priority: int) -> None:
+        if not (CONTROL / "hot_add").exists():
+            raise ZswapdError("this kernel has no zram, or its module is not loaded", "modprobe zram")
+        self._number = int((CONTROL / "hot_add").read_text())  # reading it adds a device
+        self.path = f"/dev/zram{self._number}"
+        offered = (self._sys / "comp_algorithm").read_text().replace("[", "").replace("]", "").split()
+        if self._algorithm not in offered:
+            raise ZswapdError(f"zram does not offer {self._algorithm}", f"it offers {', '.join(offered)}")
+        write(self._sys / "comp_algorithm", self._algorithm)
+        write(self._sys / "disksize", str(self._size))
+        await settle(lambda: os.path.exists(self.path), 10)
+        await run("mkswap", self.path)
+        await run("swapon", "--priority", str(priority), self.path)
+
+    async def _tear_down(self) -> None:
+        if self._number is None:
+            return
+        await self._swap_off()
+        if not await settle(self._removed, 10):
+            raise ZswapdError(f"{self.path} is no longer swap, but another process has it open")
+        self._number = None
+
+    def _removed(self) -> bool:
+        try:
+            write(CONTROL / "hot_remove", str(self._number))
+        except OSError as error:
+            if error.errno == errno.EBUSY:  # udev looks at it
+                return False
+            raise
+        return True
+
+    async def held(self) -> Held:
+        original, _, used = (int(word) for word in (self._sys / "mm_stat").read_text().split()[:3])
+        return Held(original, used)
+
+    @property
+    def _sys(self) -> Path:
+        return Path(f"/sys/block/zram{self._number}")
+
+
+class SwapFile(Device):
+    """A plain swap file in `directory`, on whatever disk that is."""
+
+    name = "file"
+
+    def __init__(self, directory: Path, size_bytes: int) -> None:
+        self._size = size_bytes
+        self._file = directory.resolve() / f"zswapd-bench-{os.getpid()}.swap"
+        self.path = str(self._file)
+
+    async def _set_up(self, priority: int) -> None:
+        free = os.statvfs(self._file.parent)
+        if free.f_bavail * free.f_frsize < self._size:
+            raise ZswapdError(f"{self._file.parent} has no room for {format_size(self._size)}", "use another directory")
+        fd = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            # Written, not only allocated: swapon refuses holes, and some file systems' fallocate leaves them.
+            for at in range(0, self._size, 1 << 20):
+                os.write(fd, bytes(min(1 << 20, self._size - at)))
+                await trio.lowlevel.checkpoint()
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        await run("mkswap", self.path)
+        await run("swapon", "--priority", str(priority), self.path)
+
+    async def _tear_down(self) -> None:
+        await self._swap_off()
+        self._file.unlink(missing_ok=True)

@@ -1,0 +1,188 @@
+"""zswapd as a swap device of the benchmark: a daemon of our own, attached and detached by zswapctl."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from zswapd import swapdev
+from zswapd.bench.commands import run, write
+from zswapd.bench.devices import Device, Held
+from zswapd.errors import DaemonError, ZswapdError
+
+START_SECONDS = 30
+STOP_SECONDS = 20
+CONTROL_SECONDS = 180
+CONTROL_GRACE_SECONDS = 30  # it waits for the kernel to leave swapoff, and undoes what it began
+
+
+class Daemon:
+    """`zswapd run` with everything it needs in a directory of its own under `parent`, which `stop` removes."""
+
+    def __init__(self, parent: Path, size_bytes: int, algorithm: str) -> None:
+        self._directory = parent.resolve() / f"zswapd-bench-{os.getpid()}"
+        self.mount_point = self._directory / "mnt"
+        self._config = self._directory / "zswapd.toml"
+        self._log = self._directory / "zswapd.log"
+        # A file of its own: neither /etc nor the environment shall decide what is measured.
+        self._settings = (
+            f'[swap]\nsize = {size_bytes}\nmount_point = "{self.mount_point}"\n'
+            f'[compression]\nalgorithm = "{algorithm}"\n[metrics]\nlisten = ""\n'
+        )
+        self._environment = {key: value for key, value in os.environ.items() if not key.startswith("ZSWAPD_")}
+        self._process: trio.Process | None = None
+        self._connection: Path | None = None
+
+    async def start(self) -> None:
+        """Return when it serves. Raises DaemonError with the end of its log; `stop` is needed in every case."""
+        self.mount_point.mkdir(parents=True)
+        self._config.write_text(self._settings)
+        log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._process = await trio.lowlevel.open_process(
+                [sys.executable, "-m", "zswapd", "run", "--config", str(self._config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                process_group=0,  # Ctrl-C is for us alone: the daemon goes on serving until it is told to stop
+            )
+        finally:
+            os.close(log)
+        with trio.move_on_after(START_SECONDS):
+            while self._process.poll() is None:
+                if swapdev.is_mounted(self.mount_point):
+                    self._connection = _connection(self.mount_point)
+                    try:
+                        await self.stats()
+                        return
+                    except ZswapdError:
+                        pass
+                await trio.sleep(0.05)
+            raise DaemonError(f"zswapd ended with status {self._process.returncode}", self.log())
+        raise DaemonError(f"zswapd did not serve within {START_SECONDS} s", self.log())
+
+    async def stop(self) -> None:
+        """SIGTERM, and whatever it takes beyond; then remove its directory. Nothing must be attached any more."""
+        if self._process is not None:
+            if self._process.returncode is None:
+                self._process.send_signal(signal.SIGTERM)
+            with trio.move_on_after(STOP_SECONDS):
+                await self._process.wait()
+            if self._process.returncode is None:
+                self.abort()
+                with trio.move_on_after(STOP_SECONDS):
+                    await self._process.wait()
+        if swapdev.is_mounted(self.mount_point):
+            unmount = ("umount", "-l") if os.geteuid() == 0 else ("fusermount3", "-uz")
+            await run(*unmount, str(self.mount_point))
+        if self._directory.exists():
+            for path in (self._config, self._log):
+                path.unlink(missing_ok=True)
+            self.mount_point.rmdir()
+            self._directory.rmdir()
+
+    def abort(self) -> None:
+        """End every wait for the daemon, and the daemon: what it holds is lost."""
+        if self._connection and self._connection.exists():  # else fusectl is not mounted
+            write(self._connection / "abort", "1")
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def stats(self) -> dict[str, Any]:
+        """stats.json, read by a child process: a daemon that hangs must not hang us."""
+        text = await run("cat", str(self.mount_point / "stats.json"), seconds=10, last_resort=self.abort)
+        stats: dict[str, Any] = json.loads(text.stdout)
+        return stats
+
+    async def control(self, *arguments: str, priority: int = 100) -> None:
+        """Run zswapctl: attach or detach."""
+        python = (sys.executable, "-m", "zswapd.ctl")
+        options = ("--config", str(self._config), "--set", f"swap.priority={priority}")
+        await run(
+            *python,
+            *options,
+            *arguments,
+            "--json",
+            name=f"zswapctl {arguments[0]}",
+            seconds=CONTROL_SECONDS,
+            grace=CONTROL_GRACE_SECONDS,
+            last_resort=self.abort,
+            environment=self._environment,
+        )
+
+    def cpu_seconds(self) -> float:
+        if self._process is None:
+            return 0.0
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def log(self) -> str:
+        """The last lines of its log."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-12:])
+
+
+class Zswapd(Device):
+    """The daemon's swapfile, attached."""
+
+    def __init__(self, directory: Path, size_bytes: int, algorithm: str = "lz4") -> None:
+        self.name = f"zswapd-{algorithm}"
+        self.daemon = Daemon(directory, size_bytes, algorithm)
+
+    async def _set_up(self, priority: int) -> None:
+        await self.daemon.start()
+        await self.daemon.control("attach", "--unsafe", priority=priority)
+        attached = swapdev.discover(self.daemon.mount_point)
+        if attached is None:
+            raise ZswapdError("zswapctl attach succeeded, but no loop device is over the swapfile")
+        self.path = attached.loop_device
+
+    async def detach(self) -> None:
+        """Detach with pages in it: they come back into memory. On failure it stays attached and goes on serving."""
+        await self.daemon.control("detach")
+
+    async def _tear_down(self) -> None:
+        """detach; failing that, swapoff, abort the connection, and free the loop device all the same."""
+        try:
+            if swapdev.discover(self.daemon.mount_point):
+                await self.daemon.stats()  # a daemon that does not answer could not give pages back either
+                await self.daemon.control("detach", "--force")
+        except ZswapdError:
+            try:
+                await self._swap_off(self.daemon.abort)
+            except ZswapdError:
+                self.daemon.abort()
+                await self._swap_off()
+            finally:
+                if attached := swapdev.discover(self.daemon.mount_point):
+                    await run("losetup", "--detach", attached.loop_device)
+        finally:
+            await self.daemon.stop()
+
+    async def held(self) -> Held:
+        return held(await self.daemon.stats())
+
+    def cpu_seconds(self) -> float:
+        return self.daemon.cpu_seconds()
+
+
+def held(stats: Mapping[str, Any]) -> Held:
+    """What an engine holds, from its statistics."""
+    used = stats["pool_bytes"] + stats["pool_reserve_bytes"] + stats["metadata_bytes"]
+    return Held(stats["original_bytes"], used)
+
+
+def _connection(mount_point: Path) -> Path | None:
+    """The control directory of a FUSE mount, found without touching the mount."""
+    with open("/proc/self/mountinfo") as mounts:
+        for line in mounts:
+            fields = line.split()
+            if fields[4] == str(mount_point):
+                return Path("/sys/fs/fuse/connections", fields[2].partition(":")[2])
+    return None
