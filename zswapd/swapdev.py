@@ -12,7 +12,7 @@ import fcntl
 import os
 import re
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -214,12 +214,23 @@ async def _attach(mount_point: Path, priority: int, discard: bool) -> Attachment
             f"{device} over {swapfile} does not do direct I/O: pages would be held twice, in the page cache too",
             "the kernel or the daemon's file system does not support it",
         )
+    _set_writeback_throttling(device, "0")
     await _run("mkswap", device)
     await _run("swapon", "--priority", str(priority), *(["--discard"] if discard else []), device)
     attached = discover(mount_point)
     if attached is None or not attached.is_swap:
         raise SwapError(f"swapon succeeded, but /proc/swaps does not list {device}")
     return attached
+
+
+def _set_writeback_throttling(device: str, target_us: str) -> None:
+    """The block layer's throttling of background writes (0: off, -1: its default), where the kernel has it.
+
+    It holds reclaim's writes back while reads take longer than 2 ms: meant for disks, it halves the speed at which
+    pages go out to memory.
+    """
+    with suppress(OSError):
+        Path(f"/sys/block/{Path(device).name}/queue/wbt_lat_usec").write_text(target_us)
 
 
 async def detach(
@@ -259,6 +270,7 @@ async def _dismantle(mount_point: Path, progress: Callable[[int], None] = lambda
     while attached := discover(mount_point):
         if attached.is_swap:
             await _swapoff(mount_point, attached.loop_device, progress)
+        _set_writeback_throttling(attached.loop_device, "-1")
         await _free_loop(mount_point, attached.loop_device)
 
 
