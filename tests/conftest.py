@@ -53,10 +53,19 @@ def make_daemon(_fuse: None, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
         daemon.destroy()
 
 
+@pytest.fixture(scope="session", params=["pager", "pyfuse3"])
+def data_path(request: pytest.FixtureRequest) -> str:
+    """Both ways that pages can take: what is true of the swap file is true on both."""
+    path: str = request.param
+    if path == "pager" and os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    return path
+
+
 @pytest.fixture(scope="module")
-def daemon(_fuse: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def daemon(_fuse: None, data_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One running daemon for the tests of a module; each of them begins by emptying it."""
-    daemon = Daemon(tmp_path_factory.mktemp("daemon"))
+    daemon = Daemon(tmp_path_factory.mktemp("daemon"), swap__data_path=data_path)
     try:
         yield daemon.start()
     finally:

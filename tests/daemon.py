@@ -18,6 +18,7 @@ from typing import Any
 
 from zswapd import swapdev
 from zswapd.bench.cgroup import MemoryCgroup
+from zswapd.pager import Pager
 
 PAGE = 4096
 DEADLINE_SECONDS = 60
@@ -69,6 +70,7 @@ class Daemon:
         self.port = free_port()
         self.settings = {
             "swap.size": "64MiB",
+            "swap.data_path": "pager" if os.geteuid() == 0 else "pyfuse3",
             "swap.mount_point": str(self.mount_point),
             "pool.mem_limit": "1GiB",
             "metrics.listen": f"127.0.0.1:{self.port}",
@@ -89,6 +91,11 @@ class Daemon:
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def server_pid(self) -> int:
+        """Of the process that has the pages: the pager, or the daemon itself."""
+        return Pager(self.mount_point).status()["pid"] if self.settings["swap.data_path"] == "pager" else self.pid
 
     @property
     def running(self) -> bool:
@@ -116,7 +123,7 @@ class Daemon:
     def start_again(self) -> "Daemon":
         """The same, after it has ended."""
         self.launch()
-        wait_until(lambda: not self.running or swapdev.is_mounted(self.mount_point), "mounted")
+        wait_until(lambda: not self.running or re.search(r"(INFO: |<6>)serving ", self.log()), "serving")
         assert self.running, self.log()
         self._connection = self._find_connection()
         self.stats()
@@ -126,8 +133,8 @@ class Daemon:
         """Starts it and waits for its end: the exit status is 1 and it says why in one message, which is returned."""
         self.launch()
         assert self.wait() == 1, self.log()
-        # Warnings of what this machine may not do come first, each on one line with the time.
-        message = re.sub(r"^\d{4}-.* WARNING: .*\n", "", self.log(), flags=re.MULTILINE)
+        # What it found, and what this machine does not let it do, comes first, each on one line.
+        message = re.sub(r"^(\d{4}-.* (WARNING|INFO): |zswapd-pager: may not ).*\n", "", self.log(), flags=re.MULTILINE)
         assert message.startswith("zswapd: "), self.log()
         assert message.count("\n") <= 2, self.log()
         assert "Traceback" not in message
@@ -226,6 +233,15 @@ class Daemon:
             self._abort()
             self.signal(signal.SIGKILL)
             self.wait()
+        # A pager outlives its daemon.
+        with suppress(OSError):
+            pager = Pager(self.mount_point)
+            pid = pager.status()["pid"]
+            try:
+                pager.stop()
+            except OSError:
+                self._abort()
+                os.kill(pid, signal.SIGKILL)
         if swapdev.is_mounted(self.mount_point):
             unmount = ("umount", "--lazy") if os.geteuid() == 0 else ("fusermount3", "-u", "-z")
             subprocess.run([*unmount, str(self.mount_point)], check=False)

@@ -8,8 +8,6 @@ class Engine:
     def __init__(self, *, size_bytes: int, mem_limit: int, algorithm: str, zstd_level: int) -> None:
         """An empty swap file. `size_bytes`: whole pages, up to 16 TiB; `mem_limit`: bytes that the pool may take."""
 
-    @property
-    def size_bytes(self) -> int: ...
     def read(self, offset: int, length: int) -> bytes:
         """Reads; less than `length` only at the end of the file. EIO if a page of the range is lost or corrupt."""
 
@@ -23,21 +21,23 @@ class Engine:
     def reset(self) -> None:
         """Drops every page."""
 
-    @property
-    def algorithm(self) -> str: ...
-    @property
-    def zstd_level(self) -> int: ...
     def set_compression(self, algorithm: str, zstd_level: int) -> None:
         """Changes what new pages are compressed with; stored pages stay as they are, and readable."""
 
-    @property
-    def mem_limit(self) -> int:
-        """Bytes that the pool may take. Lowered below what it takes, stores fail until enough is freed."""
+    def set_mem_limit(self, size_bytes: int) -> None:
+        """Changes the bytes that the pool may take. Below what it takes, stores fail until enough is freed."""
 
-    @mem_limit.setter
-    def mem_limit(self, value: int) -> None: ...
     def stats(self) -> EngineStats:
         """A reading of all counters. Waits for no page; takes each size class's lock for a moment."""
+
+class Counters:
+    """The counters that a pager publishes, mapped read-only."""
+
+    def __init__(self, fd: int) -> None:
+        """Takes over the descriptor. ValueError if another version of zswapd writes these counters."""
+
+    def stats(self) -> EngineStats:
+        """A reading; waits for nothing."""
 
 def compress_page(page: bytes, algorithm: str, zstd_level: int) -> tuple[str, bytes]:
     """Encodes one page as the store does: the codec ("incompressible", "lz4", "zstd") and the payload."""

@@ -120,6 +120,7 @@ class Swap(_Section):
         100
     )
     discard: Annotated[bool, Field(description="true or false")] = True
+    data_path: Annotated[Literal["pager", "pyfuse3"], Field(description="pager or pyfuse3")] = "pager"
 
 
 class Pool(_Section):
@@ -135,6 +136,11 @@ class Pool(_Section):
         if isinstance(self.mem_limit, int):
             return self.mem_limit
         return mem_total() * int(self.mem_limit.rstrip("%")) // 100 // PAGE_SIZE * PAGE_SIZE
+
+
+class Pager(_Section):
+    workers: Annotated[int, Field(ge=1, le=16, description="an integer from 1 to 16")] = 1
+    spin_us: Annotated[int, Field(ge=0, le=1000, description="microseconds from 0 to 1000")] = 50
 
 
 class Compression(_Section):
@@ -169,6 +175,7 @@ class Config(_Section):
 
     swap: Swap = Swap()
     pool: Pool = Pool()
+    pager: Pager = Pager()
     compression: Compression = Compression()
     metrics: Metrics = Metrics()
     daemon: Daemon = Daemon()
@@ -177,6 +184,7 @@ class Config(_Section):
 _SECTIONS: dict[str, type[BaseModel]] = {
     "swap": Swap,
     "pool": Pool,
+    "pager": Pager,
     "compression": Compression,
     "metrics": Metrics,
     "daemon": Daemon,

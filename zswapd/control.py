@@ -3,7 +3,6 @@
 A file is read whole as of its opening; each write is one command.
 """
 
-import errno
 import json
 import os
 from collections.abc import Callable
@@ -31,21 +30,19 @@ class ControlFile:
         return (0o444 if self.read else 0) | (0o200 if self.write else 0)
 
 
-def control_files(engine: Engine, swapfile_in_use: Callable[[], bool]) -> dict[str, ControlFile]:
-    """The files by name. `swapfile_in_use` tells whether anyone has the swap file open."""
+def control_files(engine: Engine) -> dict[str, ControlFile]:
+    """The files by name."""
 
     def reset(command: str) -> None:
         if command != "1":
             raise ValueError("write 1 to drop every page")
-        if swapfile_in_use():
-            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         engine.reset()
 
     def set_mem_limit(command: str) -> None:
         size = parse_size(command)
         if size == 0:
             raise ValueError("a limit of 0 would refuse every page")
-        engine.mem_limit = size
+        engine.set_mem_limit(size)
 
     return {
         "stats.json": ControlFile(read=lambda: stats_json(engine)),
@@ -54,7 +51,7 @@ def control_files(engine: Engine, swapfile_in_use: Callable[[], bool]) -> dict[s
         "comp_algorithm": ControlFile(
             read=lambda: _comp_algorithm(engine), write=lambda command: _set_comp_algorithm(engine, command)
         ),
-        "mem_limit": ControlFile(read=lambda: f"{engine.mem_limit}\n", write=set_mem_limit),
+        "mem_limit": ControlFile(read=lambda: f"{engine.stats()['pool_limit_bytes']}\n", write=set_mem_limit),
         "reset": ControlFile(write=reset),
     }
 
@@ -65,8 +62,6 @@ def stats_json(engine: Engine) -> str:
         {
             "version": __version__,
             "pid": os.getpid(),
-            "algorithm": engine.algorithm,
-            "zstd_level": engine.zstd_level,
             **engine.stats(),
         }
     )
@@ -100,13 +95,14 @@ def _columns(values: tuple[int, ...]) -> str:
 
 
 def _comp_algorithm(engine: Engine) -> str:
-    return " ".join(f"[{name}]" if name == engine.algorithm else name for name in ALGORITHMS) + "\n"
+    current = engine.stats()["algorithm"]
+    return " ".join(f"[{name}]" if name == current else name for name in ALGORITHMS) + "\n"
 
 
 def _set_comp_algorithm(engine: Engine, command: str) -> None:
     """Takes "lz4", "zstd", or "zstd level=N"."""
     algorithm, *parameters = command.split()
-    level = engine.zstd_level
+    level = engine.stats()["zstd_level"]
     for parameter in parameters:
         name, _, value = parameter.partition("=")
         if algorithm != "zstd" or name != "level":

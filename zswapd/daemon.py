@@ -4,15 +4,17 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import trio
 
 from zswapd import metrics, swapdev
 from zswapd.config import Config, format_size
-from zswapd.engine import Engine, protect_process
+from zswapd.engine import EmbeddedEngine, Engine, protect_process
 from zswapd.errors import DaemonError, ZswapdError
-from zswapd.fusefs import SwapFs, mounted
+from zswapd.fusefs import check_mount_point, mounted, relayed
+from zswapd.pager import Pager
 
 log = logging.getLogger(__name__)
 
@@ -28,24 +30,52 @@ async def run(config: Config) -> None:
     protect_process()
     # From here on a signal waits for us: it must not end a half-made mount.
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        engine = _make_engine(config)
-        with metrics.served(engine, config.metrics.address):
-            async with mounted(engine, config.swap.mount_point) as fs:
-                log.info(
-                    "serving %s of swap at %s with %s, pool limit %s",
-                    format_size(config.swap.size),
-                    config.swap.mount_point / "swapfile",
-                    config.compression.algorithm,
-                    format_size(engine.mem_limit),
-                )
-                _notify_ready()
-                await _until_stopped(config, fs, signals)
+        if config.swap.data_path == "pager":
+            await _run_pager(config, signals)
+        else:
+            await _run_embedded(config, signals)
+
+
+async def _run_pager(config: Config, signals: AsyncIterator[int]) -> None:
+    stopped = False
+    with _pager(config) as pager, metrics.served(pager, config.metrics.address):
+        async with relayed(pager):
+            _ready(config, pager)
+            await _until_stopped(config, pager.opens, signals)
+            pager.stop()
+            stopped = True
+    if not stopped:
+        raise DaemonError("the pager has ended, and what was in swap with it", "its last words are above, or in dmesg")
     log.info("stopped: nothing is attached or mounted any more")
 
 
-def _make_engine(config: Config) -> Engine:
+@contextmanager
+def _pager(config: Config) -> Iterator[Pager]:
+    """The pager that an earlier daemon has left, else a new one, which does not outlive a start that fails."""
+    mount_point = config.swap.mount_point
     try:
-        return Engine(
+        pager = Pager(mount_point)
+    except OSError:
+        check_mount_point(mount_point)
+    else:
+        log.info("found the pager of %s, pid %d, with its pages", mount_point, pager.status()["pid"])
+        if pager.stats()["swap_size_bytes"] != config.swap.size:
+            log.warning("swap.size is not what the pager serves: stop zswapd and start it again to change it")
+        yield pager
+        return
+    pager = Pager.start(config)
+    try:
+        yield pager
+    except BaseException:
+        # Refused while the swap file is open: who has pages in it keeps them.
+        with suppress(OSError):
+            pager.stop()
+        raise
+
+
+async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:
+    try:
+        engine = EmbeddedEngine(
             size_bytes=config.swap.size,
             mem_limit=config.pool.mem_limit_bytes,
             algorithm=config.compression.algorithm,
@@ -53,15 +83,33 @@ def _make_engine(config: Config) -> Engine:
         )
     except OSError as error:
         raise DaemonError(f"cannot make the pool: {error.strerror}", "see zswapctl doctor") from None
+    with metrics.served(engine, config.metrics.address):
+        async with mounted(engine, config.swap.mount_point):
+            _ready(config, engine)
+            await _until_stopped(config, lambda: engine.opens, signals)
+    log.info("stopped: nothing is attached or mounted any more")
 
 
-async def _until_stopped(config: Config, fs: SwapFs, signals: AsyncIterator[int]) -> None:
+def _ready(config: Config, engine: Engine) -> None:
+    stats = engine.stats()
+    log.info(
+        "serving %s of swap at %s with %s, pool limit %s",
+        format_size(stats["swap_size_bytes"]),
+        config.swap.mount_point / "swapfile",
+        stats["algorithm"],
+        format_size(stats["pool_limit_bytes"]),
+    )
+    _notify_ready()
+
+
+async def _until_stopped(config: Config, opens: Callable[[], int], signals: AsyncIterator[int]) -> None:
+    """Returns when a signal has asked for it and nobody has the swap file open any more."""
     async with trio.open_nursery() as nursery:
         stopping = False
 
         async def stop() -> None:
             nonlocal stopping
-            if await _give_back(config, fs):
+            if await _give_back(config, opens):
                 nursery.cancel_scope.cancel()
             stopping = False
 
@@ -75,7 +123,7 @@ async def _until_stopped(config: Config, fs: SwapFs, signals: AsyncIterator[int]
             nursery.start_soon(stop)
 
 
-async def _give_back(config: Config, fs: SwapFs) -> bool:
+async def _give_back(config: Config, opens: Callable[[], int]) -> bool:
     """Detaches the swap if it is attached. True if nobody uses the swap file any more; else the log says why not."""
     mount_point = config.swap.mount_point
     if swapdev.discover(mount_point):
@@ -88,7 +136,7 @@ async def _give_back(config: Config, fs: SwapFs) -> bool:
         except ZswapdError as error:
             log.error("not stopping, still serving: %s", error)
             return False
-    if fs.swapfile_opens:
+    if opens():
         log.error("not stopping: somebody has the swap file open (fuser -v %s/swapfile)", mount_point)
         return False
     return True

@@ -1,16 +1,15 @@
-"""The page store as the rest of the daemon sees it: the one boundary to native code.
+"""The page store as the rest of the daemon sees it: what a pager's client (zswapd/pager.py) and the engine embedded
+in this process have in common."""
 
-In this form the engine is embedded in the daemon's process. Nothing outside this module imports `zswapd._native`.
-"""
-
+import errno
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
-from zswapd._native import Engine, become_io_flusher, lock_memory
-
-__all__ = ["ClassStats", "Engine", "EngineStats", "LatencyStats", "protect_process"]
+from zswapd import _native
+from zswapd._native import become_io_flusher, lock_memory
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +35,8 @@ class ClassStats(TypedDict):
 class EngineStats(TypedDict):
     """What the engine counts. Pages and bytes: as of now; the rest: since the start."""
 
+    algorithm: str
+    zstd_level: int
     swap_size_bytes: int
     page_size_bytes: int
     pages: dict[str, int]
@@ -54,6 +55,34 @@ class EngineStats(TypedDict):
     load_latency: LatencyStats
     store_latency: LatencyStats
     classes: list[ClassStats]
+
+
+class Engine(Protocol):
+    """What control files and metrics need of an engine, wherever it runs. Errors: OSError, ValueError."""
+
+    def stats(self) -> EngineStats:
+        """A reading of all counters; waits for no page."""
+
+    def set_mem_limit(self, size_bytes: int) -> None:
+        """Changes what the pool may take. Below what it takes, stores fail until enough is freed."""
+
+    def set_compression(self, algorithm: str, zstd_level: int) -> None:
+        """Changes what new pages are compressed with; stored pages stay as they are, and readable."""
+
+    def reset(self) -> None:
+        """Drops every page. EBUSY while the swap file is open."""
+
+
+class EmbeddedEngine(_native.Engine):
+    """An engine in this process: the portable path, for tests, containers and comparison."""
+
+    #: How often the swap file is open.
+    opens: int = 0
+
+    def reset(self) -> None:
+        if self.opens:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        super().reset()
 
 
 def protect_process() -> None:

@@ -1,7 +1,8 @@
 """The file system: a root directory with the swap file and the control files. The only user of pyfuse3.
 
-In this form pyfuse3's handlers carry the pages. A handler runs to its end without giving way, so that requests
-do not interleave.
+Where a pager serves the pages, it hands on what is not for the swap file, and SwapFs answers that. On the portable
+path pyfuse3 serves the mount itself, and PageFs's handlers carry the pages too: correct, but a Python handler may
+need memory to answer the request that is to free memory.
 """
 
 import errno
@@ -20,8 +21,9 @@ import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT
 
 from zswapd.control import ControlFile, control_files
-from zswapd.engine import Engine
+from zswapd.engine import EmbeddedEngine, Engine
 from zswapd.errors import DaemonError
+from zswapd.pager import Pager
 
 log = logging.getLogger(__name__)
 
@@ -31,20 +33,19 @@ SWAPFILE = "swapfile"
 _SWAP_INODE = InodeT(pyfuse3.ROOT_INODE + 1)
 # Names, sizes and modes never change while mounted.
 _CACHE_SECONDS = 3600.0
+_RELAY_SECONDS = 2
 
 
 class SwapFs(pyfuse3.Operations):
-    """The handlers. A swap file request goes to the engine, whose errno it answers with."""
+    """The directory and the control files. Requests on the swap file's contents never come here."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
-        self._engine = engine
-        self._controls = control_files(engine, lambda: bool(self.swapfile_opens))
+        self._size = engine.stats()["swap_size_bytes"]
+        self._controls = control_files(engine)
         self._names = (SWAPFILE, *self._controls)
         self._mounted_ns = time.time_ns()
         self._handles = map(FileHandleT, itertools.count(1))
-        #: Handles of the swap file: somebody, a loop device for one, may hold pages in it.
-        self.swapfile_opens: set[FileHandleT] = set()
         #: Control files by handle, with their contents as of the opening.
         self._control_opens: dict[FileHandleT, tuple[ControlFile, bytes]] = {}
 
@@ -110,8 +111,8 @@ class SwapFs(pyfuse3.Operations):
             entry.st_nlink = 2
         elif inode == _SWAP_INODE:
             entry.st_mode = stat.S_IFREG | 0o600
-            entry.st_size = self._engine.size_bytes
-            entry.st_blocks = self._engine.size_bytes // 512
+            entry.st_size = self._size
+            entry.st_blocks = self._size // 512
         else:
             entry.st_mode = stat.S_IFREG | self._control(inode).mode
             entry.st_size = 0
@@ -127,11 +128,7 @@ class SwapFs(pyfuse3.Operations):
 
     async def open(self, inode: InodeT, flags: int, ctx: pyfuse3.RequestContext) -> FileInfo:
         fh = next(self._handles)
-        if inode == _SWAP_INODE:
-            self.swapfile_opens.add(fh)
-        else:
-            self._control_opens[fh] = self._open_control(self._control(inode), flags & os.O_ACCMODE)
-        # Direct I/O: the page cache would hold a second copy of every page.
+        self._control_opens[fh] = self._open_control(self._control(inode), flags & os.O_ACCMODE)
         return FileInfo(fh=fh, direct_io=True)
 
     def _open_control(self, control: ControlFile, access: int) -> tuple[ControlFile, bytes]:
@@ -141,22 +138,23 @@ class SwapFs(pyfuse3.Operations):
         return control, _answer(control.read).encode() if reads and control.read else b""
 
     async def release(self, fh: FileHandleT) -> None:
-        self.swapfile_opens.discard(fh)
         self._control_opens.pop(fh, None)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        if fh in self.swapfile_opens:
-            return _answer(lambda: self._engine.read(off, size))
-        _, contents = self._control_opens[fh]
+        _, contents = self._opened(fh)
         return contents[off : off + size]
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        if fh in self.swapfile_opens:
-            _answer(lambda: self._engine.write(off, buf))
-        else:
-            control, _ = self._control_opens[fh]
-            _answer(lambda: control.write and control.write(buf.decode().strip()))
+        control, _ = self._opened(fh)
+        _answer(lambda: control.write and control.write(buf.decode().strip()))
         return len(buf)
+
+    def _opened(self, fh: FileHandleT) -> tuple[ControlFile, bytes]:
+        try:
+            return self._control_opens[fh]
+        except KeyError:
+            # Opened before the daemon was started anew.
+            raise FUSEError(errno.ESTALE) from None
 
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         """Nothing to do: a page is stored when its write is answered."""
@@ -167,12 +165,47 @@ class SwapFs(pyfuse3.Operations):
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = 4096
-        data.f_blocks = self._engine.size_bytes // 4096
+        data.f_blocks = self._size // 4096
         data.f_bfree = data.f_bavail = 0
         data.f_files = len(self._names) + 1
         data.f_ffree = data.f_favail = 0
         data.f_namemax = 255
         return data
+
+
+class PageFs(SwapFs):
+    """The swap file's contents as well, from the embedded engine. A handler runs to its end without giving way."""
+
+    def __init__(self, engine: EmbeddedEngine) -> None:
+        super().__init__(engine)
+        self._pages = engine
+        self._swapfile_handles: set[FileHandleT] = set()
+
+    async def open(self, inode: InodeT, flags: int, ctx: pyfuse3.RequestContext) -> FileInfo:
+        if inode != _SWAP_INODE:
+            return await super().open(inode, flags, ctx)
+        fh = next(self._handles)
+        self._swapfile_handles.add(fh)
+        self._pages.opens += 1
+        # Direct I/O: the page cache would hold a second copy of every page.
+        return FileInfo(fh=fh, direct_io=True)
+
+    async def release(self, fh: FileHandleT) -> None:
+        if fh in self._swapfile_handles:
+            self._swapfile_handles.remove(fh)
+            self._pages.opens -= 1
+        await super().release(fh)
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        if fh in self._swapfile_handles:
+            return _answer(lambda: self._pages.read(off, size))
+        return await super().read(fh, off, size)
+
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        if fh in self._swapfile_handles:
+            _answer(lambda: self._pages.write(off, buf))
+            return len(buf)
+        return await super().write(fh, off, buf)
 
 
 def _answer(request: Callable[[], T]) -> T:
@@ -213,20 +246,46 @@ def check_mount_point(mount_point: Path) -> None:
 
 
 @asynccontextmanager
-async def mounted(engine: Engine, mount_point: Path) -> AsyncIterator[SwapFs]:
-    """Mounts the file system and serves it until the block ends, then unmounts it.
+async def mounted(engine: EmbeddedEngine, mount_point: Path) -> AsyncIterator[None]:
+    """Mounts the file system and serves it, pages and all, until the block ends; then unmounts it.
 
-    Ending the block with the swap file open takes it away from who has it open: check `swapfile_opens` first.
-    If somebody unmounts the file system meanwhile, the block is cancelled. Raises DaemonError.
+    Ending the block with the swap file open takes it away from who has it open: check `engine.opens` first. If
+    somebody unmounts the file system meanwhile, the block is cancelled. Raises DaemonError.
     """
     check_mount_point(mount_point)
     options = {*pyfuse3.default_options, "fsname=zswapd"}
     if os.geteuid() == 0:
         # For monitoring by other users; the modes of the files say what they may do.
         options.add("allow_other")
-    fs = SwapFs(engine)
+    async with _served(PageFs(engine), str(mount_point), options, unmount=True):
+        yield
+
+
+@asynccontextmanager
+async def relayed(pager: Pager) -> AsyncIterator[None]:
+    """Serves what a pager hands on, until the block ends. If the pager ends first, the block is cancelled."""
+    # libfuse takes the descriptor over, and closes it.
+    async with _served(SwapFs(pager), f"/dev/fd/{await _relay(pager)}", set(pyfuse3.default_options), unmount=False):
+        yield
+
+
+async def _relay(pager: Pager) -> int:
+    """The relay's descriptor. Waits for it a little: a daemon that was killed just now may not have been missed yet."""
+    with trio.move_on_after(_RELAY_SECONDS):
+        while True:
+            try:
+                return pager.relay()
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise DaemonError(f"the pager does not answer: {error}", "see its log, and dmesg") from None
+            await trio.sleep(0.05)
+    raise DaemonError(f"the mount point {pager.mount_point} is in use: another zswapd serves it", "see zswapctl status")
+
+
+@asynccontextmanager
+async def _served(fs: SwapFs, mount_point: str, options: set[str], *, unmount: bool) -> AsyncIterator[None]:
     try:
-        pyfuse3.init(fs, str(mount_point), options)
+        pyfuse3.init(fs, mount_point, options)
     except RuntimeError as error:
         hint = "is /dev/fuse there (modprobe fuse), and may this user mount (root, or fusermount3)?"
         raise DaemonError(f"cannot mount on {mount_point}: {error}", hint) from None
@@ -238,7 +297,7 @@ async def mounted(engine: Engine, mount_point: Path) -> AsyncIterator[SwapFs]:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(serve)
-            yield fs
+            yield
             pyfuse3.terminate()
     finally:
-        pyfuse3.close(unmount=True)
+        pyfuse3.close(unmount=unmount)

@@ -24,7 +24,7 @@ class EngineCollector(Collector):
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
-        engine, stats = self._engine, self._engine.stats()
+        stats = self._engine.stats()
         build = GaugeMetricFamily("zswapd_build_info", "Version of zswapd; always 1.", labels=["version"])
         build.add_metric([__version__], 1)
         yield build
@@ -33,7 +33,7 @@ class EngineCollector(Collector):
             "What new pages are compressed with; always 1.",
             labels=["algorithm", "zstd_level"],
         )
-        algorithm.add_metric([engine.algorithm, str(engine.zstd_level)], 1)
+        algorithm.add_metric([stats["algorithm"], str(stats["zstd_level"])], 1)
         yield algorithm
 
         for name, value, text in (

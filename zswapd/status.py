@@ -1,5 +1,6 @@
 """What the daemon says of itself (stats.json), read with a deadline and rendered for people."""
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Sequence
@@ -10,15 +11,24 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from zswapd import __version__
 from zswapd.config import format_size
 from zswapd.errors import DaemonError
+from zswapd.pager import Pager
 from zswapd.swapdev import START_HINT, Attachment, is_mounted
 
 DEADLINE_SECONDS = 5
 
 
 def read_stats(mount_point: Path) -> dict[str, Any]:
-    """stats.json under `mount_point`. Raises DaemonError if the daemon does not run or answer in 5 seconds."""
+    """What is counted at `mount_point`: by the pager, which answers even where the file system hangs, else stats.json.
+
+    Raises DaemonError if the daemon does not run or answer in 5 seconds.
+    """
+    with contextlib.suppress(OSError):
+        pager = Pager(mount_point)
+        own = {"version": __version__, "pager": pager.status()}
+        return {**own, **pager.stats()}
     if not is_mounted(mount_point):
         raise DaemonError(f"the daemon does not run: nothing is mounted at {mount_point}", START_HINT)
     # A child reads it: a process that waits for a stopped daemon may be impossible to kill, so it must not be us.
@@ -76,7 +86,7 @@ def effective_ratio(stats: dict[str, Any]) -> float | None:
 def render(stats: dict[str, Any], attachment: Attachment | None) -> RenderableType:
     """The state of the daemon and its swap, for people; errors in red."""
     table = Table.grid(padding=(0, 2))
-    table.add_row("daemon", f"zswapd {stats['version']}, pid {stats['pid']}, {_algorithm(stats)}")
+    table.add_row("served by", _server(stats))
     table.add_row("swap", _attachment(stats, attachment))
 
     pages = {kind: count for kind, count in stats["pages"].items() if kind != "lost"}
@@ -102,6 +112,16 @@ def render(stats: dict[str, Any], attachment: Attachment | None) -> RenderableTy
         table.add_row(f"{operation}s", f"{stats[f'{operation}s']:,}{_latency(stats[f'{operation}_latency'])}")
     table.add_row("discards", f"{stats['discards']:,}")
     return Group(table, *_errors(stats))
+
+
+def _server(stats: dict[str, Any]) -> str:
+    version, algorithm = f"zswapd {stats['version']}", _algorithm(stats)
+    pager = stats.get("pager")
+    if pager is None:
+        return f"{version}, pid {stats['pid']}, {algorithm}"
+    unprotected = "" if pager["protected"] else ", not protected: see its log"
+    footprint = format_size(pager["footprint"])
+    return f"{version}, pager pid {pager['pid']}, {algorithm}, {footprint} beside pool and tables{unprotected}"
 
 
 def _algorithm(stats: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ import trio
 from zswapd import memcg
 from zswapd.config import format_size
 from zswapd.errors import DaemonError, SwapError
+from zswapd.pager import Pager
 
 ROOT = Path("/")
 FUSE_TIMEOUTS = ("default_request_timeout", "max_request_timeout")
@@ -31,12 +32,14 @@ POLL_SECONDS = 0.1
 SBIN = ":/usr/sbin:/sbin"  # cron's PATH lacks them
 START_HINT = "start it: systemctl start zswapd, or zswapd run"
 
-_UNSAFE = """\
-attaching is not safe on a machine that may run out of memory as a whole: in this form the daemon serves pages \
-from Python, and can itself wait for the memory that it is meant to free; the machine then hangs"""
+_PYTHON_UNSAFE = """\
+attaching is not safe on a machine that may run out of memory as a whole: with swap.data_path = "pyfuse3" pages are \
+served from Python, which can itself wait for the memory that it is meant to free; the machine then hangs"""
+_UNPROTECTED = """\
+attaching is not safe on a machine that may run out of memory as a whole: the kernel did not let the pager lock its \
+memory, serve reclaim or outlive the OOM killer (CAP_IPC_LOCK, CAP_SYS_RESOURCE); its log says which"""
 _UNSAFE_HINT = """\
-use it only with workloads in a memory cgroup that has a limit, the daemon outside it, \
-and say so with --unsafe, until pages move to the native pager"""
+for workloads in a memory cgroup that has a limit, with zswapd outside it, say --unsafe"""
 
 
 @dataclass(frozen=True)
@@ -187,8 +190,8 @@ async def attach(mount_point: Path, *, priority: int, discard: bool, unsafe: boo
             state = "attached already" if attached.is_swap else "half attached (not in use as swap)"
             raise SwapError(f"{attached.loop_device} is {state}", "zswapctl detach undoes it")
         refuse_machine()
-        if not unsafe:
-            raise SwapError(_UNSAFE, _UNSAFE_HINT)
+        if not unsafe and (reason := await trio.to_thread.run_sync(_why_unsafe, mount_point)):
+            raise SwapError(reason, _UNSAFE_HINT)
         try:
             return await _attach(mount_point, priority, discard)
         except BaseException as error:
@@ -326,17 +329,39 @@ async def _reset(mount_point: Path) -> None:
     while True:
         try:
             # Abandoned on cancellation: the daemon may have stopped for good.
-            await trio.to_thread.run_sync(_write, mount_point / "reset", b"1", abandon_on_cancel=True)
+            await trio.to_thread.run_sync(_reset_once, mount_point, abandon_on_cancel=True)
             return
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTCONN):
                 return  # the daemon is gone, and its pool with it
             if error.errno != errno.EBUSY or trio.current_time() > deadline:
                 raise SwapError(
-                    f"detached, but the pool was not emptied: {mount_point}/reset: {error.strerror}",
+                    f"detached, but the pool was not emptied: {error.strerror}",
                     f"see who has the swapfile open: fuser -v {mount_point}/swapfile",
                 ) from None
         await trio.sleep(POLL_SECONDS)
+
+
+def _find_pager(mount_point: Path) -> Pager | None:
+    """The pager of a mount point, which answers even where its file system hangs."""
+    try:
+        return Pager(mount_point)
+    except OSError:
+        return None
+
+
+def _reset_once(mount_point: Path) -> None:
+    if pager := _find_pager(mount_point):
+        pager.reset()
+    else:
+        _write(mount_point / "reset", b"1")
+
+
+def _why_unsafe(mount_point: Path) -> str | None:
+    pager = _find_pager(mount_point)
+    if pager is None:
+        return _PYTHON_UNSAFE
+    return None if pager.status()["protected"] else _UNPROTECTED
 
 
 def _require_root() -> None:
@@ -349,7 +374,8 @@ async def _require_serving(mount_point: Path) -> None:
         raise DaemonError(f"the daemon does not run: nothing is mounted at {mount_point}", START_HINT)
     with trio.move_on_after(SETTLE_SECONDS):
         try:
-            await trio.to_thread.run_sync(_open_and_close, mount_point / "swapfile", abandon_on_cancel=True)
+            if not await trio.to_thread.run_sync(_find_pager, mount_point, abandon_on_cancel=True):
+                await trio.to_thread.run_sync(_open_and_close, mount_point / "swapfile", abandon_on_cancel=True)
             return
         except OSError as error:
             raise DaemonError(

@@ -4,6 +4,7 @@ import errno
 import mmap
 import os
 import random
+import re
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
@@ -72,11 +73,13 @@ def test_what_is_not_there(daemon: Daemon) -> None:
         os.stat(daemon.swapfile / "other")
 
 
-def test_holes_cannot_be_punched_in_this_form(swapfile: int, daemon: Daemon) -> None:
-    os.pwrite(swapfile, noise(1), 0)
+def test_holes_are_punched_where_the_data_path_can(swapfile: int, daemon: Daemon, data_path: str) -> None:
+    os.pwrite(swapfile, noise(1) + noise(2), 0)
     punch = ["fallocate", "--punch-hole", "--offset", "0", "--length", str(PAGE), str(daemon.swapfile)]
-    assert subprocess.run(punch, capture_output=True, check=False).returncode == 1
-    assert os.pread(swapfile, PAGE, 0) == noise(1)
+    punched = subprocess.run(punch, capture_output=True, check=False).returncode == 0
+    assert punched == (data_path == "pager")
+    assert os.pread(swapfile, 2 * PAGE, 0) == (bytes(PAGE) if punched else noise(1)) + noise(2)
+    assert daemon.stats()["pages"]["incompressible"] == (1 if punched else 2)
 
 
 # The swap file
@@ -190,15 +193,17 @@ def test_a_full_pool_refuses_and_keeps_the_others(daemon: Daemon, swapfile: int)
 
 
 @pytest.fixture
-def victim(make_daemon: Callable[..., Daemon]) -> Daemon:
-    return make_daemon().start()
+def victim(make_daemon: Callable[..., Daemon], data_path: str) -> Daemon:
+    return make_daemon(swap__data_path=data_path).start()
 
 
 @contextmanager
 def state_file(daemon: Daemon) -> Iterator[mmap.mmap]:
-    """The daemon's memory file of slot words and stored pages (native/core/src/state.rs), opened behind its back."""
-    descriptors = Path(f"/proc/{daemon.pid}/fd")
-    path = next(path for path in descriptors.iterdir() if "memfd:zswapd-state" in os.readlink(path))
+    """The file of slot words and stored pages (native/core/src/state.rs), opened behind the daemon's back."""
+    # In a pager it is unlinked, on a tmpfs that is mounted nowhere; in a daemon of its own, a memory file.
+    descriptors = Path(f"/proc/{daemon.server_pid}/fd")
+    name = re.compile(r"/memfd:zswapd-state.*|/#\d+ \(deleted\)")
+    path = next(path for path in descriptors.iterdir() if name.fullmatch(os.readlink(path)))
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as state:
         yield state
 
@@ -209,7 +214,7 @@ def test_damaged_bytes_are_an_error_and_not_a_wrong_page(victim: Daemon) -> None
             os.pwrite(swapfile, noise(page), page * PAGE)
         with state_file(victim) as state:
             # The arena's first pages: beyond them the file has only holes.
-            at = state.find(noise(1), 0, PAGE + SIZE // PAGE * 8 + (2 << 20))
+            at = state.find(noise(1), 0, PAGE + SIZE // PAGE * 8 + (4 << 20))
             assert at > 0
             state[at + 1000] ^= 1
         for _ in range(2):

@@ -48,9 +48,9 @@ class Workload:
         self._process, self.group = process, group
         self._result("ready")
 
-    def run(self, phase: str) -> dict[str, Any]:
+    def run(self, phase: str, **arguments: int) -> dict[str, Any]:
         assert self._process.stdin
-        self._process.stdin.write(json.dumps({"phase": phase}) + "\n")
+        self._process.stdin.write(json.dumps({"phase": phase, **arguments}) + "\n")
         self._process.stdin.flush()
         return self._result("result")
 
@@ -91,14 +91,16 @@ def swapped(daemon: Daemon, corpus: int) -> Iterator[Workload]:
 
 
 @pytest.fixture
-def attached(make_daemon: Callable[..., Daemon]) -> Callable[..., Daemon]:
+def attached(make_daemon: Callable[..., Daemon], data_path: str) -> Callable[..., Daemon]:
     """Starts a daemon and attaches it, from the command line: attached(compression__algorithm="zstd").
 
     Of the highest priority: the pages go there and nowhere else, whatever swap this machine has.
     """
 
     def start(**settings: object) -> Daemon:
-        daemon = make_daemon(**{"swap__size": "128MiB", "swap__priority": 32767} | settings).start()
+        daemon = make_daemon(
+            **{"swap__data_path": data_path, "swap__size": "128MiB", "swap__priority": 32767} | settings
+        ).start()
         result = daemon.ctl("attach", "--unsafe")
         assert result.returncode == 0, result.stderr
         return daemon
@@ -251,11 +253,51 @@ def test_a_half_attached_device_is_cleaned_up(make_daemon: Callable[..., Daemon]
     assert daemon.stop() == 0
 
 
-def test_swap_of_a_daemon_that_was_killed_can_be_taken_away(attached: Callable[..., Daemon]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_daemon_that_is_killed_or_stopped_costs_no_page(
+    make_daemon: Callable[..., Daemon], corpus: int, number: signal.Signals
+) -> None:
+    """The pager goes on: in the middle of a fill, for reads and overwrites, and until all is detached."""
+    daemon = make_daemon(swap__size="128MiB", swap__priority=32767).start()
+    assert daemon.ctl("attach", "--unsafe").returncode == 0
+    area = swap_area(daemon)
+    with swapped(daemon, corpus) as workload:
+        daemon.signal(number)
+        try:
+            workload.fill()
+            workload.verify()
+            workload.run("rewrite", seed=1)
+            workload.verify()
+            assert daemon.ctl("status").returncode == 0
+            workload.group.set_limit(ENOUGH)
+            result = daemon.ctl("detach")
+            assert result.returncode == 0, result.stderr
+        finally:
+            if number == signal.SIGSTOP:
+                daemon.signal(signal.SIGCONT)
+        workload.verify()
+    assert_gone(daemon, area.loop_device)
+
+
+def test_what_a_workload_leaves_is_discarded(make_daemon: Callable[..., Daemon], corpus: int) -> None:
+    """The kernel punches the clusters of a process that has ended, late: the pool shrinks towards nothing."""
+    daemon = make_daemon(swap__size="128MiB", swap__priority=32767).start()
+    assert daemon.ctl("attach", "--unsafe").returncode == 0
+    with swapped(daemon, corpus) as workload:
+        workload.fill()
+        full = daemon.stats()["pool_bytes"]
+        assert full > LEAST_SWAPPED // 4
+    wait_until(lambda: daemon.stats()["pool_bytes"] < full // 10, "the pool shrinks after the workload's end")
+    assert daemon.stats()["discards"] > 0
+    assert daemon.stop() == 0
+
+
+def test_swap_of_a_daemon_that_was_killed_can_be_taken_away(attached: Callable[..., Daemon], data_path: str) -> None:
     """Without pages in it: some could be those of another process, and would be lost."""
     daemon = attached(swap__priority=0)
     area = swap_area(daemon)
-    daemon.signal(signal.SIGKILL)
+    # Whoever has the pages.
+    os.kill(daemon.server_pid, signal.SIGKILL)
     daemon.wait()
     result = daemon.ctl("detach")
     assert result.returncode == 1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.errnos import raises_errno
 from tests.pages import PAGE, noise
-from zswapd.engine import Engine
+from zswapd.engine import EmbeddedEngine
 
 PAGES = 16
 SIZE = PAGES * PAGE
@@ -19,8 +19,8 @@ SIZE = PAGES * PAGE
 
 def make_engine(
     mem_limit: int = 1 << 20, algorithm: str = "lz4", size_bytes: int = SIZE, zstd_level: int = 3
-) -> Engine:
-    return Engine(size_bytes=size_bytes, mem_limit=mem_limit, algorithm=algorithm, zstd_level=zstd_level)
+) -> EmbeddedEngine:
+    return EmbeddedEngine(size_bytes=size_bytes, mem_limit=mem_limit, algorithm=algorithm, zstd_level=zstd_level)
 
 
 ranges = st.tuples(st.integers(0, SIZE), st.integers(0, 3 * PAGE)).map(lambda r: (r[0], min(r[1], SIZE - r[0])))
@@ -89,8 +89,8 @@ def test_a_lowered_limit_refuses_growth_and_keeps_what_is_stored() -> None:
     engine = make_engine()
     for page in range(8):
         engine.write(page * PAGE, noise(page))
-    engine.mem_limit = PAGE
-    assert engine.mem_limit == PAGE
+    engine.set_mem_limit(PAGE)
+    assert engine.stats()["pool_limit_bytes"] == PAGE
     # The zspages that there are may still have room; new ones are refused.
     with raises_errno(errno.ENOSPC):
         for page in range(8, PAGES):
@@ -135,10 +135,11 @@ def test_bad_settings_change_nothing() -> None:
         with pytest.raises(ValueError, match=r"lz4 or zstd|1 to 22"):
             make_engine(algorithm=algorithm, zstd_level=level)
     with pytest.raises(OverflowError):
-        engine.mem_limit = 2**64
+        engine.set_mem_limit(2**64)
     with pytest.raises(OverflowError):
         engine.read(-1, 1)
-    assert (engine.algorithm, engine.zstd_level, engine.mem_limit) == ("zstd", 7, 1 << 20)
+    stats = engine.stats()
+    assert (stats["algorithm"], stats["zstd_level"], stats["pool_limit_bytes"]) == ("zstd", 7, 1 << 20)
 
 
 def test_pages_stay_readable_when_the_algorithm_changes() -> None:

@@ -14,7 +14,7 @@ from tests.daemon import free_port
 from tests.machine import lacks
 from tests.pages import PAGE, noise
 from zswapd import metrics
-from zswapd.engine import Engine
+from zswapd.engine import EmbeddedEngine
 from zswapd.errors import DaemonError
 
 # https://prometheus.io/docs/practices/naming: base units, and no other.
@@ -22,9 +22,9 @@ OTHER_UNITS = re.compile(r"_(ms|us|ns|milliseconds|microseconds|kb|kib|mb|mib|pe
 
 
 @pytest.fixture
-def engine() -> Engine:
+def engine() -> EmbeddedEngine:
     """One that has seen a little of everything."""
-    engine = Engine(size_bytes=32 * PAGE, mem_limit=20 * PAGE, algorithm="lz4", zstd_level=3)
+    engine = EmbeddedEngine(size_bytes=32 * PAGE, mem_limit=20 * PAGE, algorithm="lz4", zstd_level=3)
     engine.write(0, b"text " * PAGE)  # lz4, two pages and a part
     engine.set_compression("zstd", 3)
     engine.write(8 * PAGE, (b"more text " * PAGE)[:PAGE])
@@ -46,7 +46,7 @@ def engine() -> Engine:
     return engine
 
 
-def scrape(engine: Engine) -> str:
+def scrape(engine: EmbeddedEngine) -> str:
     registry = CollectorRegistry()
     registry.register(metrics.EngineCollector(engine))
     return generate_latest(registry).decode()
@@ -61,7 +61,7 @@ def samples(text: str) -> dict[tuple[str, str], float]:
     }
 
 
-def test_names_follow_the_conventions(engine: Engine) -> None:
+def test_names_follow_the_conventions(engine: EmbeddedEngine) -> None:
     text = scrape(engine)
     families = list(text_string_to_metric_families(text))
     assert len(families) > 15
@@ -80,7 +80,7 @@ def test_names_follow_the_conventions(engine: Engine) -> None:
     assert len({family.name for family in families}) == len(families)
 
 
-def test_values_are_those_of_the_statistics(engine: Engine) -> None:
+def test_values_are_those_of_the_statistics(engine: EmbeddedEngine) -> None:
     # Two readings of an engine that stands still. Not one number is zero by default.
     stats, values = engine.stats(), samples(scrape(engine))
     for key in ("swap_size", "original", "compressed", "pool", "pool_peak", "pool_reserve", "pool_limit", "metadata"):
@@ -100,7 +100,7 @@ def test_values_are_those_of_the_statistics(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("what", ["load", "store"])
-def test_histograms_are_cumulative_and_complete(engine: Engine, what: str) -> None:
+def test_histograms_are_cumulative_and_complete(engine: EmbeddedEngine, what: str) -> None:
     stats = engine.stats()
     latency = stats["load_latency"] if what == "load" else stats["store_latency"]
     name = f"zswapd_{what}_duration_seconds"
@@ -121,7 +121,7 @@ def get(url: str) -> str:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_served_until_the_block_ends(engine: Engine, host: str) -> None:
+def test_served_until_the_block_ends(engine: EmbeddedEngine, host: str) -> None:
     if ":" in host and not Path("/proc/net/if_inet6").exists():
         lacks("IPv6")
     port = free_port()
@@ -134,12 +134,12 @@ def test_served_until_the_block_ends(engine: Engine, host: str) -> None:
         get(url)
 
 
-def test_none_serves_nothing(engine: Engine) -> None:
+def test_none_serves_nothing(engine: EmbeddedEngine) -> None:
     with metrics.served(engine, None):
         pass
 
 
-def test_a_port_in_use_is_named(engine: Engine) -> None:
+def test_a_port_in_use_is_named(engine: EmbeddedEngine) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         message = f"127.0.0.1:{port}: Address already in use"

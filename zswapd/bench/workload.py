@@ -79,10 +79,10 @@ class Embedded:
     """The engine in this process."""
 
     def __init__(self, pages: int) -> None:
-        from zswapd.engine import Engine
+        from zswapd.engine import EmbeddedEngine
 
         size = pages * PAGE
-        self.engine = Engine(size_bytes=size, mem_limit=2 * size, algorithm="lz4", zstd_level=3)
+        self.engine = EmbeddedEngine(size_bytes=size, mem_limit=2 * size, algorithm="lz4", zstd_level=3)
 
     def write(self, page: int, content: bytes) -> None:
         self.engine.write(page * PAGE, content)

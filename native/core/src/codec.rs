@@ -1,12 +1,13 @@
-//! The codecs: lz4 and zstd from their C libraries, with memory of our own that is made once per worker.
+//! The codecs: lz4 and zstd from their C libraries, working in memory that is made once per worker: neither allocates.
 
 use crate::error::{Error, Result};
 use crate::object;
 use crate::page::{Page, PAGE_SIZE};
 use lz4_sys::{c_char, c_int, LZ4_decompress_safe};
 use std::ffi::c_void;
+use std::ptr::NonNull;
 use std::str::FromStr;
-use zstd_safe::{CCtx, CParameter, DCtx, DParameter, FrameFormat};
+use zstd_safe::zstd_sys as zstd;
 
 extern "C" {
     // In the library, but not in lz4-sys's bindings.
@@ -73,6 +74,8 @@ impl FromStr for Algorithm {
     }
 }
 
+pub const ZSTD_LEVELS: std::ops::RangeInclusive<i32> = 1..=22;
+
 /// An algorithm and the zstd level that goes with it, checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Compression {
@@ -83,7 +86,7 @@ pub struct Compression {
 impl Compression {
     /// Errors: [`Error::Invalid`] for a level outside 1..=22.
     pub fn new(algorithm: Algorithm, zstd_level: i32) -> Result<Compression> {
-        if !(1..=22).contains(&zstd_level) {
+        if !ZSTD_LEVELS.contains(&zstd_level) {
             return Err(Error::Invalid(format!("zstd level {zstd_level} is out of range: use 1 to 22")));
         }
         Ok(Compression { algorithm, zstd_level })
@@ -95,38 +98,70 @@ const MAX_COMPRESSED: usize = PAGE_SIZE - object::HEADER_SIZE;
 
 /// Codec contexts and buffers of one worker: one thread uses it at a time.
 pub struct Scratch {
-    // u64 for alignment: the library wants its state 8-aligned.
-    lz4: Box<[u64]>,
-    compressor: CCtx<'static>,
+    lz4: Workspace,
+    /// Lies in `_zstd`.
+    compressor: NonNull<zstd::ZSTD_CCtx>,
+    /// Lies in `_zstd` too.
+    decompressor: NonNull<zstd::ZSTD_DCtx>,
     /// The level that `compressor` is set to.
     level: Option<i32>,
-    decompressor: DCtx<'static>,
     compressed: Box<Page>,
+    _zstd: [Workspace; 2],
 }
 
+/// Memory for a context of a C library, which wants it 8-aligned.
+type Workspace = Box<[u64]>;
+
+// SAFETY: the contexts lie in memory that the scratch owns, and are bound to no thread.
+unsafe impl Send for Scratch {}
+
 impl Scratch {
-    /// Allocates. Errors: [`Error::Invalid`] if the libraries give no context.
+    /// Allocates about 400 KiB, and is the last to do so. Errors: [`Error::Invalid`] if zstd refuses its setting.
     pub fn new() -> Result<Scratch> {
-        let refused = |_| Error::Invalid("the zstd library refused a parameter".into());
-        let mut compressor = CCtx::try_create().ok_or_else(|| Error::Invalid("no zstd compressor".into()))?;
-        for parameter in [
-            CParameter::Format(FrameFormat::Magicless),
-            CParameter::ContentSizeFlag(false),
-            CParameter::ChecksumFlag(false),
-            CParameter::DictIdFlag(false),
-        ] {
-            compressor.set_parameter(parameter).map_err(refused)?;
+        let compressor_bytes = |level| {
+            // SAFETY: takes nothing but numbers, returns a number.
+            unsafe { zstd::ZSTD_estimateCCtxSize_usingCParams(zstd::ZSTD_getCParams(level, PAGE_SIZE as u64, 0)) }
+        };
+        // SAFETY: as above.
+        let (lz4_bytes, decompressor_bytes) = unsafe { (LZ4_sizeofState() as usize, zstd::ZSTD_estimateDCtxSize()) };
+        // Not zero: memory that is written here is resident, and faults no more.
+        let workspace = |bytes: usize| -> Workspace { vec![1; bytes.div_ceil(8)].into() };
+        let mut memory =
+            [workspace(ZSTD_LEVELS.map(compressor_bytes).max().unwrap_or(0)), workspace(decompressor_bytes)];
+        let [for_compressor, for_decompressor] = &mut memory;
+        // SAFETY: each context gets memory of its own of the size asked for, 8-aligned, which lives as long as it.
+        let (compressor, decompressor) = unsafe {
+            (
+                zstd::ZSTD_initStaticCCtx(for_compressor.as_mut_ptr().cast(), size_of_val(&**for_compressor)),
+                zstd::ZSTD_initStaticDCtx(for_decompressor.as_mut_ptr().cast(), size_of_val(&**for_decompressor)),
+            )
+        };
+        let refused = || Error::Invalid("the zstd library refused its memory or a parameter".into());
+        let compressor = NonNull::new(compressor).ok_or_else(refused)?;
+        let decompressor = NonNull::new(decompressor).ok_or_else(refused)?;
+        let magicless = zstd::ZSTD_format_e::ZSTD_f_zstd1_magicless as c_int;
+        let for_compressor = [
+            (zstd::ZSTD_cParameter::ZSTD_c_experimentalParam2, magicless), // ZSTD_c_format
+            (zstd::ZSTD_cParameter::ZSTD_c_contentSizeFlag, 0),
+            (zstd::ZSTD_cParameter::ZSTD_c_checksumFlag, 0),
+            (zstd::ZSTD_cParameter::ZSTD_c_dictIDFlag, 0),
+        ];
+        for (parameter, value) in for_compressor {
+            // SAFETY: the context is alive.
+            zstd_result(unsafe { zstd::ZSTD_CCtx_setParameter(compressor.as_ptr(), parameter, value) })
+                .ok_or_else(refused)?;
         }
-        let mut decompressor = DCtx::try_create().ok_or_else(|| Error::Invalid("no zstd decompressor".into()))?;
-        decompressor.set_parameter(DParameter::Format(FrameFormat::Magicless)).map_err(refused)?;
-        // SAFETY: takes nothing, returns a constant of the library.
-        let lz4_bytes = unsafe { LZ4_sizeofState() } as usize;
+        let format = zstd::ZSTD_dParameter::ZSTD_d_experimentalParam1; // ZSTD_d_format
+                                                                       // SAFETY: the context is alive.
+        zstd_result(unsafe { zstd::ZSTD_DCtx_setParameter(decompressor.as_ptr(), format, magicless) })
+            .ok_or_else(refused)?;
         Ok(Scratch {
-            lz4: vec![0; lz4_bytes.div_ceil(8)].into(),
+            lz4: workspace(lz4_bytes),
             compressor,
-            level: None,
             decompressor,
+            level: None,
             compressed: Box::new([0; PAGE_SIZE]),
+            _zstd: memory,
         })
     }
 
@@ -162,11 +197,23 @@ impl Scratch {
     }
 
     fn compress_zstd(&mut self, page: &Page, level: i32) -> Option<usize> {
+        let compressor = self.compressor.as_ptr();
         if self.level != Some(level) {
-            self.compressor.set_parameter(CParameter::CompressionLevel(level)).ok()?;
+            let parameter = zstd::ZSTD_cParameter::ZSTD_c_compressionLevel;
+            // SAFETY: the context is alive, and this scratch is borrowed exclusively.
+            zstd_result(unsafe { zstd::ZSTD_CCtx_setParameter(compressor, parameter, level) })?;
             self.level = Some(level);
         }
-        self.compressor.compress2(&mut self.compressed[..MAX_COMPRESSED], &page[..]).ok()
+        // SAFETY: as above; source and destination are valid for the lengths given, and do not overlap.
+        zstd_result(unsafe {
+            zstd::ZSTD_compress2(
+                compressor,
+                self.compressed.as_mut_ptr().cast(),
+                MAX_COMPRESSED,
+                page.as_ptr().cast(),
+                PAGE_SIZE,
+            )
+        })
     }
 
     /// Decodes a payload into `page`. Returns false, with `page` undefined, if it is not the encoding of a page.
@@ -193,9 +240,28 @@ impl Scratch {
                 };
                 written == PAGE_SIZE as c_int
             }
-            Codec::Zstd => self.decompressor.decompress(&mut page[..], payload) == Ok(PAGE_SIZE),
+            Codec::Zstd => {
+                // SAFETY: the context is alive and borrowed exclusively; source and destination are valid for the
+                // lengths given, and do not overlap; the library checks every length that it reads from the source.
+                let written = unsafe {
+                    zstd::ZSTD_decompressDCtx(
+                        self.decompressor.as_ptr(),
+                        page.as_mut_ptr().cast(),
+                        PAGE_SIZE,
+                        payload.as_ptr().cast(),
+                        payload.len(),
+                    )
+                };
+                zstd_result(written) == Some(PAGE_SIZE)
+            }
         }
     }
+}
+
+/// What a function of zstd returned, unless it is an error code.
+fn zstd_result(code: usize) -> Option<usize> {
+    // SAFETY: takes a number, returns a number.
+    (unsafe { zstd::ZSTD_isError(code) } == 0).then_some(code)
 }
 
 #[cfg(test)]
@@ -253,6 +319,17 @@ mod tests {
         for algorithm in [Algorithm::Lz4, Algorithm::Zstd] {
             let with = Compression::new(algorithm, 3).expect("in range");
             assert_eq!(scratch.compress(&page, with), (Codec::Raw, &page[..]));
+        }
+    }
+
+    #[test]
+    fn every_level_finds_its_memory() {
+        let mut page = [0; PAGE_SIZE];
+        page.iter_mut().enumerate().for_each(|(n, byte)| *byte = (n / 7 % 50) as u8);
+        let mut scratch = Scratch::new().expect("scratch");
+        for level in ZSTD_LEVELS.chain(ZSTD_LEVELS.rev()) {
+            let with = Compression::new(Algorithm::Zstd, level).expect("in range");
+            assert_eq!(scratch.compress(&page, with).0, Codec::Zstd, "level {level}");
         }
     }
 

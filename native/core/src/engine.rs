@@ -3,7 +3,7 @@
 use crate::codec::{Algorithm, Compression, Scratch};
 use crate::error::{Error, Result};
 use crate::page::{Page, PAGE_SIZE};
-use crate::store::Store;
+use crate::store::{Detached, Files, Store};
 use crate::sync::{AtomicU32, Ordering::Relaxed};
 
 /// The largest swap file: a slot index has 32 bits.
@@ -21,14 +21,17 @@ impl Engine {
     /// An empty swap file of `size` bytes whose pool takes at most `mem_limit` bytes of memory.
     ///
     /// Errors: [`Error::Invalid`] for a size that is 0, not whole pages or above 16 TiB; [`Error::System`].
-    pub fn new(size: u64, mem_limit: u64, compression: Compression) -> Result<Engine> {
+    pub fn new(size: u64, mem_limit: u64, compression: Compression, files: Files) -> Result<Engine> {
         if size == 0 || size % PAGE_SIZE as u64 != 0 || size > MAX_SIZE_BYTES {
             return Err(Error::Invalid(format!(
                 "the swap file cannot have {size} bytes: use whole pages of {PAGE_SIZE} bytes, from one page to 16 TiB"
             )));
         }
-        let engine = Engine { store: Store::new(size / PAGE_SIZE as u64, mem_limit)?, compression: AtomicU32::new(0) };
+        let store = Store::new(size / PAGE_SIZE as u64, mem_limit, files)?;
+        let engine = Engine { store, compression: AtomicU32::new(0) };
+        engine.store.metrics().swap_size_bytes.set(size);
         engine.set_compression(compression);
+        engine.store.refresh_gauges();
         Ok(engine)
     }
 
@@ -52,6 +55,8 @@ impl Engine {
     pub fn set_compression(&self, compression: Compression) {
         let algorithm = u32::from(compression.algorithm == Algorithm::Zstd);
         self.compression.store(algorithm << 8 | compression.zstd_level as u32, Relaxed);
+        self.store.metrics().algorithm.set(u64::from(algorithm));
+        self.store.metrics().zstd_level.set(compression.zstd_level as u64);
     }
 
     /// Reads from `offset` and returns how many bytes: less than asked for only at the end of the file.
@@ -96,8 +101,9 @@ impl Engine {
 
     /// Punches a hole: the range reads zeros when this returns.
     ///
-    /// Errors: [`Error::OutOfRange`]; for the parts of pages at its two ends, as [`Engine::write`].
-    pub fn discard(&self, offset: u64, length: u64, scratch: &mut Scratch) -> Result<()> {
+    /// What it held goes to `detached`: see [`Store::discard`]. Errors: [`Error::OutOfRange`]; for the parts of pages
+    /// at its two ends, as [`Engine::write`].
+    pub fn discard(&self, offset: u64, length: u64, detached: &mut Detached, scratch: &mut Scratch) -> Result<()> {
         self.check_range(offset, length)?;
         let page_size = PAGE_SIZE as u64;
         let end = offset + length;
@@ -105,16 +111,16 @@ impl Engine {
         if first > last {
             return self.write(offset, &[0; PAGE_SIZE][..length as usize], scratch);
         }
-        self.store.discard(first / page_size..last / page_size);
+        self.store.discard(first / page_size..last / page_size, detached);
         // Both ends, whatever becomes of the first: none may read what it held before.
         let head = self.write(offset, &[0; PAGE_SIZE][..(first - offset) as usize], scratch);
         let tail = self.write(last, &[0; PAGE_SIZE][..(end - last) as usize], scratch);
         head.and(tail)
     }
 
-    /// Drops every page: the whole file reads zeros when this returns.
+    /// Drops every page: the whole file reads zeros when this returns, and its objects are freed.
     pub fn reset(&self) {
-        self.store.discard(0..self.store.slots());
+        self.store.discard(0..self.store.slots(), &mut Detached::with_capacity(0));
     }
 
     fn check_range(&self, offset: u64, length: u64) -> Result<()> {

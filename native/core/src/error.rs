@@ -10,6 +10,9 @@ pub enum Error {
     /// The pool is at its limit, or the arena has no room. The slot that was written reads EIO from now on.
     #[error("the pool is full")]
     PoolFull,
+    /// No region of the arena that is backed by memory has room: the reserve is used up.
+    #[error("the pool's reserve of memory is used up")]
+    NoRegion,
     /// The slot's last store failed, or its stored bytes were found bad: it reads EIO until written or punched.
     #[error("page {slot} is lost: its last store failed or its stored bytes are bad")]
     Lost { slot: u32 },
@@ -34,7 +37,7 @@ impl Error {
     /// The errno that a caller of read(2), write(2) or fallocate(2) sees.
     pub fn errno(&self) -> i32 {
         match self {
-            Error::PoolFull => libc::ENOSPC,
+            Error::PoolFull | Error::NoRegion => libc::ENOSPC,
             Error::Lost { .. } | Error::Corrupt { .. } => libc::EIO,
             Error::OutOfRange { .. } => libc::EFBIG,
             Error::Invalid(_) => libc::EINVAL,

@@ -6,10 +6,12 @@
 //! | --- | --- | --- |
 //! | `Slot` | a stripe of the slot table | the slot word, and the life of the object that it names |
 //! | `Class` | one size class | its fullness lists and the descriptors of its zspages |
+//! | `Adjust` | the arena's reserve | who takes memory from the system, or gives it back |
 //! | `Arena` | the arena | which of its pages are in use, and which are resident |
 //!
-//! All three are held for bounded work only. Nothing waits for I/O or for Python under any of them; a store may
-//! wait for memory under `Slot`, when the pool grows by a page.
+//! `Adjust` may be held while waiting for memory, the others only for bounded work. In the pager only the thread that
+//! keeps the reserve filled takes it, and holds nothing else then; without such a thread (an embedded engine) a store
+//! takes it under `Slot`.
 
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 use std::ops::{Deref, DerefMut};
@@ -20,6 +22,7 @@ use std::ops::{Deref, DerefMut};
 pub enum Rank {
     Slot,
     Class,
+    Adjust,
     Arena,
 }
 

@@ -1,12 +1,25 @@
 //! Memory mappings: of the state file, and of private tables that are as large as the arena but sparse.
 
 use crate::error::{Error, Result};
+use crate::page::PAGE_SIZE;
+use std::ffi::CStr;
 use std::marker::PhantomData;
-use std::ops::{Deref, DerefMut};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ops::{Deref, DerefMut, Range};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 
-/// A readable and writable mapping, unmapped when dropped. Memory is taken page by page, on first touch.
+/// What a mapping shows.
+#[derive(Clone, Copy)]
+pub enum Backing<'a> {
+    /// Zeroed memory of this process alone.
+    Private,
+    /// A file, readable and writable.
+    File(BorrowedFd<'a>),
+    /// A file that another process writes.
+    ReadOnly(BorrowedFd<'a>),
+}
+
+/// A mapping, unmapped when dropped. Memory is taken page by page, on first touch.
 pub struct Mapping {
     start: NonNull<u8>,
     length: usize,
@@ -18,19 +31,37 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `length` bytes (a positive multiple of the page size), shared from `file`, else private and zeroed.
-    pub fn new(length: usize, file: Option<BorrowedFd<'_>>) -> Result<Mapping> {
-        let (flags, fd) = match file {
-            Some(file) => (libc::MAP_SHARED, file.as_raw_fd()),
-            None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+    /// Maps `length` bytes (more than 0) of `what`.
+    pub fn new(length: usize, what: Backing<'_>) -> Result<Mapping> {
+        let writable = libc::PROT_READ | libc::PROT_WRITE;
+        let (protection, flags, fd) = match what {
+            Backing::Private => (writable, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+            Backing::File(file) => (writable, libc::MAP_SHARED, file.as_raw_fd()),
+            Backing::ReadOnly(file) => (libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd()),
         };
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
-        let start = unsafe {
-            libc::mmap(ptr::null_mut(), length, libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_NORESERVE, fd, 0)
-        };
+        let start = unsafe { libc::mmap(ptr::null_mut(), length, protection, flags | libc::MAP_NORESERVE, fd, 0) };
         match NonNull::new(start.cast::<u8>()) {
             Some(start) if start.as_ptr() != libc::MAP_FAILED.cast() => Ok(Mapping { start, length }),
             _ => Err(Error::last_os("cannot map memory for the pool")),
+        }
+    }
+
+    /// Takes memory for a range of bytes and maps it, writable: touching it then faults no more.
+    ///
+    /// May wait for memory. Errors: [`Error::System`], with some of the memory taken perhaps.
+    pub fn populate(&self, range: Range<usize>) -> Result<()> {
+        let start = range.start / PAGE_SIZE * PAGE_SIZE;
+        let end = range.end.min(self.length);
+        if start >= end {
+            return Ok(());
+        }
+        // SAFETY: the range lies inside the mapping; populating changes no contents.
+        let result =
+            unsafe { libc::madvise(self.start.as_ptr().add(start).cast(), end - start, libc::MADV_POPULATE_WRITE) };
+        match result {
+            0 => Ok(()),
+            _ => Err(Error::last_os("cannot take memory in advance (madvise)")),
         }
     }
 
@@ -48,6 +79,44 @@ impl Drop for Mapping {
         // SAFETY: this range was mapped by `new`, and whoever borrowed from it borrowed `self`.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
     }
+}
+
+/// A memory file (memfd) of `length` zeroed bytes; sparse.
+pub fn memory_file(name: &CStr, length: u64) -> Result<OwnedFd> {
+    // SAFETY: `name` is a C string; the result is checked below.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(Error::last_os("cannot make a memory file (memfd_create)"));
+    }
+    // SAFETY: `fd` was just returned by the kernel, and nobody else has it.
+    let file = unsafe { OwnedFd::from_raw_fd(fd) };
+    set_length(file.as_fd(), length)?;
+    Ok(file)
+}
+
+/// Sets the length of a file; what is added is a hole.
+pub fn set_length(file: BorrowedFd<'_>, length: u64) -> Result<()> {
+    // SAFETY: plain system call on an open descriptor.
+    if unsafe { libc::ftruncate(file.as_raw_fd(), length as libc::off_t) } != 0 {
+        return Err(Error::last_os("cannot size a memory file (ftruncate)"));
+    }
+    Ok(())
+}
+
+/// The length of a file in bytes.
+pub fn length_of(file: BorrowedFd<'_>) -> Result<u64> {
+    Ok(status_of(file)?.st_size as u64)
+}
+
+/// fstat(2).
+pub fn status_of(file: BorrowedFd<'_>) -> Result<libc::stat> {
+    // SAFETY: all-zero is a valid stat.
+    let mut status: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: writes to `status`, which is large enough.
+    if unsafe { libc::fstat(file.as_raw_fd(), &mut status) } != 0 {
+        return Err(Error::last_os("cannot examine a memory file (fstat)"));
+    }
+    Ok(status)
 }
 
 /// A type whose value with all bytes zero is valid.
@@ -68,8 +137,18 @@ pub struct ZeroedTable<T: Zeroable> {
 
 impl<T: Zeroable> ZeroedTable<T> {
     pub fn new(length: usize) -> Result<Self> {
+        Self::over(length, Backing::Private)
+    }
+
+    /// Takes memory for a range of elements in advance: see [`Mapping::populate`].
+    pub fn populate(&self, range: Range<usize>) -> Result<()> {
+        self.mapping.populate(range.start * size_of::<T>()..range.end * size_of::<T>())
+    }
+
+    /// A table over `what`: a file must be that large, and hold zeros or what was written as such a table.
+    pub fn over(length: usize, what: Backing<'_>) -> Result<Self> {
         let bytes = (length * size_of::<T>()).max(1);
-        Ok(ZeroedTable { mapping: Mapping::new(bytes, None)?, length, elements: PhantomData })
+        Ok(ZeroedTable { mapping: Mapping::new(bytes, what)?, length, elements: PhantomData })
     }
 }
 

@@ -1,10 +1,19 @@
-//! Counters and latency histograms: relaxed atomics, recorded on the page path, read at any time without waiting.
+//! Counters, gauges and latency histograms: relaxed atomics in one block of memory of fixed layout.
+//!
+//! The block can lie in a file that another process maps read-only: it is recorded on the page path and read at any
+//! time, and neither waits for the other.
 
+use crate::error::{Error, Result};
+use crate::memory::{length_of, memory_file, Backing, Zeroable, ZeroedTable};
 use crate::sync::{AtomicU64, Ordering::Relaxed};
+use std::ops::Deref;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// A count that only grows, or a gauge that goes both ways.
 #[derive(Default)]
+#[repr(transparent)]
 pub struct Counter(AtomicU64);
 
 impl Counter {
@@ -15,6 +24,10 @@ impl Counter {
     /// Subtracts, stopping at zero: a length read from a corrupted object must not turn a gauge into 2^64.
     pub fn sub(&self, n: u64) {
         let _ = self.0.fetch_update(Relaxed, Relaxed, |value| Some(value.saturating_sub(n)));
+    }
+
+    pub fn set(&self, n: u64) {
+        self.0.store(n, Relaxed);
     }
 
     pub fn get(&self) -> u64 {
@@ -48,6 +61,7 @@ pub const LATENCY_BOUNDS_NS: [u64; 20] = [
 
 /// Latencies by bucket, and their sum.
 #[derive(Default)]
+#[repr(C)]
 pub struct Histogram {
     buckets: [AtomicU64; LATENCY_BOUNDS_NS.len() + 1],
     sum_ns: AtomicU64,
@@ -76,9 +90,31 @@ impl Histogram {
     }
 }
 
-/// What the store counts. Pages are counted by what they are now, events since the start.
+/// Room for every size class that a pool may have.
+pub const MAX_CLASSES: usize = 256;
+
+/// Occupancy of one size class.
 #[derive(Default)]
+#[repr(C)]
+pub struct ClassMetrics {
+    /// Zero: there is no such class.
+    pub size_bytes: Counter,
+    pub pages_per_zspage: Counter,
+    pub objects_per_zspage: Counter,
+    pub zspages: Counter,
+    pub objects: Counter,
+}
+
+/// What is counted. Pages and bytes are as of now, events since the start.
+#[repr(C)]
 pub struct Metrics {
+    /// [`LAYOUT`].
+    pub layout: Counter,
+    pub swap_size_bytes: Counter,
+    /// 0: lz4, 1: zstd.
+    pub algorithm: Counter,
+    pub zstd_level: Counter,
+
     pub pages_lz4: Counter,
     pub pages_zstd: Counter,
     pub pages_same_filled: Counter,
@@ -86,6 +122,15 @@ pub struct Metrics {
     pub pages_lost: Counter,
     /// Bytes of all stored objects without their headers.
     pub compressed_bytes: Counter,
+    /// Bytes of the pages that zspages take, now and at most, and their limit.
+    pub pool_bytes: Counter,
+    pub pool_peak_bytes: Counter,
+    pub pool_limit_bytes: Counter,
+    /// Bytes of arena memory taken from the system, in use or not.
+    pub backed_bytes: Counter,
+    /// Bytes of slot words, locks and descriptors, and of the arena's own bookkeeping.
+    pub metadata_bytes: Counter,
+    pub arena_metadata_bytes: Counter,
 
     pub loads: Counter,
     pub stores: Counter,
@@ -96,11 +141,63 @@ pub struct Metrics {
     pub errors_corrupt: Counter,
     pub load_latency: Histogram,
     pub store_latency: Histogram,
+    pub classes: [ClassMetrics; MAX_CLASSES],
+}
+
+/// Changes with every change of [`Metrics`], so that nobody reads one layout as another.
+pub const LAYOUT: u64 = 1;
+
+// SAFETY: atomics of integers, valid when zero, no drop.
+unsafe impl Zeroable for Metrics {}
+
+/// A [`Metrics`] block that several parts of a process, or several processes, share.
+#[derive(Clone)]
+pub struct SharedMetrics(Arc<ZeroedTable<Metrics>>);
+
+impl SharedMetrics {
+    /// A block that this process writes: in `file` (see [`SharedMetrics::file`]), else in private memory.
+    pub fn new(file: Option<BorrowedFd<'_>>) -> Result<SharedMetrics> {
+        let metrics = Self::over(file.map_or(Backing::Private, Backing::File))?;
+        metrics.layout.set(LAYOUT);
+        Ok(metrics)
+    }
+
+    /// A new memory file for a block.
+    pub fn file() -> Result<OwnedFd> {
+        memory_file(c"zswapd-counters", size_of::<Metrics>() as u64)
+    }
+
+    /// The block that another process writes to `file`.
+    ///
+    /// Errors: [`Error::Invalid`] if its size or layout is another one.
+    pub fn open(file: BorrowedFd<'_>) -> Result<SharedMetrics> {
+        let refused = |what| Error::Invalid(format!("not the counters of this version of zswapd: {what}"));
+        if length_of(file)? != size_of::<Metrics>() as u64 {
+            return Err(refused("other size".into()));
+        }
+        let metrics = Self::over(Backing::ReadOnly(file))?;
+        match metrics.layout.get() {
+            LAYOUT => Ok(metrics),
+            other => Err(refused(format!("layout {other}, not {LAYOUT}"))),
+        }
+    }
+
+    fn over(what: Backing<'_>) -> Result<SharedMetrics> {
+        Ok(SharedMetrics(Arc::new(ZeroedTable::over(1, what)?)))
+    }
+}
+
+impl Deref for SharedMetrics {
+    type Target = Metrics;
+    fn deref(&self) -> &Metrics {
+        &self.0[0]
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
 
     #[test]
     fn bounds_rise() {
@@ -122,5 +219,17 @@ mod tests {
             histogram.record_since(Instant::now());
         }
         assert_eq!(histogram.snapshot().counts.iter().sum::<u64>(), 10);
+    }
+
+    #[test]
+    fn a_block_is_seen_through_its_file_and_another_layout_is_refused() {
+        let file = SharedMetrics::file().expect("file");
+        let writer = SharedMetrics::new(Some(file.as_fd())).expect("map");
+        writer.loads.add(7);
+        assert_eq!(SharedMetrics::open(file.as_fd()).expect("same layout").loads.get(), 7);
+        writer.layout.set(LAYOUT + 1);
+        assert!(SharedMetrics::open(file.as_fd()).is_err());
+        let short = memory_file(c"short", 8).expect("file");
+        assert!(SharedMetrics::open(short.as_fd()).is_err());
     }
 }

@@ -140,7 +140,7 @@ mod tests {
 
         #[test]
         fn every_change_is_a_new_generation(before in entries(), after in entries()) {
-            let table = SlotTable::new(Arc::new(State::create(1, 512).expect("state")));
+            let table = SlotTable::new(Arc::new(State::create(1, 512, None).expect("state")));
             let mut slot = table.lock(0);
             slot.publish(before);
             let old = slot.word();

@@ -3,17 +3,17 @@
 //! ```text
 //! page 0      header: magic, version, sizes, checksum
 //! then        slot words, 8 bytes per page of the swap file
-//! then        the arena: objects, each with its own header
+//! at 2 MiB·n  the arena: objects, each with its own header
 //! ```
 //!
 //! It is a memory file; everything else (free lists, fullness, counts, locks) is private memory that can be rebuilt
 //! from the slot words. The file is sparse: only pages that were touched take memory.
 
 use crate::error::{Error, Result};
-use crate::memory::Mapping;
+use crate::memory::{memory_file, set_length, status_of, Backing, Mapping};
 use crate::page::PAGE_SIZE;
 use crate::sync::AtomicU64;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use xxhash_rust::xxh3::xxh3_64;
 
 const MAGIC: [u8; 8] = *b"zswapd\0\x01";
@@ -21,6 +21,9 @@ const VERSION: u32 = 1;
 
 /// The arena ends at 2 TiB: a location in a slot word has 37 bits and counts 16 bytes.
 pub const MAX_ARENA_PAGES: u64 = 1 << 29;
+
+/// Regions of the arena are huge pages, if the system makes them so.
+const ARENA_ALIGNMENT: usize = 2 << 20;
 
 /// The mapped state file.
 pub struct State {
@@ -33,25 +36,19 @@ pub struct State {
 }
 
 impl State {
-    /// Makes an empty state in a new memory file (memfd), for `slots` pages of swap and `arena_pages` pages of objects.
+    /// Makes an empty state in `file` (zeroed, of any length) for `slots` pages of swap and `arena_pages` pages of
+    /// objects; without a file, in a new memory file.
     ///
     /// Takes address space, but memory only as it is touched. Errors: [`Error::System`].
-    pub fn create(slots: u64, arena_pages: u32) -> Result<State> {
-        // SAFETY: the name is a valid C string; the result is checked below.
-        let fd = unsafe { libc::memfd_create(c"zswapd-state".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(Error::last_os("cannot make the state file (memfd_create)"));
-        }
-        // SAFETY: `fd` was just returned by the kernel, and nobody else has it.
-        let file = unsafe { OwnedFd::from_raw_fd(fd) };
+    pub fn create(slots: u64, arena_pages: u32, file: Option<OwnedFd>) -> Result<State> {
         let words_bytes = (slots as usize * size_of::<AtomicU64>()).next_multiple_of(PAGE_SIZE);
-        let arena_start = PAGE_SIZE + words_bytes;
+        let arena_start = (PAGE_SIZE + words_bytes).next_multiple_of(ARENA_ALIGNMENT);
         let length = arena_start + arena_pages as usize * PAGE_SIZE;
-        // SAFETY: plain system call on a descriptor that we own.
-        if unsafe { libc::ftruncate(file.as_raw_fd(), length as libc::off_t) } != 0 {
-            return Err(Error::last_os("cannot size the state file (ftruncate)"));
-        }
-        let mapping = Mapping::new(length, Some(file.as_fd()))?;
+        let file = match file {
+            Some(file) => set_length(file.as_fd(), length as u64).map(|()| file),
+            None => memory_file(c"zswapd-state", length as u64),
+        }?;
+        let mapping = Mapping::new(length, Backing::File(file.as_fd()))?;
         let state = State { mapping, file, slots, arena_pages, arena_start };
         state.write_header();
         Ok(state)
@@ -114,11 +111,7 @@ impl State {
 
     /// Bytes of memory that the file takes now: header, touched slot words and resident arena pages.
     pub fn resident_bytes(&self) -> u64 {
-        // SAFETY: all-zero is a valid stat, and the descriptor is ours.
-        let mut stat: libc::stat = unsafe { std::mem::zeroed() };
-        // SAFETY: as above; on failure the blocks stay zero.
-        unsafe { libc::fstat(self.file.as_raw_fd(), &mut stat) };
-        stat.st_blocks as u64 * 512
+        status_of(self.file.as_fd()).map_or(0, |status| status.st_blocks as u64 * 512)
     }
 
     /// Address of a byte of the arena. Panics if it is outside.
@@ -128,21 +121,31 @@ impl State {
         unsafe { self.mapping.start().as_ptr().add(self.arena_start + offset) }
     }
 
+    /// Takes memory for arena pages from the system and maps it: touching them then faults no more.
+    ///
+    /// May wait for memory. Errors: [`Error::System`], with some of the pages taken perhaps.
+    pub fn populate(&self, page: u32, pages: u32) -> Result<()> {
+        let offset = self.arena_start + page as usize * PAGE_SIZE;
+        self.mapping.populate(offset..offset + pages as usize * PAGE_SIZE)
+    }
+
+    /// Takes memory for all slot words, as [`State::populate`] does for arena pages.
+    pub fn populate_words(&self) -> Result<()> {
+        self.mapping.populate(0..PAGE_SIZE + self.slots as usize * size_of::<AtomicU64>())
+    }
+
     /// Gives the memory of arena pages back to the system; they read zeros afterwards.
     ///
-    /// Returns false if the system refused: the pages then stay resident, with their contents.
-    pub fn punch(&self, page: u32, pages: u32) -> bool {
+    /// Errors: [`Error::System`]; the pages then stay resident, with their contents.
+    pub fn punch(&self, page: u32, pages: u32) -> Result<()> {
         let offset = self.arena_start + page as usize * PAGE_SIZE;
+        let length = pages as usize * PAGE_SIZE;
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: plain system call on our descriptor; the caller owns these pages, and they stay mapped.
-        let result = unsafe {
-            libc::fallocate(
-                self.file.as_raw_fd(),
-                libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-                offset as libc::off_t,
-                (pages as usize * PAGE_SIZE) as libc::off_t,
-            )
-        };
-        result == 0
+        match unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset as _, length as _) } {
+            0 => Ok(()),
+            _ => Err(Error::last_os("cannot give arena memory back (fallocate)")),
+        }
     }
 }
 
@@ -153,7 +156,7 @@ mod tests {
 
     #[test]
     fn only_touched_slots_are_found() {
-        let state = State::create(1 << 20, 512).expect("state");
+        let state = State::create(1 << 20, 512, None).expect("state");
         assert_eq!(state.touched_slots(0), None);
         state.words()[700_000].store(1, Relaxed);
         let (first, end) = state.touched_slots(0).expect("one run");
@@ -164,10 +167,10 @@ mod tests {
 
     #[test]
     fn punched_pages_read_zeros() {
-        let state = State::create(1, 512).expect("state");
+        let state = State::create(1, 512, None).expect("state");
         // SAFETY: the page is inside the arena and no one else uses it.
         unsafe { state.arena(5 * PAGE_SIZE).write(7) };
-        assert!(state.punch(5, 1));
+        state.punch(5, 1).expect("punched");
         // SAFETY: as above.
         assert_eq!(unsafe { state.arena(5 * PAGE_SIZE).read() }, 0);
     }

@@ -5,13 +5,14 @@
 
 use crate::codec::{Codec, Compression, Scratch};
 use crate::error::{Error, Result};
-use crate::metrics::{Counter, Metrics};
+use crate::metrics::{Counter, Metrics, SharedMetrics};
 use crate::object::{self, HEADER_SIZE};
 use crate::page::{self, Page};
 use crate::pool::{Location, Pool};
 use crate::slots::{Entry, Slot, SlotTable};
 use crate::state::State;
 use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -20,20 +21,48 @@ pub struct Store {
     state: Arc<State>,
     slots: SlotTable,
     pool: Pool,
-    metrics: Metrics,
+    metrics: SharedMetrics,
+}
+
+/// What a store is made in: both are made anew where they are None.
+#[derive(Default)]
+pub struct Files {
+    /// The state file, empty.
+    pub state: Option<OwnedFd>,
+    /// The block of counters (see [`SharedMetrics::file`]).
+    pub counters: Option<OwnedFd>,
+}
+
+/// Objects that no slot names any more, to be freed.
+///
+/// A discard empties the slots at once, and may answer before the objects are freed.
+pub struct Detached {
+    objects: Vec<Location>,
+}
+
+impl Detached {
+    /// Allocates room for `capacity` objects, and never more.
+    pub fn with_capacity(capacity: usize) -> Detached {
+        Detached { objects: Vec::with_capacity(capacity) }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.objects.is_empty()
+    }
 }
 
 impl Store {
     /// An empty store of `slots` pages whose pool takes at most `limit_bytes`.
     ///
     /// Errors: [`Error::System`] if the memory file or its mappings cannot be made.
-    pub fn new(slots: u64, limit_bytes: u64) -> Result<Store> {
-        let state = Arc::new(State::create(slots, Pool::arena_pages_for(slots))?);
+    pub fn new(slots: u64, limit_bytes: u64, files: Files) -> Result<Store> {
+        let metrics = SharedMetrics::new(files.counters.as_ref().map(AsFd::as_fd))?;
+        let state = Arc::new(State::create(slots, Pool::arena_pages_for(slots), files.state)?);
         Ok(Store {
             slots: SlotTable::new(state.clone()),
-            pool: Pool::new(state.clone(), limit_bytes)?,
+            pool: Pool::new(state.clone(), limit_bytes, metrics.clone())?,
             state,
-            metrics: Metrics::default(),
+            metrics,
         })
     }
 
@@ -49,9 +78,14 @@ impl Store {
         self.state.slots()
     }
 
-    /// Bytes of memory beside the pool: slot words, descriptors, locks.
-    pub fn metadata_bytes(&self) -> u64 {
-        self.slots.metadata_bytes() + self.pool.metadata_bytes()
+    /// Takes memory for all slot words, so that using them faults no more. May wait for memory.
+    pub fn populate_slots(&self) -> Result<()> {
+        self.state.populate_words()
+    }
+
+    /// Brings the gauges up to date that are too dear to keep so on the page path.
+    pub fn refresh_gauges(&self) {
+        self.metrics.metadata_bytes.set(self.slots.metadata_bytes() + self.pool.metadata_bytes());
     }
 
     /// Reads a page. An empty slot reads zeros.
@@ -101,18 +135,31 @@ impl Store {
     }
 
     /// Empties the slots of a range: they read zeros when this returns.
-    pub fn discard(&self, range: Range<u64>) {
+    ///
+    /// Their objects go to `detached`, for [`Store::free_detached`]; those that find no room there are freed now.
+    pub fn discard(&self, range: Range<u64>, detached: &mut Detached) {
         let mut from = range.start;
         while let Some((first, end)) = self.state.touched_slots(from).filter(|&(first, _)| first < range.end) {
             for index in first..end.min(range.end) {
                 let mut slot = self.slots.lock(index as u32);
-                if slot.word().entry() != Entry::Empty {
-                    self.replace(&mut slot, Entry::Empty);
-                    self.metrics.discards.add(1);
+                if slot.word().entry() == Entry::Empty {
+                    continue;
+                }
+                self.metrics.discards.add(1);
+                if let Some(location) = self.publish(&mut slot, Entry::Empty) {
+                    match detached.objects.len() < detached.objects.capacity() {
+                        true => detached.objects.push(location),
+                        false => self.free_object(location),
+                    }
                 }
             }
             from = end;
         }
+    }
+
+    /// Frees what discards have detached.
+    pub fn free_detached(&self, detached: &mut Detached) {
+        detached.objects.drain(..).for_each(|location| self.free_object(location));
     }
 
     fn load_slot(&self, slot: &mut Slot<'_>, page: &mut Page, scratch: &mut Scratch) -> Result<()> {
@@ -163,25 +210,41 @@ impl Store {
     /// Publishes `entry` as what the slot holds, then frees what it held: in this order, so that no reader and no
     /// crash ever finds a slot that names a freed object.
     fn replace(&self, slot: &mut Slot<'_>, entry: Entry) {
+        if let Some(location) = self.publish(slot, entry) {
+            self.free_object(location);
+        }
+    }
+
+    /// Publishes `entry`, and returns the object that the slot no longer names: it belongs to the caller.
+    fn publish(&self, slot: &mut Slot<'_>, entry: Entry) -> Option<Location> {
         match entry {
             Entry::Lost => self.metrics.pages_lost.add(1),
             Entry::SameFilled(_) => self.metrics.pages_same_filled.add(1),
             Entry::Empty | Entry::Pool(_) => {}
         }
         match slot.publish(entry) {
-            Entry::Empty => {}
-            Entry::Lost => self.metrics.pages_lost.sub(1),
-            Entry::SameFilled(_) => self.metrics.pages_same_filled.sub(1),
-            Entry::Pool(location) => self.free_object(slot.index(), location),
+            Entry::Empty => None,
+            Entry::Lost => {
+                self.metrics.pages_lost.sub(1);
+                None
+            }
+            Entry::SameFilled(_) => {
+                self.metrics.pages_same_filled.sub(1);
+                None
+            }
+            // A word may be damaged, and name an object of another slot: that one stays.
+            Entry::Pool(location) => {
+                let belongs = |object: &[u8]| object::belongs_to(object, slot.index());
+                // SAFETY: the slot is locked, and so is the object with it; a wrong one is only looked at.
+                Some(location).filter(|&location| unsafe { self.pool.with_object(location, belongs) } == Some(true))
+            }
         }
     }
 
-    /// Frees what the word of a slot named. A word may be damaged, and name an object of another slot: that one stays.
-    fn free_object(&self, index: u32, location: Location) {
-        let examine = |object: &[u8]| object::belongs_to(object, index).then(|| object::peek(object));
-        // SAFETY: the slot is still locked; its word no longer names the object, so that nobody else frees it.
-        let Some(header) = unsafe { self.pool.with_object(location, examine) }.flatten() else { return };
-        if let Some((codec, length)) = header {
+    /// Frees an object that belongs to the caller.
+    fn free_object(&self, location: Location) {
+        // SAFETY: no slot names the object, so that nobody but the caller frees it.
+        if let Some((codec, length)) = unsafe { self.pool.with_object(location, object::peek) }.flatten() {
             self.metrics.compressed_bytes.sub(length as u64);
             self.pages_of(codec).sub(1);
         }

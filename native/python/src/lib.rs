@@ -5,13 +5,14 @@ mod process;
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 use zswapd_core::codec::{Algorithm, Compression, Scratch};
 use zswapd_core::engine::Engine as CoreEngine;
 use zswapd_core::error::Error;
-use zswapd_core::metrics::{HistogramSnapshot, LATENCY_BOUNDS_NS};
+use zswapd_core::metrics::{HistogramSnapshot, Metrics, SharedMetrics, LATENCY_BOUNDS_NS};
 use zswapd_core::page::{Page, PAGE_SIZE};
-use zswapd_core::pool::ClassUsage;
+use zswapd_core::store::{Detached, Files};
 
 /// The one place where an error of the core becomes a Python exception: ValueError for a bad argument, else OSError
 /// with its errno.
@@ -23,7 +24,7 @@ fn to_python(error: Error) -> PyErr {
 }
 
 /// A swap file of fixed size over a compressed pool. Thread-safe.
-#[pyclass(frozen, module = "zswapd._native")]
+#[pyclass(frozen, subclass, module = "zswapd._native")]
 struct Engine {
     core: CoreEngine,
     /// One scratch per thread that has ever been inside at the same time as others.
@@ -50,13 +51,8 @@ impl Engine {
     #[pyo3(signature = (*, size_bytes, mem_limit, algorithm, zstd_level))]
     fn new(size_bytes: u64, mem_limit: u64, algorithm: &str, zstd_level: i32) -> PyResult<Self> {
         let compression = compression(algorithm, zstd_level)?;
-        let core = CoreEngine::new(size_bytes, mem_limit, compression).map_err(to_python)?;
+        let core = CoreEngine::new(size_bytes, mem_limit, compression, Files::default()).map_err(to_python)?;
         Ok(Engine { core, scratches: Mutex::default() })
-    }
-
-    #[getter]
-    fn size_bytes(&self) -> u64 {
-        self.core.size()
     }
 
     fn read<'py>(&self, py: Python<'py>, offset: u64, length: usize) -> PyResult<Bound<'py, PyBytes>> {
@@ -71,21 +67,13 @@ impl Engine {
     }
 
     fn discard(&self, py: Python<'_>, offset: u64, length: u64) -> PyResult<()> {
-        self.with_scratch(|scratch| py.detach(|| self.core.discard(offset, length, scratch)))
+        // No room: whatever is discarded is freed before we return.
+        let mut detached = Detached::with_capacity(0);
+        self.with_scratch(|scratch| py.detach(|| self.core.discard(offset, length, &mut detached, scratch)))
     }
 
     fn reset(&self, py: Python<'_>) {
         py.detach(|| self.core.reset());
-    }
-
-    #[getter]
-    fn algorithm(&self) -> &'static str {
-        self.core.compression().algorithm.name()
-    }
-
-    #[getter]
-    fn zstd_level(&self) -> i32 {
-        self.core.compression().zstd_level
     }
 
     fn set_compression(&self, algorithm: &str, zstd_level: i32) -> PyResult<()> {
@@ -93,69 +81,94 @@ impl Engine {
         Ok(())
     }
 
-    #[getter]
-    fn mem_limit(&self) -> u64 {
-        self.core.store().pool().limit_bytes()
-    }
-
-    #[setter]
-    fn set_mem_limit(&self, bytes: u64) {
-        self.core.store().pool().set_limit_bytes(bytes);
+    fn set_mem_limit(&self, size_bytes: u64) {
+        self.core.store().pool().set_limit_bytes(size_bytes);
     }
 
     /// The native half of stats.json: see `zswapd/_native.pyi`.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let store = self.core.store();
-        let (metrics, pool, usage) = (store.metrics(), store.pool(), store.pool().usage());
-        let page = PAGE_SIZE as u64;
-        let counts = |pairs: &[(&str, u64)]| -> PyResult<Bound<'py, PyDict>> {
-            let dict = PyDict::new(py);
-            pairs.iter().try_for_each(|(name, value)| dict.set_item(name, value))?;
-            Ok(dict)
-        };
-        let pages = [
-            ("lz4", metrics.pages_lz4.get()),
-            ("zstd", metrics.pages_zstd.get()),
-            ("same_filled", metrics.pages_same_filled.get()),
-            ("incompressible", metrics.pages_incompressible.get()),
-            ("lost", metrics.pages_lost.get()),
-        ];
-        let stored: u64 = pages.iter().filter(|(kind, _)| *kind != "lost").map(|(_, pages)| pages).sum();
-        let class_counts = |class: &ClassUsage| {
-            counts(&[
-                ("size_bytes", class.size as u64),
-                ("pages_per_zspage", class.pages_per_zspage as u64),
-                ("objects_per_zspage", class.objects_per_zspage as u64),
-                ("zspages", class.zspages),
-                ("objects", class.objects),
-            ])
-        };
-        let classes: Vec<_> = pool.class_usage().iter().map(class_counts).collect::<PyResult<_>>()?;
-        let stats = counts(&[
-            ("swap_size_bytes", self.core.size()),
-            ("page_size_bytes", page),
-            ("original_bytes", stored * page),
+        self.core.store().refresh_gauges();
+        stats(py, self.core.store().metrics())
+    }
+}
+
+/// The counters that a pager publishes, mapped read-only.
+#[pyclass(frozen, module = "zswapd._native")]
+struct Counters {
+    metrics: SharedMetrics,
+}
+
+#[pymethods]
+impl Counters {
+    /// Takes over the descriptor.
+    #[new]
+    fn new(fd: i32) -> PyResult<Self> {
+        // SAFETY: the caller gives the descriptor away.
+        let file = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Counters { metrics: SharedMetrics::open(file.as_fd()).map_err(to_python)? })
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        stats(py, &self.metrics)
+    }
+}
+
+fn counts<'py>(py: Python<'py>, pairs: &[(&str, u64)]) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    pairs.iter().try_for_each(|(name, value)| dict.set_item(name, value))?;
+    Ok(dict)
+}
+
+fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>> {
+    let pages = [
+        ("lz4", metrics.pages_lz4.get()),
+        ("zstd", metrics.pages_zstd.get()),
+        ("same_filled", metrics.pages_same_filled.get()),
+        ("incompressible", metrics.pages_incompressible.get()),
+        ("lost", metrics.pages_lost.get()),
+    ];
+    let stored: u64 = pages.iter().filter(|(kind, _)| *kind != "lost").map(|(_, pages)| pages).sum();
+    let pool = metrics.pool_bytes.get();
+    let stats = counts(
+        py,
+        &[
+            ("swap_size_bytes", metrics.swap_size_bytes.get()),
+            ("page_size_bytes", PAGE_SIZE as u64),
+            ("zstd_level", metrics.zstd_level.get()),
+            ("original_bytes", stored * PAGE_SIZE as u64),
             ("compressed_bytes", metrics.compressed_bytes.get()),
-            ("pool_bytes", usage.used * page),
-            ("pool_peak_bytes", usage.peak * page),
-            ("pool_reserve_bytes", usage.reserve * page),
-            ("pool_limit_bytes", pool.limit_bytes()),
-            ("metadata_bytes", store.metadata_bytes()),
+            ("pool_bytes", pool),
+            ("pool_peak_bytes", metrics.pool_peak_bytes.get()),
+            ("pool_reserve_bytes", metrics.backed_bytes.get().saturating_sub(pool)),
+            ("pool_limit_bytes", metrics.pool_limit_bytes.get()),
+            ("metadata_bytes", metrics.metadata_bytes.get() + metrics.arena_metadata_bytes.get()),
             ("loads", metrics.loads.get()),
             ("stores", metrics.stores.get()),
             ("discards", metrics.discards.get()),
-        ])?;
-        stats.set_item("pages", counts(&pages)?)?;
-        let rejected =
-            [("pool_full", metrics.rejected_pool_full.get()), ("out_of_range", metrics.rejected_out_of_range.get())];
-        stats.set_item("rejected_stores", counts(&rejected)?)?;
-        let errors = [("lost", metrics.errors_lost.get()), ("corrupt", metrics.errors_corrupt.get())];
-        stats.set_item("errors", counts(&errors)?)?;
-        stats.set_item("load_latency", histogram(py, &metrics.load_latency.snapshot())?)?;
-        stats.set_item("store_latency", histogram(py, &metrics.store_latency.snapshot())?)?;
-        stats.set_item("classes", classes)?;
-        Ok(stats)
-    }
+        ],
+    )?;
+    let algorithm = if metrics.algorithm.get() == 0 { Algorithm::Lz4 } else { Algorithm::Zstd };
+    stats.set_item("algorithm", algorithm.name())?;
+    stats.set_item("pages", counts(py, &pages)?)?;
+    let rejected =
+        [("pool_full", metrics.rejected_pool_full.get()), ("out_of_range", metrics.rejected_out_of_range.get())];
+    stats.set_item("rejected_stores", counts(py, &rejected)?)?;
+    let errors = [("lost", metrics.errors_lost.get()), ("corrupt", metrics.errors_corrupt.get())];
+    stats.set_item("errors", counts(py, &errors)?)?;
+    stats.set_item("load_latency", histogram(py, &metrics.load_latency.snapshot())?)?;
+    stats.set_item("store_latency", histogram(py, &metrics.store_latency.snapshot())?)?;
+    let classes = metrics.classes.iter().filter(|class| class.size_bytes.get() > 0).map(|class| {
+        let fields = [
+            ("size_bytes", class.size_bytes.get()),
+            ("pages_per_zspage", class.pages_per_zspage.get()),
+            ("objects_per_zspage", class.objects_per_zspage.get()),
+            ("zspages", class.zspages.get()),
+            ("objects", class.objects.get()),
+        ];
+        counts(py, &fields)
+    });
+    stats.set_item("classes", classes.collect::<PyResult<Vec<_>>>()?)?;
+    Ok(stats)
 }
 
 fn histogram<'py>(py: Python<'py>, snapshot: &HistogramSnapshot) -> PyResult<Bound<'py, PyDict>> {
@@ -187,6 +200,7 @@ fn compress_page<'py>(
 
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Counters>()?;
     module.add_class::<Engine>()?;
     module.add_function(wrap_pyfunction!(compress_page, module)?)?;
     module.add_function(wrap_pyfunction!(process::lock_memory, module)?)?;

@@ -7,7 +7,14 @@ const SIZE: usize = PAGES * PAGE_SIZE;
 
 fn engine(algorithm: Algorithm, mem_limit_pages: u64) -> Engine {
     let compression = Compression::new(algorithm, 3).expect("level");
-    Engine::new(SIZE as u64, mem_limit_pages * PAGE_SIZE as u64, compression).expect("engine")
+    Engine::new(SIZE as u64, mem_limit_pages * PAGE_SIZE as u64, compression, Files::default()).expect("engine")
+}
+
+fn discard(engine: &Engine, offset: u64, length: u64, scratch: &mut Scratch) -> Result<()> {
+    let mut detached = Detached::with_capacity(7);
+    let result = engine.discard(offset, length, &mut detached, scratch);
+    engine.store().free_detached(&mut detached);
+    result
 }
 
 /// Deterministic noise: incompressible, and different for every seed.
@@ -138,7 +145,7 @@ proptest! {
                 }
                 Step::Discard { offset, length } => {
                     let zeros = vec![0; length];
-                    match engine.discard(offset as u64, length as u64, &mut scratch) {
+                    match discard(&engine, offset as u64, length as u64, &mut scratch) {
                         Ok(()) => model.write(offset, &zeros),
                         Err(_) => adopt_failed_write(&engine, &mut model, offset, &zeros, &mut scratch),
                     }
@@ -160,7 +167,7 @@ proptest! {
         let gauges = [&metrics.pages_lz4, &metrics.pages_zstd, &metrics.pages_same_filled, &metrics.pages_incompressible,
             &metrics.pages_lost, &metrics.compressed_bytes];
         prop_assert!(gauges.iter().all(|gauge| gauge.get() == 0));
-        prop_assert_eq!(engine.store().pool().usage().used, 0);
+        prop_assert_eq!(engine.store().metrics().pool_bytes.get(), 0);
     }
 
     #[test]
@@ -208,6 +215,27 @@ fn a_full_pool_keeps_every_other_page() {
 }
 
 #[test]
+fn a_punched_cluster_can_be_used_again_while_its_objects_wait_to_be_freed() {
+    let engine = engine(Algorithm::Lz4, 1000);
+    let mut scratch = Scratch::new().expect("scratch");
+    let (old, new) = (contents(1, 1, SIZE), contents(2, 2, SIZE));
+    engine.write(0, &old, &mut scratch).expect("room");
+    let mut detached = Detached::with_capacity(PAGES);
+    engine.discard(0, SIZE as u64, &mut detached, &mut scratch).expect("in range");
+    assert!(!detached.is_empty());
+    let mut bytes = vec![0xee; SIZE];
+    engine.read(0, &mut bytes, &mut scratch).expect("empty");
+    assert!(bytes.iter().all(|&byte| byte == 0), "a punched page still reads what it held");
+    engine.write(0, &new, &mut scratch).expect("room");
+    engine.store().free_detached(&mut detached);
+    engine.read(0, &mut bytes, &mut scratch).expect("written");
+    assert!(bytes == new);
+    engine.reset();
+    assert_eq!(engine.store().metrics().pool_bytes.get(), 0);
+    assert_eq!(engine.store().metrics().compressed_bytes.get(), 0);
+}
+
+#[test]
 fn ranges_outside_the_file_are_refused_and_counted() {
     let engine = engine(Algorithm::Lz4, 100);
     let mut scratch = Scratch::new().expect("scratch");
@@ -215,7 +243,7 @@ fn ranges_outside_the_file_are_refused_and_counted() {
     for (offset, length) in [(end, 1), (end - 1, 2), (u64::MAX, 1), (u64::MAX - 10, 100)] {
         let data = vec![1; length];
         assert_eq!(engine.write(offset, &data, &mut scratch).expect_err("outside").errno(), libc::EFBIG);
-        assert_eq!(engine.discard(offset, length as u64, &mut scratch).expect_err("outside").errno(), libc::EFBIG);
+        assert_eq!(discard(&engine, offset, length as u64, &mut scratch).expect_err("outside").errno(), libc::EFBIG);
     }
     assert_eq!(engine.store().metrics().rejected_out_of_range.get(), 8);
     let mut bytes = [0xee; 10];
@@ -228,7 +256,7 @@ fn ranges_outside_the_file_are_refused_and_counted() {
 fn sizes_that_make_no_swap_file_are_refused() {
     for size in [0, 1, PAGE_SIZE as u64 + 1, MAX_SIZE_BYTES + PAGE_SIZE as u64, u64::MAX] {
         let compression = Compression::new(Algorithm::Lz4, 3).expect("level");
-        assert!(matches!(Engine::new(size, 1 << 20, compression), Err(Error::Invalid(_))), "{size}");
+        assert!(matches!(Engine::new(size, 1 << 20, compression, Files::default()), Err(Error::Invalid(_))), "{size}");
     }
 }
 
@@ -254,7 +282,7 @@ fn concurrent_calls_never_tear_a_page() {
                     let slot = (round * 7 + thread) % PAGES as u64;
                     let offset = slot * PAGE_SIZE as u64;
                     if round % 11 == 0 {
-                        engine.discard(offset, PAGE_SIZE as u64, &mut scratch).expect("in range");
+                        discard(engine, offset, PAGE_SIZE as u64, &mut scratch).expect("in range");
                     }
                     if round % 501 == 0 {
                         engine.reset();
@@ -287,5 +315,5 @@ fn concurrent_calls_never_tear_a_page() {
         });
     });
     engine.reset();
-    assert_eq!(engine.store().pool().usage().used, 0);
+    assert_eq!(engine.store().metrics().pool_bytes.get(), 0);
 }

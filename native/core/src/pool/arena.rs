@@ -1,159 +1,260 @@
 //! The arena: runs of 1 to 8 neighbouring pages for zspages, lowest address first, in regions of 2 MiB.
 //!
-//! Pages that a zspage leaves go back to the system, but for a small reserve: a workload that frees and allocates in
-//! turn would else pay for a fresh zeroed page each time.
+//! Memory comes from the system, and goes back to it, by the region. A page is only handed out from a region that is
+//! backed by memory, so that neither handing it out nor touching it waits for the system. A few wholly free regions
+//! are kept in reserve; [`Arena::adjust`] restores the reserve, and is the only thing here that may wait for memory.
 
 use super::class::MAX_CHAIN;
 use crate::error::{Error, Result};
 use crate::locks::{Rank, Ranked};
 use crate::memory::{Zeroable, ZeroedTable};
+use crate::metrics::{Metrics, SharedMetrics};
+use crate::page::PAGE_SIZE;
 use crate::state::State;
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
+use std::thread::Thread;
 
 /// Pages of a region.
 pub const REGION_PAGES: u32 = 512;
-/// At most this many free pages (2 MiB) stay resident.
-const RESERVE_PAGES: u32 = 512;
+/// Free regions are added below this many, ...
+const RESERVE_LOW: u64 = 2;
+/// ... and given back above this many.
+const RESERVE_HIGH: u64 = 3;
 
 const WORDS: usize = REGION_PAGES as usize / 64;
 type Bitmap = [u64; WORDS];
 
-/// What is known of one region; zeroed is "all free, nothing resident".
+/// Zeroed is "nothing used, not backed".
 struct Region {
-    /// Bit n is set while page n belongs to a zspage (or is being given back).
+    /// Bit n is set while page n belongs to a zspage.
     used: Bitmap,
-    /// Bit n is set while page n may take memory. Invariant: used implies resident.
-    resident: Bitmap,
+    used_pages: u32,
+    backed: bool,
 }
 
-// SAFETY: bitmaps of integers, valid when zero, no drop.
+// SAFETY: integers and a bool, valid when zero, no drop.
 unsafe impl Zeroable for Region {}
-
-/// Counts of pages.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// In zspages.
-    pub used: u64,
-    /// The most that `used` has ever been.
-    pub peak: u64,
-    /// Free, but still resident.
-    pub reserve: u64,
-}
 
 struct Inner {
     regions: ZeroedTable<Region>,
-    /// Per region: MAX_CHAIN minus the longest free run, at MAX_CHAIN at most. Zeroed is "all free".
-    shortage: ZeroedTable<u8>,
-    /// Per run length - 1: no region below this one has such a run.
+    /// Per region: the longest run of pages that can be handed out, MAX_CHAIN at most.
+    room: ZeroedTable<u8>,
+    /// Per run length - 1: no region below this one has room for such a run.
     first_with: [usize; MAX_CHAIN],
-    limit: u64,
-    usage: Usage,
+    /// Regions at and above this one were never backed.
+    touched: usize,
+    /// Backed regions with no page used.
+    free_regions: u64,
+    used_pages: u64,
+    limit_pages: u64,
 }
 
 /// The page allocator of the pool (lock rank `Arena`).
 pub struct Arena {
     state: Arc<State>,
+    metrics: SharedMetrics,
     inner: Ranked<Inner>,
+    /// Held to change which regions are backed.
+    adjusting: Ranked<()>,
+    /// The thread that calls [`Arena::adjust`] in the background; without one, who needs a region calls it.
+    adjuster: OnceLock<Thread>,
+}
+
+/// What [`Arena::adjust`] is about to do with a region.
+enum Change {
+    Back(usize),
+    GiveBack(usize),
 }
 
 impl Arena {
-    /// An empty arena over the state's pages, of which at most `limit` are handed out at a time.
-    pub fn new(state: Arc<State>, limit: u64) -> Result<Arena> {
+    /// An empty arena over the state's pages, of which at most `limit_pages` are handed out at a time.
+    pub fn new(state: Arc<State>, limit_pages: u64, metrics: SharedMetrics) -> Result<Arena> {
         let regions = (state.arena_pages() / REGION_PAGES) as usize;
         let inner = Inner {
             regions: ZeroedTable::new(regions)?,
-            shortage: ZeroedTable::new(regions)?,
+            room: ZeroedTable::new(regions)?,
             first_with: [0; MAX_CHAIN],
-            limit,
-            usage: Usage::default(),
+            touched: 0,
+            free_regions: 0,
+            used_pages: 0,
+            limit_pages,
         };
-        Ok(Arena { state, inner: Ranked::new(Rank::Arena, inner) })
+        let arena = Arena {
+            state,
+            metrics,
+            inner: Ranked::new(Rank::Arena, inner),
+            adjusting: Ranked::new(Rank::Adjust, ()),
+            adjuster: OnceLock::new(),
+        };
+        arena.set_limit(limit_pages);
+        Ok(arena)
     }
 
-    /// Takes `pages` (1..=8) neighbouring pages of one region and returns the first.
+    /// Takes `pages` (1..=8) neighbouring pages of one region and returns the first; their contents are undefined.
     ///
-    /// Their contents are undefined. Errors: [`Error::PoolFull`] at the limit.
+    /// Errors: [`Error::PoolFull`] at the limit; [`Error::NoRegion`] if no backed region has room: `adjust` may help.
     pub fn alloc(&self, pages: usize) -> Result<u32> {
         let mut guard = self.inner.lock();
         let inner = &mut *guard;
-        if inner.usage.used + pages as u64 > inner.limit {
+        if inner.used_pages + pages as u64 > inner.limit_pages {
             return Err(Error::PoolFull);
         }
-        let from = inner.first_with[pages - 1];
-        let enough = (MAX_CHAIN - pages) as u8;
-        let found = inner.shortage[from..].iter().position(|&shortage| shortage <= enough).map(|n| from + n);
-        inner.first_with[pages - 1] = found.unwrap_or(inner.shortage.len());
-        let index = found.ok_or(Error::PoolFull)?;
+        let from = inner.first_with[pages - 1].min(inner.touched);
+        let found = inner.room[from..inner.touched].iter().position(|&room| usize::from(room) >= pages);
+        inner.first_with[pages - 1] = found.map_or(inner.touched, |n| from + n);
+        let run = found.and_then(|n| Some((from + n, first_free_run(&inner.regions[from + n].used, pages)?)));
+        let Some((index, first)) = run else {
+            drop(guard);
+            self.wake_adjuster();
+            return Err(Error::NoRegion);
+        };
         let region = &mut inner.regions[index];
-        // `shortage` says that there is one.
-        let first = first_free_run(&region.used, pages).ok_or(Error::PoolFull)?;
-        for page in first..first + pages {
-            inner.usage.reserve -= u64::from(test(&region.resident, page));
-            set(&mut region.used, page, true);
-            set(&mut region.resident, page, true);
+        (first..first + pages).for_each(|page| region.used[page / 64] |= 1 << (page % 64));
+        inner.free_regions -= u64::from(region.used_pages == 0);
+        region.used_pages += pages as u32;
+        inner.room[index] = longest_free_run(&region.used);
+        inner.used_pages += pages as u64;
+        let low = inner.free_regions < RESERVE_LOW;
+        self.publish_usage(inner);
+        drop(guard);
+        if low {
+            self.wake_adjuster();
         }
-        inner.shortage[index] = shortage(&region.used);
-        inner.usage.used += pages as u64;
-        inner.usage.peak = inner.usage.peak.max(inner.usage.used);
         Ok(index as u32 * REGION_PAGES + first as u32)
     }
 
-    /// Takes back what [`Arena::alloc`] handed out. Beyond the reserve the memory goes back to the system at once.
-    pub fn free(&self, first: u32, pages: usize) {
-        let mut inner = self.inner.lock();
-        let keep = inner.usage.reserve + pages as u64 <= u64::from(RESERVE_PAGES);
-        // Punched without the lock: until then the pages stay marked as used, so that nobody is given them.
-        let resident = if keep {
-            true
-        } else {
-            drop(inner);
-            let punched = self.state.punch(first, pages as u32);
-            inner = self.inner.lock();
-            !punched
-        };
-        let inner = &mut *inner;
+    /// Takes back what [`Arena::alloc`] handed out. Returns true if [`Arena::adjust`] has something to give back.
+    pub fn free(&self, first: u32, pages: usize) -> bool {
+        let mut guard = self.inner.lock();
+        let inner = &mut *guard;
         let index = (first / REGION_PAGES) as usize;
         let region = &mut inner.regions[index];
         for page in (first % REGION_PAGES) as usize..(first % REGION_PAGES) as usize + pages {
-            debug_assert!(test(&region.used, page), "page {page} of region {index} freed twice");
-            set(&mut region.used, page, false);
-            set(&mut region.resident, page, resident);
-            inner.usage.reserve += u64::from(resident);
+            assert!(region.used[page / 64] >> (page % 64) & 1 == 1, "page {page} of region {index} freed twice");
+            region.used[page / 64] &= !(1 << (page % 64));
         }
-        inner.shortage[index] = shortage(&region.used);
-        for first_with in &mut inner.first_with {
-            *first_with = index.min(*first_with);
+        region.used_pages -= pages as u32;
+        inner.free_regions += u64::from(region.used_pages == 0);
+        inner.room[index] = longest_free_run(&region.used);
+        inner.first_with.iter_mut().for_each(|lowest| *lowest = index.min(*lowest));
+        inner.used_pages -= pages as u64;
+        let high = inner.free_regions > RESERVE_HIGH;
+        self.publish_usage(inner);
+        drop(guard);
+        if high {
+            self.wake_adjuster();
         }
-        inner.usage.used -= pages as u64;
+        high
     }
 
-    pub fn usage(&self) -> Usage {
-        self.inner.lock().usage
+    /// Waits until there is a free region, taking memory for one if need be. Returns false if the arena has no more.
+    ///
+    /// May wait for memory. Errors: as [`Arena::adjust`].
+    pub fn ensure_region(&self, prepare: impl Fn(Range<u32>) -> Result<()>) -> Result<bool> {
+        while self.inner.lock().free_regions == 0 {
+            if !self.adjust(&prepare)? && self.inner.lock().free_regions == 0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Backs one region with memory, or gives one back, if the reserve needs it. Returns whether it did.
+    ///
+    /// `prepare` is called with the pages of a region before they can be handed out for the first time.
+    /// May wait for memory (under `Adjust` alone), and for others who are here. Errors: [`Error::System`] if the
+    /// system gives none; the arena is unchanged then.
+    pub fn adjust(&self, prepare: impl Fn(Range<u32>) -> Result<()>) -> Result<bool> {
+        let _adjusting = self.adjusting.lock();
+        let mut inner = self.inner.lock();
+        let Some(change) = self.choose(&inner) else { return Ok(false) };
+        if let Change::GiveBack(index) = change {
+            inner.room[index] = 0;
+            inner.free_regions -= 1;
+        }
+        drop(inner);
+        let first = |index: usize| index as u32 * REGION_PAGES;
+        let result = match change {
+            Change::Back(index) => prepare(first(index)..first(index) + REGION_PAGES)
+                .and_then(|()| self.state.populate(first(index), REGION_PAGES)),
+            Change::GiveBack(index) => self.state.punch(first(index), REGION_PAGES),
+        };
+        let mut inner = self.inner.lock();
+        let (index, backed) = match change {
+            Change::Back(index) => (index, result.is_ok()),
+            Change::GiveBack(index) => (index, result.is_err()),
+        };
+        inner.regions[index].backed = backed;
+        if backed {
+            inner.room[index] = MAX_CHAIN as u8;
+            inner.free_regions += 1;
+            inner.touched = inner.touched.max(index + 1);
+            inner.first_with.iter_mut().for_each(|lowest| *lowest = index.min(*lowest));
+        }
+        if result.is_ok() {
+            let bytes = u64::from(REGION_PAGES) * PAGE_SIZE as u64;
+            match change {
+                Change::Back(_) => self.metrics.backed_bytes.add(bytes),
+                Change::GiveBack(_) => self.metrics.backed_bytes.sub(bytes),
+            }
+        }
+        result.map(|()| true)
+    }
+
+    /// The lowest region to back, or the highest free one to give back.
+    fn choose(&self, inner: &Inner) -> Option<Change> {
+        if inner.free_regions > RESERVE_HIGH {
+            let free = |&index: &usize| inner.regions[index].backed && inner.regions[index].used_pages == 0;
+            return (0..inner.touched).rev().find(free).map(Change::GiveBack);
+        }
+        let backed_pages = self.metrics.backed_bytes.get() / PAGE_SIZE as u64;
+        let enough = inner.free_regions >= RESERVE_LOW
+            // Beyond what the limit can ever use, a region would only lie idle.
+            || (inner.free_regions > 0 && backed_pages >= inner.limit_pages);
+        if enough || inner.limit_pages == 0 {
+            return None;
+        }
+        let next = (0..inner.touched).find(|&index| !inner.regions[index].backed).unwrap_or(inner.touched);
+        (next < inner.regions.len()).then_some(Change::Back(next))
+    }
+
+    /// Makes `thread` the one that calls [`Arena::adjust`]: it is unparked when there is something to do.
+    pub fn set_adjuster(&self, thread: Thread) {
+        let _only_the_first_counts = self.adjuster.set(thread);
+    }
+
+    pub fn has_adjuster(&self) -> bool {
+        self.adjuster.get().is_some()
+    }
+
+    fn wake_adjuster(&self) {
+        if let Some(thread) = self.adjuster.get() {
+            thread.unpark();
+        }
     }
 
     pub fn limit(&self) -> u64 {
-        self.inner.lock().limit
+        self.inner.lock().limit_pages
     }
 
     /// Changes the limit, in pages. Below what is in use it only stops growth.
-    pub fn set_limit(&self, limit: u64) {
-        self.inner.lock().limit = limit;
+    pub fn set_limit(&self, pages: u64) {
+        self.inner.lock().limit_pages = pages;
+        self.metrics.pool_limit_bytes.set(pages.saturating_mul(PAGE_SIZE as u64));
+        self.wake_adjuster();
     }
 
-    /// Bytes of bookkeeping for the pages that were ever in use.
-    pub fn metadata_bytes(&self) -> u64 {
-        let regions = self.usage().peak.div_ceil(u64::from(REGION_PAGES));
-        regions * (size_of::<Region>() as u64 + 1)
+    fn publish_usage(&self, inner: &Inner) {
+        let metrics: &Metrics = &self.metrics;
+        let bytes = inner.used_pages * PAGE_SIZE as u64;
+        metrics.pool_bytes.set(bytes);
+        if bytes > metrics.pool_peak_bytes.get() {
+            metrics.pool_peak_bytes.set(bytes);
+            let regions = inner.touched * (size_of::<Region>() + 1);
+            metrics.arena_metadata_bytes.set(regions as u64);
+        }
     }
-}
-
-fn test(bitmap: &Bitmap, page: usize) -> bool {
-    bitmap[page / 64] >> (page % 64) & 1 == 1
-}
-
-fn set(bitmap: &mut Bitmap, page: usize, value: bool) {
-    let bit = 1 << (page % 64);
-    bitmap[page / 64] = if value { bitmap[page / 64] | bit } else { bitmap[page / 64] & !bit };
 }
 
 /// Bit n of the result is set if a run of `length` free pages begins at page n.
@@ -174,32 +275,52 @@ fn first_free_run(used: &Bitmap, length: usize) -> Option<usize> {
     Some(word * 64 + runs[word].trailing_zeros() as usize)
 }
 
-fn shortage(used: &Bitmap) -> u8 {
+fn longest_free_run(used: &Bitmap) -> u8 {
     let longest = (1..=MAX_CHAIN).rev().find(|&length| free_runs(used, length).iter().any(|&word| word != 0));
-    (MAX_CHAIN - longest.unwrap_or(0)) as u8
+    longest.unwrap_or(0) as u8
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::page::PAGE_SIZE;
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 
     fn arena(regions: u32, limit: u64) -> Arena {
-        Arena::new(Arc::new(State::create(1, regions * REGION_PAGES).expect("state")), limit).expect("arena")
+        let state = Arc::new(State::create(1, regions * REGION_PAGES, None).expect("state"));
+        Arena::new(state, limit, SharedMetrics::new(None).expect("metrics")).expect("arena")
+    }
+
+    fn no_preparation(_: Range<u32>) -> Result<()> {
+        Ok(())
+    }
+
+    /// As the pool does without an adjuster.
+    fn alloc(arena: &Arena, pages: usize) -> Result<u32> {
+        loop {
+            match arena.alloc(pages) {
+                Err(Error::NoRegion) if arena.ensure_region(no_preparation)? => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn free(arena: &Arena, first: u32, pages: usize) {
+        if arena.free(first, pages) {
+            arena.adjust(no_preparation).expect("punched");
+        }
     }
 
     proptest! {
         /// Against a set of pages: no page twice, none lost, runs inside one region, counts exact.
         #[test]
         fn runs_never_overlap(steps in prop::collection::vec((any::<bool>(), 1..=MAX_CHAIN, any::<prop::sample::Index>()), 1..600)) {
-            let arena = arena(3, 1100);
+            let arena = arena(4, 1100);
             let mut taken = BTreeSet::new();
             let mut runs = Vec::new();
             for (allocate, pages, which) in steps {
                 if allocate {
-                    match arena.alloc(pages) {
+                    match alloc(&arena, pages) {
                         Ok(first) => {
                             prop_assert_eq!(first / REGION_PAGES, (first + pages as u32 - 1) / REGION_PAGES);
                             for page in first..first + pages as u32 {
@@ -211,35 +332,39 @@ mod tests {
                     }
                 } else if !runs.is_empty() {
                     let (first, pages) = runs.swap_remove(which.index(runs.len()));
-                    arena.free(first, pages);
+                    free(&arena, first, pages);
                     (first..first + pages as u32).for_each(|page| { taken.remove(&page); });
                 }
-                prop_assert_eq!(arena.usage().used, taken.len() as u64);
+                prop_assert_eq!(arena.metrics.pool_bytes.get(), (taken.len() * PAGE_SIZE) as u64);
             }
         }
 
         #[test]
         fn the_first_free_run_is_found(used in prop::array::uniform8(any::<u64>()), length in 1..=MAX_CHAIN) {
-            let slow = (0..=REGION_PAGES as usize - length).find(|&at| (at..at + length).all(|page| !test(&used, page)));
+            let is_free = |page: usize| used[page / 64] >> (page % 64) & 1 == 0;
+            let slow = (0..=REGION_PAGES as usize - length).find(|&at| (at..at + length).all(is_free));
             prop_assert_eq!(first_free_run(&used, length), slow);
-            prop_assert_eq!(shortage(&used) as usize <= MAX_CHAIN - length, slow.is_some());
+            prop_assert_eq!(usize::from(longest_free_run(&used)) >= length, slow.is_some());
         }
     }
 
     #[test]
     fn memory_goes_back_to_the_system() {
-        let arena = arena(8, 4096);
+        let arena = arena(10, 5120);
         let resident = || arena.state.resident_bytes() as usize / PAGE_SIZE;
-        let runs: Vec<u32> = (0..500).map(|_| arena.alloc(8).expect("room")).collect();
-        for &first in &runs {
-            for page in first..first + 8 {
-                // SAFETY: the page was just handed to us.
-                unsafe { arena.state.arena(page as usize * PAGE_SIZE).write(1) };
-            }
-        }
+        let runs: Vec<u32> = (0..500).map(|_| alloc(&arena, 8).expect("room")).collect();
         assert!(resident() >= 4000);
-        runs.into_iter().for_each(|first| arena.free(first, 8));
-        assert_eq!(arena.usage().reserve, u64::from(RESERVE_PAGES));
-        assert!(resident() <= RESERVE_PAGES as usize + 8, "{} pages still resident", resident());
+        runs.into_iter().for_each(|first| free(&arena, first, 8));
+        let reserve = (RESERVE_HIGH * u64::from(REGION_PAGES)) as usize;
+        assert_eq!(arena.metrics.backed_bytes.get() as usize, reserve * PAGE_SIZE);
+        assert!(resident() <= reserve + 8, "{} pages still resident", resident());
+    }
+
+    #[test]
+    fn pages_are_handed_out_only_from_backed_regions() {
+        let arena = arena(2, 1024);
+        assert!(matches!(arena.alloc(1), Err(Error::NoRegion)));
+        assert!(arena.adjust(no_preparation).expect("memory"));
+        arena.alloc(8).expect("backed");
     }
 }

@@ -9,14 +9,15 @@ mod zspage;
 
 use crate::error::{Error, Result};
 use crate::locks::{Rank, Ranked};
+use crate::metrics::SharedMetrics;
 use crate::page::PAGE_SIZE;
 use crate::state::{State, MAX_ARENA_PAGES};
-use arena::{Arena, REGION_PAGES};
+use arena::Arena;
+use arena::REGION_PAGES;
 use class::{ClassTable, Geometry, MAX_CHAIN, UNIT};
+use std::ops::Range;
 use std::sync::Arc;
 use zspage::{ClassLists, Descriptors, PageDesc};
-
-pub use arena::Usage;
 
 /// Where an object lies in the arena, in units of 16 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,16 +33,6 @@ impl Location {
     }
 }
 
-/// Occupancy of one size class.
-#[derive(Clone, Copy, Debug)]
-pub struct ClassUsage {
-    pub size: usize,
-    pub pages_per_zspage: usize,
-    pub objects_per_zspage: usize,
-    pub zspages: u64,
-    pub objects: u64,
-}
-
 /// A zsmalloc pool over the arena of a state file.
 pub struct Pool {
     state: Arc<State>,
@@ -49,6 +40,7 @@ pub struct Pool {
     table: ClassTable,
     classes: Box<[Ranked<ClassLists>]>,
     descriptors: Descriptors,
+    metrics: SharedMetrics,
 }
 
 /// A live object, found through its location.
@@ -70,20 +62,27 @@ impl Pool {
     }
 
     /// An empty pool. Errors: [`Error::System`] if its tables cannot be mapped.
-    pub fn new(state: Arc<State>, limit_bytes: u64) -> Result<Pool> {
+    pub fn new(state: Arc<State>, limit_bytes: u64, metrics: SharedMetrics) -> Result<Pool> {
         let table = ClassTable::new();
+        for (class, counters) in table.classes().iter().zip(&metrics.classes) {
+            counters.size_bytes.set(class.size as u64);
+            counters.pages_per_zspage.set(class.pages as u64);
+            counters.objects_per_zspage.set(class.objects as u64);
+        }
         Ok(Pool {
-            arena: Arena::new(state.clone(), limit_bytes / PAGE_SIZE as u64)?,
+            arena: Arena::new(state.clone(), limit_bytes / PAGE_SIZE as u64, metrics.clone())?,
             classes: table.classes().iter().map(|_| Ranked::new(Rank::Class, ClassLists::new())).collect(),
             descriptors: Descriptors::new(state.arena_pages() as usize)?,
             table,
             state,
+            metrics,
         })
     }
 
     /// Allocates an object of `length` bytes (header included) and lets `write` fill it; the object may be longer.
     ///
-    /// Errors: [`Error::PoolFull`], with nothing changed. May take memory from the system when the class grows.
+    /// Errors: [`Error::PoolFull`], or [`Error::NoRegion`] when the reserve is used up, with nothing changed. Waits for
+    /// memory only in a pool without an adjuster.
     pub fn insert(&self, length: usize, write: impl FnOnce(&mut [u8])) -> Result<Location> {
         let class = self.table.index_for(length);
         let geometry = &self.table.classes()[class];
@@ -96,20 +95,38 @@ impl Pool {
     }
 
     fn take_object(&self, class: usize, geometry: &Geometry) -> Result<(u32, usize)> {
-        let mut lists = self.classes[class].lock();
-        if let Some(taken) = lists.take_object(&self.descriptors, geometry) {
-            return Ok(taken);
+        loop {
+            match self.try_take_object(class, geometry) {
+                // Without a thread that keeps the reserve filled, we take memory ourselves, and wait for it.
+                Err(Error::NoRegion)
+                    if !self.arena.has_adjuster() && self.arena.ensure_region(|pages| self.prepare(pages))? => {}
+                result => return result,
+            }
         }
-        let first = self.arena.alloc(geometry.pages)?;
-        lists.insert_zspage(&self.descriptors, first, class, geometry);
-        // A fresh zspage has an object.
-        lists.take_object(&self.descriptors, geometry).ok_or(Error::PoolFull)
+    }
+
+    fn try_take_object(&self, class: usize, geometry: &Geometry) -> Result<(u32, usize)> {
+        let counters = &self.metrics.classes[class];
+        let mut lists = self.classes[class].lock();
+        let taken = match lists.take_object(&self.descriptors, geometry) {
+            Some(taken) => taken,
+            None => {
+                let first = self.arena.alloc(geometry.pages)?;
+                lists.insert_zspage(&self.descriptors, first, class, geometry);
+                counters.zspages.add(1);
+                // A fresh zspage has an object.
+                lists.take_object(&self.descriptors, geometry).ok_or(Error::PoolFull)?
+            }
+        };
+        counters.objects.add(1);
+        Ok(taken)
     }
 
     /// Lets `read` see an object's bytes (up to the size of its class). None if no object lives there.
     ///
     /// # Safety
-    /// The object must not be freed meanwhile: the caller holds the lock of the slot that it belongs to.
+    /// The object must not be freed meanwhile: the caller holds the lock of the slot that names it, or the object is
+    /// the caller's own because no slot does.
     pub unsafe fn with_object<R>(&self, location: Location, read: impl FnOnce(&[u8]) -> R) -> Option<R> {
         let found = self.find(location)?;
         let size = self.table.classes()[found.class].size;
@@ -118,7 +135,7 @@ impl Pool {
         Some(read(unsafe { std::slice::from_raw_parts(self.state.arena(found.offset), size) }))
     }
 
-    /// Frees an object. The memory of a zspage that it leaves empty may go back to the system (a system call).
+    /// Frees an object. In a pool without an adjuster, memory may go back to the system (a system call).
     ///
     /// A location where no object lives (a damaged slot word) is left alone.
     pub fn free(&self, location: Location) {
@@ -126,9 +143,13 @@ impl Pool {
         let geometry = &self.table.classes()[found.class];
         let mut lists = self.classes[found.class].lock();
         let empty = lists.put_object(&self.descriptors, geometry, found.first, found.object);
+        let counters = &self.metrics.classes[found.class];
+        counters.objects.sub(1);
+        counters.zspages.sub(u64::from(empty));
         drop(lists);
-        if empty {
-            self.arena.free(found.first, geometry.pages);
+        if empty && self.arena.free(found.first, geometry.pages) && !self.arena.has_adjuster() {
+            // A region that cannot be given back stays in reserve.
+            let _ = self.adjust();
         }
     }
 
@@ -151,8 +172,20 @@ impl Pool {
         Some(self.state.arena(self.find(location)?.offset))
     }
 
-    pub fn usage(&self) -> Usage {
-        self.arena.usage()
+    /// Makes the calling thread the one that keeps the reserve of memory filled: from now on nobody else waits for
+    /// memory. It calls [`Pool::adjust`] until that returns false, and again whenever it is unparked.
+    pub fn become_adjuster(&self) {
+        self.arena.set_adjuster(std::thread::current());
+    }
+
+    /// Takes a region of memory from the system, or gives one back, if the reserve needs it: see [`Arena::adjust`].
+    pub fn adjust(&self) -> Result<bool> {
+        self.arena.adjust(|pages| self.prepare(pages))
+    }
+
+    /// Takes memory for the descriptors of pages, so that using them faults no more.
+    fn prepare(&self, pages: Range<u32>) -> Result<()> {
+        self.descriptors.populate(pages.start as usize..pages.end as usize)
     }
 
     pub fn limit_bytes(&self) -> u64 {
@@ -164,26 +197,10 @@ impl Pool {
         self.arena.set_limit(bytes / PAGE_SIZE as u64);
     }
 
-    /// Occupancy of every class, from small to large; each class is locked for a moment.
-    pub fn class_usage(&self) -> Vec<ClassUsage> {
-        let usage = |(class, lists): (&Geometry, &Ranked<ClassLists>)| {
-            let lists = lists.lock();
-            ClassUsage {
-                size: class.size,
-                pages_per_zspage: class.pages,
-                objects_per_zspage: class.objects,
-                zspages: lists.zspages,
-                objects: lists.objects,
-            }
-        };
-        self.table.classes().iter().zip(self.classes.iter()).map(usage).collect()
-    }
-
-    /// Bytes of descriptors and bookkeeping for the pages that were ever in use.
+    /// Bytes of descriptors for the pages that were ever in use, and of the locks.
     pub fn metadata_bytes(&self) -> u64 {
-        self.usage().peak * size_of::<PageDesc>() as u64
-            + self.arena.metadata_bytes()
-            + (self.classes.len() * size_of::<Ranked<ClassLists>>()) as u64
+        let pages = self.metrics.pool_peak_bytes.get() / PAGE_SIZE as u64;
+        pages * size_of::<PageDesc>() as u64 + (self.classes.len() * size_of::<Ranked<ClassLists>>()) as u64
     }
 }
 
@@ -194,8 +211,13 @@ mod tests {
     use proptest::prelude::*;
 
     fn pool(limit_pages: u64) -> Pool {
-        let state = State::create(1, REGION_PAGES * 4).expect("state");
-        Pool::new(Arc::new(state), limit_pages * PAGE_SIZE as u64).expect("pool")
+        let state = State::create(1, REGION_PAGES * 4, None).expect("state");
+        let metrics = SharedMetrics::new(None).expect("metrics");
+        Pool::new(Arc::new(state), limit_pages * PAGE_SIZE as u64, metrics).expect("pool")
+    }
+
+    fn used_pages(pool: &Pool) -> u64 {
+        pool.metrics.pool_bytes.get() / PAGE_SIZE as u64
     }
 
     proptest! {
@@ -213,7 +235,7 @@ mod tests {
                         Ok(location) => live.push((location, length, stamp)),
                         Err(error) => {
                             prop_assert!(matches!(error, Error::PoolFull));
-                            prop_assert!(pool.usage().used + MAX_CHAIN as u64 > limit);
+                            prop_assert!(used_pages(&pool) + MAX_CHAIN as u64 > limit);
                         }
                     }
                 } else if !live.is_empty() {
@@ -228,11 +250,12 @@ mod tests {
                 // SAFETY: as above.
                 prop_assert_eq!(unsafe { pool.with_object(location, |object| object.iter().all(|&b| b == stamp)) }, Some(true));
             }
-            let classes = pool.class_usage();
-            prop_assert_eq!(classes.iter().map(|class| class.objects).sum::<u64>(), live.len() as u64);
-            prop_assert_eq!(classes.iter().map(|class| class.zspages * class.pages_per_zspage as u64).sum::<u64>(), pool.usage().used);
+            let classes = &pool.metrics.classes;
+            prop_assert_eq!(classes.iter().map(|class| class.objects.get()).sum::<u64>(), live.len() as u64);
+            let pages = classes.iter().map(|class| class.zspages.get() * class.pages_per_zspage.get());
+            prop_assert_eq!(pages.sum::<u64>(), used_pages(&pool));
             live.into_iter().for_each(|(location, _, _)| pool.free(location));
-            prop_assert_eq!(pool.usage().used, 0);
+            prop_assert_eq!(used_pages(&pool), 0);
         }
     }
 
@@ -246,7 +269,7 @@ mod tests {
         }
         pool.free(location);
         assert!(pool.find(location).is_none());
-        assert_eq!(pool.usage().used, 0);
+        assert_eq!(used_pages(&pool), 0);
     }
 
     #[test]

@@ -55,13 +55,11 @@ pub fn is_used(descriptors: &Descriptors, first: u32, object: usize) -> bool {
 /// Invariant: a zspage is on the list of its group exactly while it has an object in use, or is being filled.
 pub struct ClassLists {
     heads: [u32; GROUPS],
-    pub zspages: u64,
-    pub objects: u64,
 }
 
 impl ClassLists {
     pub fn new() -> ClassLists {
-        ClassLists { heads: [NIL; GROUPS], zspages: 0, objects: 0 }
+        ClassLists { heads: [NIL; GROUPS] }
     }
 
     /// Makes fresh pages into a zspage with nothing in use, on the list of the empty.
@@ -75,7 +73,6 @@ impl ClassLists {
         desc.in_use.store(0, Relaxed);
         desc.class.store(class as u8, Relaxed);
         self.link(descriptors, first, 0);
-        self.zspages += 1;
     }
 
     /// Takes an object from the fullest zspage that has one, and returns zspage and object.
@@ -88,7 +85,6 @@ impl ClassLists {
         let word = &descriptors[first as usize + object / 64].used;
         word.store(word.load(Relaxed) | 1 << (object % 64), Relaxed);
         self.change_in_use(descriptors, first, geometry, 1);
-        self.objects += 1;
         Some((first, object))
     }
 
@@ -98,11 +94,9 @@ impl ClassLists {
         assert!(is_used(descriptors, first, object), "object {object} of zspage {first} freed twice");
         let word = &descriptors[first as usize + object / 64].used;
         word.store(word.load(Relaxed) & !(1 << (object % 64)), Relaxed);
-        self.objects -= 1;
         let empty = self.change_in_use(descriptors, first, geometry, -1) == 0;
         if empty {
             self.unlink(descriptors, first, 0);
-            self.zspages -= 1;
             for n in 0..geometry.pages {
                 descriptors[first as usize + n].back.store(0, Relaxed);
             }
@@ -196,7 +190,6 @@ mod tests {
         assert_eq!(zspage_of(&descriptors, 5), Some((4, 7)));
         assert!(!lists.put_object(&descriptors, &geometry, 4, 0));
         assert!(lists.put_object(&descriptors, &geometry, 4, 1));
-        assert_eq!((lists.zspages, lists.objects), (0, 0));
         assert_eq!(zspage_of(&descriptors, 5), None);
     }
 }

@@ -1,0 +1,45 @@
+//! Mounting by mount(2), without a helper program.
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+/// Opens /dev/fuse and mounts it at `mount_point`; the descriptor is non-blocking.
+///
+/// Errors: that of open(2) or mount(2); nothing is mounted then.
+pub fn mount(mount_point: &Path) -> io::Result<File> {
+    let device = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/fuse")?;
+    let target = CString::new(mount_point.as_os_str().as_bytes())?;
+    // rootmode: the root is a directory. Other users may read counters; the modes of the files say what they may do.
+    let options =
+        format!("fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other", device.as_raw_fd());
+    let options = CString::new(options)?;
+    // SAFETY: all strings are valid for the call.
+    let result = unsafe {
+        libc::mount(
+            c"zswapd".as_ptr(),
+            target.as_ptr(),
+            c"fuse.zswapd".as_ptr(),
+            libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC | libc::MS_NOATIME,
+            options.as_ptr().cast(),
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(device)
+}
+
+/// Takes the mount away from the directory tree at once; who has a file open keeps it.
+pub fn unmount(mount_point: &Path) -> io::Result<()> {
+    let target = CString::new(mount_point.as_os_str().as_bytes())?;
+    // SAFETY: the string is valid for the call.
+    if unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH | libc::UMOUNT_NOFOLLOW) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

@@ -1,0 +1,47 @@
+//! Replies to /dev/fuse: a header, then what was asked for, in one write.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Bytes of `struct fuse_out_header`.
+pub const OUT_HEADER: usize = 16;
+
+/// `struct fuse_out_header`; `error` is 0 or a positive errno.
+pub fn out_header(unique: u64, error: i32, payload: usize) -> [u8; OUT_HEADER] {
+    let mut header = [0; OUT_HEADER];
+    header[..4].copy_from_slice(&((OUT_HEADER + payload) as u32).to_ne_bytes());
+    header[4..8].copy_from_slice(&(-error).to_ne_bytes());
+    header[8..].copy_from_slice(&unique.to_ne_bytes());
+    header
+}
+
+/// Sends a reply.
+///
+/// A request that is no longer waited for (ENOENT: interrupted, or the connection was aborted) needs no reply: that
+/// is no error. Does not block, and allocates nothing in user space.
+pub fn send(device: BorrowedFd<'_>, unique: u64, payload: Result<&[u8], i32>) -> io::Result<()> {
+    let (error, payload) = match payload {
+        Ok(payload) => (0, payload),
+        Err(errno) => (errno, &[][..]),
+    };
+    let header = out_header(unique, error, payload.len());
+    send_parts(device, &[IoSlice::new(&header), IoSlice::new(payload)])
+}
+
+/// Sends a message that is already complete.
+pub fn send_raw(device: BorrowedFd<'_>, message: &[u8]) -> io::Result<()> {
+    send_parts(device, &[IoSlice::new(message)])
+}
+
+fn send_parts(device: BorrowedFd<'_>, parts: &[IoSlice<'_>]) -> io::Result<()> {
+    // SAFETY: IoSlice has the layout of iovec, and every part is valid for the call.
+    let written = unsafe { libc::writev(device.as_raw_fd(), parts.as_ptr().cast(), parts.len() as libc::c_int) };
+    if written >= 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::ENOENT) => Ok(()),
+        _ => Err(error),
+    }
+}

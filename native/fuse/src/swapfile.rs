@@ -1,0 +1,240 @@
+//! The requests on the swap file: each is answered here, from the engine alone.
+//!
+//! Some of them the kernel asks under the inode lock on the path of a page, so that none may wait for Python.
+
+use crate::init::MAX_TRANSFER;
+use crate::wire::Operation;
+use zswapd_core::codec::Scratch;
+use zswapd_core::engine::Engine;
+use zswapd_core::page::PAGE_SIZE;
+use zswapd_core::store::Detached;
+
+/// Nodeid, inode number and mode of the swap file. pyfuse3's side uses the same.
+pub const NODEID: u64 = 2;
+const MODE: u32 = libc::S_IFREG | 0o600;
+/// Seconds that attributes hold: they never change.
+const ATTRIBUTES_VALID: u64 = 3600;
+
+/// fuse.h
+const FATTR_MODE: u32 = 1 << 0;
+const FATTR_UID: u32 = 1 << 1;
+const FATTR_GID: u32 = 1 << 2;
+const FATTR_SIZE: u32 = 1 << 3;
+const FOPEN_DIRECT_IO: u32 = 1 << 0;
+const FOPEN_PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
+
+/// Bytes of `struct fuse_attr_out`.
+const ATTR_OUT: usize = 104;
+/// Bytes of `struct fuse_statfs_out`.
+const STATFS_OUT: usize = 80;
+
+/// Answers an operation: the payload of the reply, written to `out`, or an errno.
+///
+/// A READ is answered in full (less only at the end of the file), a WRITE whole or with an error, never short. What a
+/// punch has emptied goes to `detached`, to be freed after the reply. Does not block, allocate or touch disk.
+pub fn answer<'a>(
+    engine: &Engine,
+    operation: Operation<'_>,
+    out: &'a mut [u8],
+    detached: &mut Detached,
+    scratch: &mut Scratch,
+) -> Result<&'a [u8], i32> {
+    match operation {
+        Operation::Read { offset, size } => {
+            let size = (size as usize).min(out.len()).min(MAX_TRANSFER);
+            let read = engine.read(offset, &mut out[..size], scratch).map_err(|error| error.errno())?;
+            Ok(&out[..read])
+        }
+        Operation::Write { offset, data } => {
+            engine.write(offset, data, scratch).map_err(|error| error.errno())?;
+            // struct fuse_write_out: size, padding.
+            Ok(put(out, &[&(data.len() as u32).to_ne_bytes(), &[0; 4]]))
+        }
+        Operation::Fallocate { offset, length, mode } => {
+            fallocate(engine, offset, length, mode as i32, detached, scratch)?;
+            Ok(&[])
+        }
+        Operation::Lseek { offset, whence } => {
+            let found = lseek(engine.size(), offset, whence as i32)?;
+            Ok(put(out, &[&found.to_ne_bytes()]))
+        }
+        Operation::Setattr { valid, size } => {
+            let resized = valid & FATTR_SIZE != 0 && size != engine.size();
+            if resized || valid & (FATTR_MODE | FATTR_UID | FATTR_GID) != 0 {
+                return Err(libc::EPERM);
+            }
+            Ok(attributes(engine, out))
+        }
+        Operation::Getattr => Ok(attributes(engine, out)),
+        Operation::Statfs => Ok(file_system(engine, out)),
+        Operation::Open => {
+            // struct fuse_open_out: fh, open_flags, padding.
+            let flags = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES;
+            Ok(put(out, &[&1u64.to_ne_bytes(), &flags.to_ne_bytes(), &[0; 4]]))
+        }
+        // A page is stored when its write is answered: there is nothing to sync or flush.
+        Operation::Release | Operation::Flush | Operation::Fsync => Ok(&[]),
+        // The kernel does not ask again, and does without.
+        Operation::Other => Err(libc::ENOSYS),
+    }
+}
+
+/// Punches holes and zeroes ranges; both read zeros afterwards. Allocating in advance is not offered.
+fn fallocate(
+    engine: &Engine,
+    offset: u64,
+    length: u64,
+    mode: i32,
+    detached: &mut Detached,
+    scratch: &mut Scratch,
+) -> Result<(), i32> {
+    const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    const ZERO_KEEP: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+    if !matches!(mode, PUNCH | ZERO_KEEP | libc::FALLOC_FL_ZERO_RANGE) {
+        return Err(libc::EOPNOTSUPP);
+    }
+    let end = offset.checked_add(length).ok_or(libc::EFBIG)?;
+    if end > engine.size() && mode == libc::FALLOC_FL_ZERO_RANGE {
+        return Err(libc::EFBIG);
+    }
+    // What lies beyond the end is a hole already.
+    let within = engine.size().min(end).saturating_sub(offset);
+    if within == 0 {
+        return Ok(());
+    }
+    engine.discard(offset, within, detached, scratch).map_err(|error| error.errno())
+}
+
+/// The whole file counts as data.
+fn lseek(size: u64, offset: u64, whence: i32) -> Result<u64, i32> {
+    match whence {
+        libc::SEEK_DATA if offset < size => Ok(offset),
+        libc::SEEK_HOLE if offset < size => Ok(size),
+        libc::SEEK_DATA | libc::SEEK_HOLE => Err(libc::ENXIO),
+        _ => Err(libc::EINVAL),
+    }
+}
+
+/// `struct fuse_attr_out`.
+fn attributes<'a>(engine: &Engine, out: &'a mut [u8]) -> &'a [u8] {
+    let size = engine.size();
+    let out = &mut out[..ATTR_OUT];
+    out.fill(0);
+    let mut put_u64 = |at: usize, value: u64| out[at..at + 8].copy_from_slice(&value.to_ne_bytes());
+    put_u64(0, ATTRIBUTES_VALID);
+    put_u64(16, NODEID); // attr.ino
+    put_u64(24, size); // attr.size
+    put_u64(32, size / 512); // attr.blocks
+    let mut put_u32 = |at: usize, value: u32| out[at..at + 4].copy_from_slice(&value.to_ne_bytes());
+    put_u32(76, MODE); // attr.mode
+    put_u32(80, 1); // attr.nlink
+    put_u32(96, 4096); // attr.blksize
+    out
+}
+
+/// `struct fuse_statfs_out`. The loop driver asks for it, and offers discards in units of its block size.
+fn file_system<'a>(engine: &Engine, out: &'a mut [u8]) -> &'a [u8] {
+    let out = &mut out[..STATFS_OUT];
+    out.fill(0);
+    out[..8].copy_from_slice(&(engine.size() / PAGE_SIZE as u64).to_ne_bytes()); // blocks
+    out[40..44].copy_from_slice(&(PAGE_SIZE as u32).to_ne_bytes()); // bsize
+    out[44..48].copy_from_slice(&255u32.to_ne_bytes()); // namelen
+    out[48..52].copy_from_slice(&(PAGE_SIZE as u32).to_ne_bytes()); // frsize
+    out
+}
+
+fn put<'a>(out: &'a mut [u8], parts: &[&[u8]]) -> &'a [u8] {
+    let mut length = 0;
+    for part in parts {
+        out[length..length + part.len()].copy_from_slice(part);
+        length += part.len();
+    }
+    &out[..length]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use zswapd_core::codec::{Algorithm, Compression};
+    use zswapd_core::store::Files;
+
+    const SIZE: u64 = 64 << 12;
+
+    struct Fixture {
+        engine: Engine,
+        out: Vec<u8>,
+        detached: Detached,
+        scratch: Scratch,
+    }
+
+    impl Fixture {
+        fn new() -> Fixture {
+            let compression = Compression::new(Algorithm::Lz4, 3).expect("level");
+            Fixture {
+                engine: Engine::new(SIZE, 64 << 20, compression, Files::default()).expect("engine"),
+                out: vec![0xee; MAX_TRANSFER],
+                detached: Detached::with_capacity(8),
+                scratch: Scratch::new().expect("scratch"),
+            }
+        }
+
+        fn answer(&mut self, operation: Operation<'_>) -> Result<Vec<u8>, i32> {
+            answer(&self.engine, operation, &mut self.out, &mut self.detached, &mut self.scratch).map(<[u8]>::to_vec)
+        }
+    }
+
+    #[test]
+    fn what_was_written_is_read() {
+        let mut fixture = Fixture::new();
+        let data: Vec<u8> = (0..10_000).map(|n| (n % 251) as u8).collect();
+        let written = fixture.answer(Operation::Write { offset: 4000, data: &data }).expect("written");
+        assert_eq!(written, [&10_000u32.to_ne_bytes()[..], &[0; 4]].concat());
+        assert_eq!(fixture.answer(Operation::Read { offset: 4000, size: 10_000 }), Ok(data));
+        assert_eq!(fixture.answer(Operation::Read { offset: SIZE - 4, size: 4096 }), Ok(vec![0; 4]));
+        assert_eq!(fixture.answer(Operation::Read { offset: SIZE, size: 4096 }), Ok(vec![]));
+        assert_eq!(fixture.answer(Operation::Write { offset: SIZE - 1, data: &[0; 2] }), Err(libc::EFBIG));
+    }
+
+    #[test]
+    fn punches_and_zeroed_ranges_read_zeros() {
+        let mut fixture = Fixture::new();
+        let (punch, zero) = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, libc::FALLOC_FL_ZERO_RANGE);
+        for (mode, expected) in
+            [(punch, Ok(vec![])), (zero, Ok(vec![])), (0, Err(libc::EOPNOTSUPP)), (!0, Err(libc::EOPNOTSUPP))]
+        {
+            fixture.answer(Operation::Write { offset: 0, data: &[7; 8192] }).expect("written");
+            let answer = fixture.answer(Operation::Fallocate { offset: 100, length: 8000, mode: mode as u32 });
+            assert_eq!(answer, expected);
+            let zeros = fixture.answer(Operation::Read { offset: 0, size: 8192 }).expect("read");
+            let zeroed = if expected.is_ok() { 8000 } else { 0 };
+            assert_eq!(zeros.iter().filter(|&&byte| byte == 0).count(), zeroed);
+        }
+        for (offset, length, expected) in [(SIZE, 10, Ok(())), (u64::MAX, 2, Err(libc::EFBIG)), (SIZE - 1, 100, Ok(()))]
+        {
+            let answer = fixture.answer(Operation::Fallocate { offset, length, mode: punch as u32 });
+            assert_eq!(answer.map(drop), expected);
+        }
+    }
+
+    #[test]
+    fn the_size_cannot_be_changed() {
+        let mut fixture = Fixture::new();
+        assert!(fixture.answer(Operation::Setattr { valid: FATTR_SIZE, size: SIZE }).is_ok());
+        assert_eq!(fixture.answer(Operation::Setattr { valid: FATTR_SIZE, size: 0 }), Err(libc::EPERM));
+        assert_eq!(fixture.answer(Operation::Setattr { valid: FATTR_MODE, size: 0 }), Err(libc::EPERM));
+        assert_eq!(fixture.answer(Operation::Getattr).expect("attributes").len(), ATTR_OUT);
+        assert_eq!(fixture.answer(Operation::Statfs).expect("file system").len(), STATFS_OUT);
+    }
+
+    #[test]
+    fn seeking_knows_only_data() {
+        for (offset, whence, expected) in [
+            (5, libc::SEEK_DATA, Ok(5)),
+            (5, libc::SEEK_HOLE, Ok(SIZE)),
+            (SIZE, libc::SEEK_DATA, Err(libc::ENXIO)),
+            (0, 99, Err(libc::EINVAL)),
+        ] {
+            assert_eq!(lseek(SIZE, offset, whence), expected);
+        }
+    }
+}

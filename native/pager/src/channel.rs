@@ -1,0 +1,141 @@
+//! The page channel: workers that read requests from /dev/fuse and answer those on the swap file.
+//!
+//! From a request to its reply a worker allocates nothing, takes no page fault, and takes no lock whose holder may wait
+//! for memory. It sleeps only when there is no request.
+
+use crate::args::Args;
+use crate::process::{spawn as spawn_thread, touch};
+use crate::{no_alloc, Shared};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use zswapd_core::codec::Scratch;
+use zswapd_core::store::Detached;
+use zswapd_fuse::init::MAX_TRANSFER;
+use zswapd_fuse::wire::{Malformed, Operation, Request};
+use zswapd_fuse::{reply, swapfile};
+
+/// A request of the largest size, with its header.
+const BUFFER: usize = MAX_TRANSFER + 4096;
+/// Objects of a punched cluster of 2 MiB, and then some.
+const DETACHED: usize = 1024;
+
+/// How often the swap file is open: by a loop device for one.
+#[derive(Default)]
+pub struct Opens(AtomicI64);
+
+impl Opens {
+    pub fn count(&self) -> i64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Starts the workers.
+pub fn spawn(shared: &Arc<Shared>, device: BorrowedFd<'_>, args: &Args) -> io::Result<()> {
+    for n in 0..args.workers {
+        let mut worker = Worker {
+            shared: shared.clone(),
+            device: device.try_clone_to_owned()?,
+            spin: args.spin,
+            buffer: vec![0; BUFFER],
+            detached: Detached::with_capacity(DETACHED),
+            scratch: Scratch::new().map_err(io::Error::other)?,
+        };
+        touch(&mut worker.buffer);
+        spawn_thread(&format!("worker-{n}"), move || no_alloc::forbidden(|| worker.serve()))?;
+    }
+    Ok(())
+}
+
+struct Worker {
+    shared: Arc<Shared>,
+    device: OwnedFd,
+    spin: Duration,
+    buffer: Vec<u8>,
+    detached: Detached,
+    scratch: Scratch,
+}
+
+impl Worker {
+    fn serve(&mut self) {
+        while let Some(length) = self.next_request() {
+            if self.handle(length).is_err() {
+                break;
+            }
+        }
+        // Unmounted or aborted: there is nothing left to serve.
+        self.shared.closer.close();
+    }
+
+    /// Waits for a request and returns its length. None when the file system is unmounted or aborted.
+    fn next_request(&mut self) -> Option<usize> {
+        let mut spin_until = None;
+        loop {
+            // SAFETY: the buffer is valid for its length.
+            let read =
+                unsafe { libc::read(self.device.as_raw_fd(), self.buffer.as_mut_ptr().cast(), self.buffer.len()) };
+            if let Ok(length) = usize::try_from(read) {
+                return Some(length);
+            }
+            match io::Error::last_os_error().raw_os_error() {
+                Some(libc::EAGAIN) => {
+                    let now = Instant::now();
+                    match *spin_until.get_or_insert(now + self.spin) {
+                        until if now < until => std::hint::spin_loop(),
+                        _ => self.sleep(),
+                    }
+                }
+                // The request was interrupted before we had it; a signal.
+                Some(libc::ENOENT | libc::EINTR) => {}
+                _ => return None,
+            }
+        }
+    }
+
+    fn sleep(&self) {
+        let mut waiting = libc::pollfd { fd: self.device.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid pollfd. Whatever it returns, the next read tells.
+        unsafe { libc::poll(&mut waiting, 1, -1) };
+    }
+
+    /// Answers the request in the buffer. An error means that the device is gone.
+    fn handle(&mut self, length: usize) -> io::Result<()> {
+        let request = match Request::parse(&self.buffer[..length]) {
+            Ok(request) => request,
+            Err(Malformed { unique: Some(unique) }) => return reply::send(as_fd(&self.device), unique, Err(libc::EIO)),
+            Err(Malformed { unique: None }) => return Ok(()),
+        };
+        if request.nodeid != swapfile::NODEID || !request.wants_reply() {
+            return self.shared.relay.forward(&request);
+        }
+        let (unique, operation) = (request.unique, Operation::parse(&request));
+        match operation {
+            Some(Operation::Open) => self.shared.opens.0.fetch_add(1, Ordering::Relaxed),
+            Some(Operation::Release) => self.shared.opens.0.fetch_sub(1, Ordering::Relaxed),
+            _ => 0,
+        };
+        let engine = &self.shared.engine;
+        let mut small = [0; 128];
+        let payload = match operation {
+            None => Err(libc::EINVAL),
+            // What is read takes the place of the request, which is done with.
+            Some(Operation::Read { offset, size }) => {
+                let read = Operation::Read { offset, size };
+                swapfile::answer(engine, read, &mut self.buffer, &mut self.detached, &mut self.scratch)
+            }
+            Some(other) => swapfile::answer(engine, other, &mut small, &mut self.detached, &mut self.scratch),
+        };
+        reply::send(as_fd(&self.device), unique, payload)?;
+        // Behind the reply: nobody waits for this.
+        if !self.detached.is_empty() {
+            engine.store().free_detached(&mut self.detached);
+        }
+        Ok(())
+    }
+}
+
+fn as_fd(device: &OwnedFd) -> BorrowedFd<'_> {
+    std::os::fd::AsFd::as_fd(device)
+}

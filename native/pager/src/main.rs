@@ -1,0 +1,105 @@
+//! The pager: serves the swap file's pages from locked memory, with nothing to wait for but the next request.
+//!
+//! zswapd starts it and tells it what to do over the control socket; it outlives zswapd. Its threads:
+//!
+//! | thread | does | may wait for memory |
+//! | --- | --- | --- |
+//! | worker | reads requests from /dev/fuse, answers those on the swap file | never |
+//! | relay-out, relay-in | carry all other requests to pyfuse3, and its replies back | in the kernel's socket code |
+//! | refill | keeps the pool's reserve of memory filled | yes |
+//! | main | answers commands on the control socket | yes |
+
+mod args;
+mod channel;
+mod control;
+mod no_alloc;
+mod process;
+mod relay;
+mod state_file;
+
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+use std::sync::Arc;
+use zswapd_core::codec::Compression;
+use zswapd_core::engine::Engine;
+use zswapd_core::metrics::SharedMetrics;
+use zswapd_core::store::Files;
+use zswapd_fuse::mount;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("zswapd-pager: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What the threads share.
+pub struct Shared {
+    pub engine: Engine,
+    pub relay: relay::Relay,
+    pub counters: std::fs::File,
+    pub opens: channel::Opens,
+    /// Ends the pager when the file system is gone.
+    pub closer: control::Closer,
+    /// The kernel has granted all that [`process::protect`] asks for.
+    pub protected: bool,
+}
+
+fn run() -> Result<(), String> {
+    let args = args::parse(std::env::args().skip(1))?;
+    let protected = process::protect();
+    let failed = |what: &'static str| move |error: &dyn std::fmt::Display| format!("{what}: {error}");
+    let listener = control::Listener::bind(&args.control).map_err(|error| failed("control socket")(&error))?;
+
+    let counters = SharedMetrics::file().map_err(|error| error.to_string())?;
+    let files = Files {
+        state: Some(state_file::create().map_err(|error| failed("state file")(&error))?),
+        counters: Some(counters.try_clone().map_err(|error| failed("counters")(&error))?),
+    };
+    let compression = Compression::new(args.algorithm, args.zstd_level).map_err(|error| error.to_string())?;
+    let engine = Engine::new(args.size, args.mem_limit, compression, files).map_err(|error| error.to_string())?;
+    engine.store().populate_slots().map_err(|error| error.to_string())?;
+
+    let device = mount::mount(&args.mount_point).map_err(|error| failed("cannot mount")(&error))?;
+    let device = Arc::new(device);
+    let shared = Arc::new(Shared {
+        engine,
+        relay: relay::Relay::new(device.clone()),
+        counters: counters.into(),
+        opens: channel::Opens::default(),
+        closer: listener.closer().map_err(|error| failed("control socket")(&error))?,
+        protected,
+    });
+
+    let spawned = process::spawn("refill", {
+        let shared = shared.clone();
+        move || refill(&shared)
+    })
+    .and_then(|()| relay::spawn(&shared))
+    .and_then(|()| channel::spawn(&shared, device.as_fd(), &args));
+    let result = spawned
+        .map_err(|error| failed("cannot start a thread")(&error))
+        .and_then(|()| listener.serve(&shared).map_err(|error| failed("control socket")(&error)));
+    // Nobody has the swap file open when we come here; a failed start is not attached yet.
+    let _gone_already = mount::unmount(&args.mount_point);
+    result
+}
+
+/// Keeps the reserve filled, for ever.
+fn refill(shared: &Shared) {
+    let pool = shared.engine.store().pool();
+    pool.become_adjuster();
+    loop {
+        match pool.adjust() {
+            Ok(true) => {}
+            Ok(false) => std::thread::park(),
+            Err(error) => {
+                eprintln!("zswapd-pager: {error}; trying again");
+                std::thread::park_timeout(std::time::Duration::from_millis(100));
+            }
+        }
+    }
+}

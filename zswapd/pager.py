@@ -1,0 +1,117 @@
+"""The pager as the daemon sees it: started, found again, and told what to do over its control socket.
+
+The pager serves pages by itself. It outlives the daemon: one that finds a pager's socket beside the mount point goes
+on where the last one ended.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from zswapd._native import Counters
+from zswapd.config import Config
+from zswapd.engine import EngineStats
+from zswapd.errors import DaemonError
+
+log = logging.getLogger(__name__)
+
+#: Built beside the Python module, and installed with it.
+PROGRAM = Path(__file__).with_name("zswapd-pager")
+_ANSWER_SECONDS = 10
+_START_SECONDS = 30
+
+
+def socket_path(mount_point: Path) -> Path:
+    """Where the pager of a mount point listens."""
+    return mount_point.with_name(mount_point.name + ".sock")
+
+
+class Pager:
+    """The pager of a mount point. A command waits for its answer, `_ANSWER_SECONDS` at most, and raises OSError."""
+
+    def __init__(self, mount_point: Path) -> None:
+        """Finds the pager that serves `mount_point`. Raises OSError if there is none."""
+        self.mount_point = mount_point
+        self._path = os.fspath(socket_path(mount_point))
+        _, fd = self._ask("counters")
+        assert fd is not None, "the answer to counters"
+        self._counters = Counters(fd)
+
+    @classmethod
+    def start(cls, config: Config) -> "Pager":
+        """Starts a pager and finds it. Raises DaemonError; the pager has said why on stderr."""
+        swap, compression = config.swap, config.compression
+        arguments = {
+            "mount-point": swap.mount_point,
+            "control": socket_path(swap.mount_point),
+            "size": swap.size,
+            "mem-limit": config.pool.mem_limit_bytes,
+            "algorithm": compression.algorithm,
+            "zstd-level": compression.zstd_level,
+            "workers": config.pager.workers,
+            "spin-us": config.pager.spin_us,
+        }
+        command = [os.fspath(PROGRAM)]
+        for name, value in arguments.items():
+            command += [f"--{name}", str(value)]
+        # A session of its own: what ends the daemon does not reach it.
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + _START_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                return cls(swap.mount_point)
+            time.sleep(0.01)
+        raise DaemonError(f"the pager did not start (exit status {process.returncode})", "it says why above")
+
+    def relay(self) -> int:
+        """The descriptor over which the pager hands on what is not for the swap file. Cuts off who had it before."""
+        _, fd = self._ask("relay")
+        assert fd is not None, "the answer to relay"
+        return fd
+
+    def stop(self) -> None:
+        """Ends the pager. Raises OSError (EBUSY) while the swap file is open."""
+        self._ask("stop")
+
+    def opens(self) -> int:
+        """How often the swap file is open: by a loop device, for one."""
+        return self.status()["opens"]
+
+    def status(self) -> dict[str, int]:
+        """pid; opens of the swap file; protected: 1 if the kernel let it lock memory, serve reclaim and outlive the OOM
+        killer; footprint: bytes of its memory beside the pool and its tables."""
+        text, _ = self._ask("status")
+        return {name: int(value) for name, _, value in (word.partition("=") for word in text.split())}
+
+    # What every engine does (engine.Engine)
+
+    def stats(self) -> EngineStats:
+        return self._counters.stats()
+
+    def set_mem_limit(self, size_bytes: int) -> None:
+        self._ask(f"mem-limit {size_bytes}")
+
+    def set_compression(self, algorithm: str, zstd_level: int) -> None:
+        self._ask(f"compression {algorithm} {zstd_level}")
+
+    def reset(self) -> None:
+        self._ask("reset")
+
+    def _ask(self, command: str) -> tuple[str, int | None]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(_ANSWER_SECONDS)
+            connection.connect(self._path)
+            connection.send(command.encode())
+            data, fds, _, _ = socket.recv_fds(connection, 512, 1)
+        status, _, text = data.decode().partition(" ")
+        if status == "error":
+            number, _, message = text.partition(" ")
+            raise OSError(int(number), message)
+        if status != "ok":
+            raise OSError(errno.EPIPE, "the pager is gone")
+        return text, fds[0] if fds else None
