@@ -63,13 +63,20 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 @cli.command()
 @click.option("--unsafe", is_flag=True, help="Attach although the daemon can wait for the memory it frees.")
+@click.option("--forgetting", is_flag=True, hidden=True, help="Attach a pager that stores nothing: for bench.")
 @_json
 @click.pass_obj
-def attach(config: Config, unsafe: bool, as_json: bool) -> None:
+def attach(config: Config, unsafe: bool, forgetting: bool, as_json: bool) -> None:
     """Make the daemon's swapfile a swap area of this machine."""
     swap = config.swap
     attached = _run(
-        lambda: swapdev.attach(swap.mount_point, priority=swap.priority, discard=swap.discard, unsafe=unsafe),
+        lambda: swapdev.attach(
+            swap.mount_point,
+            priority=swap.priority,
+            discard=swap.discard,
+            unsafe=unsafe,
+            forgetting=forgetting,
+        ),
         lambda: "interrupted: nothing is attached",
     )
     if as_json:

@@ -55,6 +55,7 @@ class Pager:
             "zstd-level": compression.zstd_level,
             "workers": config.pager.workers,
             "spin-us": config.pager.spin_us,
+            "store": config.pager.store,
         }
         command = [os.fspath(PROGRAM)]
         for name, value in arguments.items():
@@ -84,7 +85,7 @@ class Pager:
 
     def status(self) -> dict[str, int]:
         """pid; opens of the swap file; protected: 1 if the kernel let it lock memory, serve reclaim and outlive the OOM
-        killer; footprint: bytes of its memory beside the pool and its tables."""
+        killer; forgets: 1 if it stores nothing; footprint: bytes of its memory beside the pool and its tables."""
         text, _ = self._ask("status")
         return {name: int(value) for name, _, value in (word.partition("=") for word in text.split())}
 

@@ -177,11 +177,14 @@ def refuse_full(attachment: Attachment, root: Path = ROOT) -> None:
         )
 
 
-async def attach(mount_point: Path, *, priority: int, discard: bool, unsafe: bool) -> Attachment:
+async def attach(
+    mount_point: Path, *, priority: int, discard: bool, unsafe: bool, forgetting: bool = False
+) -> Attachment:
     """Makes the swapfile under `mount_point` a swap area of this machine, and returns it once it is in use.
 
-    Discards are used only if the swapfile can free pages. On failure or cancellation what was done is undone, and
-    nothing is attached. Raises SwapError or DaemonError. Touches no disk.
+    Discards are used only if the swapfile can free pages. A pager that stores nothing is refused unless `forgetting`.
+    On failure or cancellation what was done is undone, and nothing is attached. Raises SwapError or DaemonError.
+    Touches no disk.
     """
     _require_root()
     await _require_serving(mount_point)
@@ -190,6 +193,8 @@ async def attach(mount_point: Path, *, priority: int, discard: bool, unsafe: boo
             state = "attached already" if attached.is_swap else "half attached (not in use as swap)"
             raise SwapError(f"{attached.loop_device} is {state}", "zswapctl detach undoes it")
         refuse_machine()
+        if not forgetting and await trio.to_thread.run_sync(_forgets, mount_point):
+            raise SwapError("this pager stores nothing (pager.store is none): it is for zswapctl bench alone")
         if not unsafe and (reason := await trio.to_thread.run_sync(_why_unsafe, mount_point)):
             raise SwapError(reason, _UNSAFE_HINT)
         try:
@@ -355,6 +360,11 @@ def _reset_once(mount_point: Path) -> None:
         pager.reset()
     else:
         _write(mount_point / "reset", b"1")
+
+
+def _forgets(mount_point: Path) -> bool:
+    pager = _find_pager(mount_point)
+    return pager is not None and bool(pager.status()["forgets"])
 
 
 def _why_unsafe(mount_point: Path) -> str | None:

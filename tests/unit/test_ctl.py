@@ -68,6 +68,7 @@ def test_attach_passes_the_configuration_on(monkeypatch: pytest.MonkeyPatch) -> 
         "priority": 7,
         "discard": False,
         "unsafe": True,
+        "forgetting": False,
     }
     assert result.stdout == "attached: /dev/loop9, 1.0 GiB of swap, priority 100\n"
     run("attach")

@@ -47,8 +47,7 @@ pub fn answer<'a>(
         }
         Operation::Write { offset, data } => {
             engine.write(offset, data, scratch).map_err(|error| error.errno())?;
-            // struct fuse_write_out: size, padding.
-            Ok(put(out, &[&(data.len() as u32).to_ne_bytes(), &[0; 4]]))
+            Ok(written(out, data.len()))
         }
         Operation::Fallocate { offset, length, mode } => {
             fallocate(engine, offset, length, mode as i32, detached, scratch)?;
@@ -77,6 +76,11 @@ pub fn answer<'a>(
         // The kernel does not ask again, and does without.
         Operation::Other => Err(libc::ENOSYS),
     }
+}
+
+/// `struct fuse_write_out`: size, padding.
+pub fn written(out: &mut [u8], length: usize) -> &[u8] {
+    put(out, &[&(length as u32).to_ne_bytes(), &[0; 4]])
 }
 
 /// Punches holes and zeroes ranges; both read zeros afterwards. Allocating in advance is not offered.

@@ -16,9 +16,14 @@ pub struct Args {
     pub workers: usize,
     /// How long a worker looks for the next request before it sleeps.
     pub spin: Duration,
+    /// What is stored of the swap file: all of it, but for measuring what the rest costs.
+    pub stored: u64,
 }
 
-/// Takes `--name value` pairs; all but `--workers` and `--spin-us` are required.
+/// With `--store none`: enough for the swap header.
+const HEADER: u64 = 2 << 20;
+
+/// Takes `--name value` pairs; all but `--workers`, `--spin-us` and `--store` are required.
 pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Args, String> {
     let mut values = std::collections::BTreeMap::new();
     while let Some(name) = words.next() {
@@ -26,7 +31,13 @@ pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Args, String> {
         values.insert(name, value);
     }
     let mut text = |name: &str| values.remove(name);
+    let stored = match text("--store").as_deref() {
+        None | Some("compressed") => u64::MAX,
+        Some("none") => HEADER,
+        Some(other) => return Err(format!("--store: {other:?} is not valid")),
+    };
     let args = Args {
+        stored,
         mount_point: required("--mount-point", text("--mount-point"))?,
         control: required("--control", text("--control"))?,
         size: required("--size", text("--size"))?,

@@ -2,7 +2,7 @@
 //!
 //! | command | reply |
 //! | --- | --- |
-//! | `status` | `ok pid=N opens=N protected=N footprint=N`: see `status` below |
+//! | `status` | `ok pid=N opens=N protected=N forgets=N footprint=N`: see `status` below |
 //! | `counters` | `ok`, with the descriptor of the counters |
 //! | `relay` | `ok`, with the descriptor that pyfuse3 is to serve; EBUSY while another one has it |
 //! | `mem-limit BYTES` | `ok` |
@@ -181,8 +181,8 @@ fn refuse_open(shared: &Shared) -> Result<(), Error> {
     }
 }
 
-/// How often the swap file is open; whether this process is protected (see `process::protect`); bytes of its memory
-/// beside pool, slot words and descriptors.
+/// How often the swap file is open; whether this process is protected (see `process::protect`); whether it forgets
+/// what is written (`--store none`); bytes of its memory beside pool, slot words and descriptors.
 fn status(shared: &Shared) -> String {
     let metrics = shared.engine.store().metrics();
     let fields = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -195,7 +195,8 @@ fn status(shared: &Shared) -> String {
     let descriptors = tables.saturating_sub(shared.engine.size() / PAGE_SIZE as u64 * 8);
     let footprint = (bytes("RssAnon:") + bytes("RssFile:")).saturating_sub(descriptors);
     let (pid, opens, protected) = (std::process::id(), shared.opens.count(), u8::from(shared.protected));
-    format!("pid={pid} opens={opens} protected={protected} footprint={footprint}")
+    let forgets = u8::from(shared.stored < shared.engine.size());
+    format!("pid={pid} opens={opens} protected={protected} forgets={forgets} footprint={footprint}")
 }
 
 fn seqpacket() -> io::Result<OwnedFd> {

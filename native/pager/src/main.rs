@@ -46,6 +46,8 @@ pub struct Shared {
     pub closer: control::Closer,
     /// The kernel has granted all that [`process::protect`] asks for.
     pub protected: bool,
+    /// Writes beyond are answered, and forgotten.
+    pub stored: u64,
 }
 
 fn run() -> Result<(), String> {
@@ -72,6 +74,7 @@ fn run() -> Result<(), String> {
         opens: channel::Opens::default(),
         closer: listener.closer().map_err(|error| failed("control socket")(&error))?,
         protected,
+        stored: args.stored,
     });
 
     let spawned = process::spawn("refill", {
