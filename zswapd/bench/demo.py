@@ -71,7 +71,7 @@ async def _swapped(screen: Screen, corpus: Corpus, size: int, directory: Path) -
     before = _vmstat()
     screen.report("starting the daemon", 0, 1)
     with MemoryCgroup(limit) as group:
-        async with Zswapd(directory, size, ALGORITHM) as device:
+        async with Zswapd("zswapd", directory, size, ALGORITHM) as device:
             screen.line(
                 "swap",
                 f"{device.path}, {format_size(size)}, {ALGORITHM}; the workload touches "

@@ -1,4 +1,4 @@
-"""The kernel's own swap devices, as the benchmark's rows: zram, and a plain swap file.
+"""The kernel's own swap devices, as the benchmark's rows: zram, a plain swap file, and that with zswap in front.
 
 Every device is an async context manager: entered, it is in use as swap at a priority above all others; left, it is
 gone, whatever happened. The workload must have ended by then, or all its pages come back into memory.
@@ -6,8 +6,10 @@ gone, whatever happened. The workload must have ended by then, or all its pages 
 
 import errno
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,16 +19,21 @@ import trio
 
 from zswapd import swapdev
 from zswapd.bench.commands import run, settle, write
+from zswapd.bench.programs import PAGE
 from zswapd.config import format_size
 from zswapd.errors import ZswapdError
 
 CONTROL = Path("/sys/class/zram-control")
+ZSWAP = Path("/sys/module/zswap/parameters")
 SWAPOFF_SECONDS = 30
+# What the kernel keeps for a page beside the pool, on 64 bits, and does not count itself: struct zram_table_entry for
+# each page of the device, struct zswap_entry for each stored page, zsmalloc's handle for each object.
+ZRAM_ENTRY, ZSWAP_ENTRY, ZSMALLOC_HANDLE = 16, 56, 8
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a device that keeps pages in memory holds now: bytes of pages, and bytes of memory taken for them."""
+    """What a device that keeps pages in memory holds now: bytes of pages, and of memory for them, metadata too."""
 
     original_bytes: int
     used_bytes: int
@@ -41,6 +48,7 @@ class Device(ABC):
 
     name: str
     path: str = ""
+    forgets = False  # whether pages come back as zeros
 
     async def __aenter__(self) -> Self:
         try:
@@ -70,9 +78,13 @@ class Device(ABC):
         """What it holds in memory; None for a device that keeps pages on disk."""
         return None
 
-    def cpu_seconds(self) -> float:
-        """CPU time of processes that serve the device. What kernel threads do for it is not in it."""
-        return 0.0
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU time so far of the processes that serve the device, by name. Kernel threads are not in it."""
+        return {}
+
+    def process_bytes(self) -> int:
+        """Memory that those processes took when they held no page yet."""
+        return 0
 
     def area(self) -> swapdev.SwapArea | None:
         """Its line in /proc/swaps."""
@@ -111,12 +123,26 @@ class Zram(Device):
         self._size = size_bytes
         self._number: int | None = None
 
-    async def _set_up(self, priority: int) -> None:
+    @classmethod
+    async def algorithms(cls) -> list[str]:
+        """What zram of this kernel compresses with. Adds a device and removes it again."""
+        device = cls("", 0)
+        try:
+            return device._add()
+        finally:
+            with trio.CancelScope(shield=True):
+                await device._tear_down()
+
+    def _add(self) -> list[str]:
+        """Add a device; returns its algorithms."""
         if not (CONTROL / "hot_add").exists():
             raise ZswapdError("this kernel has no zram, or its module is not loaded", "modprobe zram")
         self._number = int((CONTROL / "hot_add").read_text())  # reading it adds a device
         self.path = f"/dev/zram{self._number}"
-        offered = (self._sys / "comp_algorithm").read_text().replace("[", "").replace("]", "").split()
+        return (self._sys / "comp_algorithm").read_text().replace("[", "").replace("]", "").split()
+
+    async def _set_up(self, priority: int) -> None:
+        offered = self._add()
         if self._algorithm not in offered:
             raise ZswapdError(f"zram does not offer {self._algorithm}", f"it offers {', '.join(offered)}")
         write(self._sys / "comp_algorithm", self._algorithm)
@@ -144,7 +170,8 @@ class Zram(Device):
 
     async def held(self) -> Held:
         original, _, used = (int(word) for word in (self._sys / "mm_stat").read_text().split()[:3])
-        return Held(original, used)
+        metadata = self._size // PAGE * ZRAM_ENTRY + original // PAGE * ZSMALLOC_HANDLE
+        return Held(original, used + metadata)
 
     @property
     def _sys(self) -> Path:
@@ -180,3 +207,49 @@ class SwapFile(Device):
     async def _tear_down(self) -> None:
         await self._swap_off()
         self._file.unlink(missing_ok=True)
+
+
+class Zswap(SwapFile):
+    """A plain swap file with the kernel's zswap in front, whose settings are put back.
+
+    As zswapd, it may take half of the machine's memory, and writes nothing back to the file before that. Under cgroup
+    v2 its memory counts in the workload's cgroup, which the other rows' does not.
+    """
+
+    def __init__(self, compressor: str, directory: Path, size_bytes: int) -> None:
+        super().__init__(directory, size_bytes)
+        self.name = f"zswap-{compressor}"
+        self._settings = {"compressor": compressor, "max_pool_percent": "50", "shrinker_enabled": "N", "enabled": "Y"}
+        self._undo = ExitStack()
+
+    @staticmethod
+    def compressors() -> list[str]:
+        """What zswap could compress with, as far as the kernel has it loaded; empty without zswap."""
+        if not ZSWAP.exists():
+            return []
+        known = re.findall(r"^name +: (\S+)$", Path("/proc/crypto").read_text(), re.MULTILINE)
+        return [name for name in ("lz4", "zstd", "lzo-rle", "lzo", "deflate", "842", "lz4hc") if name in known]
+
+    async def _set_up(self, priority: int) -> None:
+        if not ZSWAP.exists():
+            raise ZswapdError("this kernel has no zswap")
+        for name, value in self._settings.items():
+            path = ZSWAP / name
+            if not path.exists():  # older kernels lack the shrinker, and so need not switch it off
+                continue
+            self._undo.callback(write, path, path.read_text())
+            try:
+                write(path, value)
+            except OSError as error:
+                offered = f"it offers {', '.join(self.compressors())}" if name == "compressor" else ""
+                raise ZswapdError(f"zswap does not take {value} as its {name}: {error.strerror}", offered) from None
+        await super()._set_up(priority)
+
+    async def _tear_down(self) -> None:
+        with self._undo:  # last set, first put back: it is off before anything else changes
+            await super()._tear_down()
+
+    async def held(self) -> Held:
+        kib = dict(re.findall(r"^(Zswap(?:ped)?): +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
+        pool, original = int(kib["Zswap"]) << 10, int(kib["Zswapped"]) << 10
+        return Held(original, pool + original // PAGE * (ZSWAP_ENTRY + ZSMALLOC_HANDLE))

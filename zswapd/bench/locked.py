@@ -1,6 +1,7 @@
 """Keeping the benchmark itself out of the swap that it measures."""
 
 import ctypes
+import mmap
 
 MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 
@@ -14,3 +15,11 @@ def lock_memory() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) != 0:
         raise OSError(ctypes.get_errno(), "mlockall")
+
+
+def unlock(mapping: mmap.mmap) -> None:
+    """Let the kernel swap this mapping after all."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    if libc.munlock(ctypes.c_void_p(address), ctypes.c_size_t(len(mapping))) != 0:
+        raise OSError(ctypes.get_errno(), "munlock")

@@ -21,6 +21,8 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from zswapd.bench.locked import lock_memory, unlock
+
 PAGE = 4096
 CHUNK = 64  # pages copied at a time
 REPORT = 4096  # pages between two progress events
@@ -53,6 +55,14 @@ class Anonymous:
 
     def touch(self, page: int) -> object:
         return self._map[page * PAGE]
+
+    @classmethod
+    def swapped(cls, pages: int) -> "Anonymous":
+        """The only memory of this process that the kernel may swap: its heap stays, whatever the device does."""
+        lock_memory()
+        memory = cls(pages)
+        unlock(memory._map)
+        return memory
 
 
 class DirectFile:
@@ -212,7 +222,7 @@ class Workload:
 
 
 def main(corpus: int, pages: int, where: str) -> None:
-    """`where` is "anonymous", "engine" or the path of a file. Ends at the end of standard input."""
+    """`where` is "swapped" (needs root), "anonymous", "engine" or the path of a file. Ends with standard input."""
 
     def say(**event: Any) -> None:
         print(json.dumps(event), flush=True)
@@ -224,6 +234,7 @@ def main(corpus: int, pages: int, where: str) -> None:
         phase = command.pop("phase")
         if workload is None:
             places: dict[str, Callable[[], Memory]] = {
+                "swapped": lambda: Anonymous.swapped(pages),
                 "anonymous": lambda: Anonymous(pages),
                 "engine": lambda: Embedded(pages),
             }

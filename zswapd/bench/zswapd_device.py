@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from zswapd import swapdev
 from zswapd.bench.commands import run, write
 from zswapd.bench.devices import Device, Held
 from zswapd.errors import DaemonError, ZswapdError
+from zswapd.pager import Pager, socket_path
 
 START_SECONDS = 30
 STOP_SECONDS = 20
@@ -25,19 +28,26 @@ CONTROL_GRACE_SECONDS = 30  # it waits for the kernel to leave swapoff, and undo
 class Daemon:
     """`zswapd run` with everything it needs in a directory of its own under `parent`, which `stop` removes."""
 
-    def __init__(self, parent: Path, size_bytes: int, algorithm: str) -> None:
+    def __init__(self, parent: Path, size_bytes: int, algorithm: str, **more: str) -> None:
+        """`more`: further settings, as section__key="value"."""
         self._directory = parent.resolve() / f"zswapd-bench-{os.getpid()}"
         self.mount_point = self._directory / "mnt"
         self._config = self._directory / "zswapd.toml"
         self._log = self._directory / "zswapd.log"
         # A file of its own: neither /etc nor the environment shall decide what is measured.
-        self._settings = (
-            f'[swap]\nsize = {size_bytes}\nmount_point = "{self.mount_point}"\n'
-            f'[compression]\nalgorithm = "{algorithm}"\n[metrics]\nlisten = ""\n'
-        )
+        settings: dict[str, int | str] = {
+            "swap.size": size_bytes,
+            "swap.mount_point": str(self.mount_point),
+            "compression.algorithm": algorithm,
+            "metrics.listen": "",
+            **{key.replace("__", "."): value for key, value in more.items()},
+        }
+        self._settings = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
         self._environment = {key: value for key, value in os.environ.items() if not key.startswith("ZSWAPD_")}
         self._process: trio.Process | None = None
         self._connection: Path | None = None
+        self._pager: int | None = None  # its pid; it belongs to init as soon as the daemon ends
+        self._pager_fd: int | None = None
 
     async def start(self) -> None:
         """Return when it serves. Raises DaemonError with the end of its log; `stop` is needed in every case."""
@@ -59,14 +69,18 @@ class Daemon:
             while self._process.poll() is None:
                 if swapdev.is_mounted(self.mount_point):
                     self._connection = _connection(self.mount_point)
-                    try:
+                    with suppress(ZswapdError):
                         await self.stats()
+                        self._find_pager()
                         return
-                    except ZswapdError:
-                        pass
                 await trio.sleep(0.05)
             raise DaemonError(f"zswapd ended with status {self._process.returncode}", self.log())
         raise DaemonError(f"zswapd did not serve within {START_SECONDS} s", self.log())
+
+    def _find_pager(self) -> None:
+        with suppress(OSError):  # without one, the daemon serves pages itself
+            self._pager = Pager(self.mount_point).status()["pid"]
+            self._pager_fd = os.pidfd_open(self._pager)
 
     async def stop(self) -> None:
         """SIGTERM, and whatever it takes beyond; then remove its directory. Nothing must be attached any more."""
@@ -79,21 +93,30 @@ class Daemon:
                 self.abort()
                 with trio.move_on_after(STOP_SECONDS):
                     await self._process.wait()
+        if self._pager_fd is not None:
+            if not await _ended(self._pager_fd):
+                self.abort()
+                await _ended(self._pager_fd)
+            os.close(self._pager_fd)
+            self._pager = self._pager_fd = None
         if swapdev.is_mounted(self.mount_point):
             unmount = ("umount", "-l") if os.geteuid() == 0 else ("fusermount3", "-uz")
             await run(*unmount, str(self.mount_point))
         if self._directory.exists():
-            for path in (self._config, self._log):
+            for path in (self._config, self._log, socket_path(self.mount_point)):
                 path.unlink(missing_ok=True)
             self.mount_point.rmdir()
             self._directory.rmdir()
 
     def abort(self) -> None:
-        """End every wait for the daemon, and the daemon: what it holds is lost."""
+        """End every wait for the daemon, the daemon and its pager: what they hold is lost."""
         if self._connection and self._connection.exists():  # else fusectl is not mounted
             write(self._connection / "abort", "1")
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
+        if self._pager_fd is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pager_fd, signal.SIGKILL)
 
     async def stats(self) -> dict[str, Any]:
         """stats.json, read by a child process: a daemon that hangs must not hang us."""
@@ -117,11 +140,10 @@ class Daemon:
             environment=self._environment,
         )
 
-    def cpu_seconds(self) -> float:
-        if self._process is None:
-            return 0.0
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    def processes(self) -> dict[str, int]:
+        """Pids: the daemon's, and its pager's if it has one."""
+        pids = {"zswapd": self._process and self._process.pid, "pager": self._pager}
+        return {name: pid for name, pid in pids.items() if pid is not None}
 
     def log(self) -> str:
         """The last lines of its log."""
@@ -129,15 +151,19 @@ class Daemon:
 
 
 class Zswapd(Device):
-    """The daemon's swapfile, attached."""
+    """The daemon's swapfile, attached. `settings`: further ones, as section__key="value"."""
 
-    def __init__(self, directory: Path, size_bytes: int, algorithm: str = "lz4") -> None:
-        self.name = f"zswapd-{algorithm}"
-        self.daemon = Daemon(directory, size_bytes, algorithm)
+    def __init__(self, name: str, directory: Path, size_bytes: int, algorithm: str = "lz4", **settings: str) -> None:
+        self.name = name
+        self.daemon = Daemon(directory, size_bytes, algorithm, **settings)
+        self.forgets = settings.get("pager__store") == "none"
+        self._process_bytes = 0
 
     async def _set_up(self, priority: int) -> None:
         await self.daemon.start()
-        await self.daemon.control("attach", "--unsafe", priority=priority)
+        self._process_bytes = sum(_own_bytes(pid) for pid in self.daemon.processes().values())
+        options = ("--unsafe", "--forgetting") if self.forgets else ("--unsafe",)
+        await self.daemon.control("attach", *options, priority=priority)
         attached = swapdev.discover(self.daemon.mount_point)
         if attached is None:
             raise ZswapdError("zswapctl attach succeeded, but no loop device is over the swapfile")
@@ -168,14 +194,36 @@ class Zswapd(Device):
     async def held(self) -> Held:
         return held(await self.daemon.stats())
 
-    def cpu_seconds(self) -> float:
-        return self.daemon.cpu_seconds()
+    def cpu_seconds(self) -> dict[str, float]:
+        return {name: _cpu_seconds(pid) for name, pid in self.daemon.processes().items()}
+
+    def process_bytes(self) -> int:
+        return self._process_bytes
 
 
 def held(stats: Mapping[str, Any]) -> Held:
     """What an engine holds, from its statistics."""
     used = stats["pool_bytes"] + stats["pool_reserve_bytes"] + stats["metadata_bytes"]
     return Held(stats["original_bytes"], used)
+
+
+async def _ended(pidfd: int) -> bool:
+    """Wait until a process has ended; False when it has not within STOP_SECONDS."""
+    with trio.move_on_after(STOP_SECONDS):
+        await trio.lowlevel.wait_readable(pidfd)
+        return True
+    return False
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_bytes(pid: int) -> int:
+    """A process's resident memory but shared memory, where a pager's pool is."""
+    fields = re.findall(r"^Rss(?:Anon|File):\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return sum(int(field) << 10 for field in fields)
 
 
 def _connection(mount_point: Path) -> Path | None:

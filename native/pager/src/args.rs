@@ -45,7 +45,7 @@ pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Args, String> {
         algorithm: required("--algorithm", text("--algorithm"))?,
         zstd_level: required("--zstd-level", text("--zstd-level"))?,
         workers: required("--workers", text("--workers").or(Some("1".into())))?,
-        spin: Duration::from_micros(required("--spin-us", text("--spin-us").or(Some("50".into())))?),
+        spin: Duration::from_micros(required("--spin-us", text("--spin-us").or(Some("100".into())))?),
     };
     match values.keys().next() {
         Some(name) => Err(format!("unknown argument {name}")),
