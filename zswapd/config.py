@@ -251,6 +251,8 @@ def _from_file(path: Path | None, environ: Mapping[str, str]) -> _Layer:
         lines = text.splitlines()
         line = lines[int(where[1]) - 1].strip() if where and int(where[1]) <= len(lines) else ""
         raise ConfigError(f"{path}: not valid TOML: {error}", f"the line is: {line}" if line else "") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
     for section, table in tables.items():
         if section not in _SECTIONS:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from zswapd import __version__
-from zswapd.config import parse_size
+from zswapd.config import MAX_SIZE, PAGE_SIZE, parse_size
 from zswapd.engine import Engine
 
 ALGORITHMS = ("lz4", "zstd")
@@ -19,7 +19,7 @@ ALGORITHMS = ("lz4", "zstd")
 class ControlFile:
     """`read` gives the contents; `write` takes a command and raises ValueError (EINVAL) or OSError.
 
-    One that is None makes the file write-only or read-only. Neither may block.
+    One that is None makes the file write-only or read-only. Neither may wait for a page.
     """
 
     read: Callable[[], str] | None = None
@@ -40,8 +40,8 @@ def control_files(engine: Engine) -> dict[str, ControlFile]:
 
     def set_mem_limit(command: str) -> None:
         size = parse_size(command)
-        if size == 0:
-            raise ValueError("a limit of 0 would refuse every page")
+        if not PAGE_SIZE <= size <= MAX_SIZE:
+            raise ValueError(f"a limit of {size} bytes: use at least a page, and at most 16 TiB")
         engine.set_mem_limit(size)
 
     return {

@@ -1,6 +1,7 @@
 """`zswapctl`: attaches and detaches the swap, shows its status, checks the machine, benchmarks."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -92,6 +93,7 @@ def attach(config: Config, unsafe: bool, forgetting: bool, as_json: bool) -> Non
 @click.pass_obj
 def detach(config: Config, force: bool, as_json: bool) -> None:
     """Bring every page back into memory and take the swap area away."""
+    dead = force and _is_dead(config.swap.mount_point)
     with _DetachProgress(quiet=as_json) as progress:
         detached = _run(
             lambda: swapdev.detach(config.swap.mount_point, force=force, progress=progress.update),
@@ -99,6 +101,8 @@ def detach(config: Config, force: bool, as_json: bool) -> None:
         )
     if as_json:
         _print_json({"detached": detached and dataclasses.asdict(detached)})
+    elif detached and dead:
+        click.echo(f"detached: {detached.loop_device}; the daemon was dead, and what was in swap is lost")
     elif detached:
         click.echo(f"detached: {detached.loop_device}, {format_size(detached.used_bytes)} back in memory")
     else:
@@ -139,6 +143,14 @@ def doctor(config: Config, as_json: bool) -> None:
         sys.exit(1)
 
 
+def _is_dead(mount_point: Path) -> bool:
+    try:
+        stats_view.read_stats(mount_point)
+    except ZswapdError:
+        return True
+    return False
+
+
 def _still_there(mount_point: Path) -> str:
     attached = swapdev.discover(mount_point)
     if attached is None:
@@ -168,7 +180,10 @@ def _run(operation: Callable[[], Awaitable[T]], interrupted: Callable[[], str]) 
     try:
         return trio.run(main)
     except BaseExceptionGroup as group:
-        raise group.exceptions[0] from None
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
 
 
 async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
@@ -226,6 +241,8 @@ def _print_json(value: object) -> None:
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no µ gets a question mark
     cli(prog_name="zswapctl")
 
 

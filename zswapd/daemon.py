@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 import trio
 
-from zswapd import metrics, swapdev
+from zswapd import memcg, metrics, swapdev
 from zswapd.config import Config, format_size
 from zswapd.engine import EmbeddedEngine, Engine, protect_process
 from zswapd.errors import DaemonError, ZswapdError
@@ -19,17 +19,22 @@ from zswapd.pager import Pager
 log = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 2
+_RETRY_SECONDS = 10
 
 
 async def run(config: Config) -> None:
     """Serves the swap file until a signal ends it and nobody uses it any more. Raises DaemonError if it cannot start.
 
-    The swap is never taken away under the kernel: while it is attached, SIGTERM (or SIGINT) first detaches it, or is
-    refused (daemon.on_sigterm). If that fails, everything goes on serving, and the next signal tries again.
+    The swap is never taken away under the kernel: while it is attached, SIGTERM (or SIGINT, SIGHUP) first detaches it,
+    or is refused (daemon.on_sigterm). If that fails, everything goes on serving, and it is tried again: every few
+    seconds, since systemd asks only once, and at the next signal.
     """
     protect_process()
+    if limited := memcg.limit_of(os.getpid()):
+        group, limit = limited
+        log.warning("in a memory cgroup with a limit, and the pool with it: %s, %s", group, format_size(limit))
     # From here on a signal waits for us: it must not end a half-made mount.
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         if config.swap.data_path == "pager":
             await _run_pager(config, signals)
         else:
@@ -106,17 +111,24 @@ async def _until_stopped(config: Config, opens: Callable[[], int], signals: Asyn
     """Returns when a signal has asked for it and nobody has the swap file open any more."""
     async with trio.open_nursery() as nursery:
         stopping = False
+        again = trio.Event()
 
         async def stop() -> None:
-            nonlocal stopping
-            if await _give_back(config, opens):
-                nursery.cancel_scope.cancel()
-            stopping = False
+            nonlocal stopping, again
+            while not await _give_back(config, opens):
+                if config.daemon.on_sigterm == "refuse":
+                    stopping = False
+                    return
+                again = trio.Event()
+                with trio.move_on_after(_RETRY_SECONDS):
+                    await again.wait()
+            nursery.cancel_scope.cancel()
 
         async for number in signals:
             name = signal.Signals(number).name
             if stopping:
                 log.warning("%s again: still waiting, %s", name, _remaining(config))
+                again.set()
                 continue
             log.info("%s: stopping", name)
             stopping = True
@@ -126,18 +138,22 @@ async def _until_stopped(config: Config, opens: Callable[[], int], signals: Asyn
 async def _give_back(config: Config, opens: Callable[[], int]) -> bool:
     """Detaches the swap if it is attached. True if nobody uses the swap file any more; else the log says why not."""
     mount_point = config.swap.mount_point
-    if swapdev.discover(mount_point):
-        if config.daemon.on_sigterm == "refuse":
-            log.error("not stopping: the swap is attached (daemon.on_sigterm is refuse); run zswapctl detach first")
-            return False
-        log.info("detaching the swap first: %s", _remaining(config))
-        try:
+    try:
+        if swapdev.discover(mount_point):
+            if config.daemon.on_sigterm == "refuse":
+                log.error("not stopping: the swap is attached (daemon.on_sigterm is refuse); run zswapctl detach first")
+                return False
+            log.info("detaching the swap first: %s", _remaining(config))
             await swapdev.detach(mount_point, progress=_log_progress())
-        except ZswapdError as error:
-            log.error("not stopping, still serving: %s", error)
+        if opens():
+            log.error("not stopping: somebody has the swap file open (fuser -v %s/swapfile)", mount_point)
             return False
-    if opens():
-        log.error("not stopping: somebody has the swap file open (fuser -v %s/swapfile)", mount_point)
+    except ZswapdError as error:
+        log.error("not stopping, still serving: %s", error)
+        return False
+    except Exception:
+        # Whatever it is, it is no reason to take the swap away.
+        log.exception("not stopping, still serving: detaching failed in a way that it never should")
         return False
     return True
 
@@ -166,7 +182,10 @@ def _notify_ready() -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
-        # A leading @ stands for the zero byte of an abstract address.
-        notify.connect("\0" + address[1:] if address.startswith("@") else address)
-        notify.send(b"READY=1")
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
+            # A leading @ stands for the zero byte of an abstract address.
+            notify.connect("\0" + address[1:] if address.startswith("@") else address)
+            notify.send(b"READY=1")
+    except OSError as error:
+        log.warning("cannot tell systemd that we are ready (NOTIFY_SOCKET): %s", error.strerror)

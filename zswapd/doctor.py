@@ -113,8 +113,10 @@ def _page_size(_: Path) -> Check:
 
 
 def _fuse(root: Path) -> Check:
+    if os.access(root / "dev/fuse", os.R_OK | os.W_OK):
+        return Check("FUSE", "ok", "/dev/fuse can be opened")
     if (root / "dev/fuse").exists():
-        return Check("FUSE", "ok", "/dev/fuse is there")
+        return Check("FUSE", "fail", "/dev/fuse may not be opened by this user", "run zswapd as root")
     return Check("FUSE", "fail", "no /dev/fuse", "modprobe fuse")
 
 

@@ -34,6 +34,9 @@ _SWAP_INODE = InodeT(pyfuse3.ROOT_INODE + 1)
 # Names, sizes and modes never change while mounted.
 _CACHE_SECONDS = 3600.0
 _RELAY_SECONDS = 2
+# Anyone may open what anyone may read, and each opening keeps its contents.
+_MAX_OPENS = 256
+_MAX_COMMAND = 256
 
 
 class SwapFs(pyfuse3.Operations):
@@ -92,7 +95,7 @@ class SwapFs(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> EntryAttributes:
         current = self._attributes(inode)
-        # Opening with O_TRUNC comes as a change of size: fine for a control file, whose size is always 0.
+        # A control file, whose size is always 0, may be truncated.
         resized = fields.update_size and attr.st_size != current.st_size
         if resized or fields.update_mode or fields.update_uid or fields.update_gid:
             raise FUSEError(errno.EPERM)
@@ -127,6 +130,8 @@ class SwapFs(pyfuse3.Operations):
     # Contents
 
     async def open(self, inode: InodeT, flags: int, ctx: pyfuse3.RequestContext) -> FileInfo:
+        if len(self._control_opens) >= _MAX_OPENS:
+            raise FUSEError(errno.EMFILE)
         fh = next(self._handles)
         self._control_opens[fh] = self._open_control(self._control(inode), flags & os.O_ACCMODE)
         return FileInfo(fh=fh, direct_io=True)
@@ -146,6 +151,8 @@ class SwapFs(pyfuse3.Operations):
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         control, _ = self._opened(fh)
+        if len(buf) > _MAX_COMMAND:
+            raise FUSEError(errno.EINVAL)
         _answer(lambda: control.write and control.write(buf.decode().strip()))
         return len(buf)
 
@@ -184,6 +191,9 @@ class PageFs(SwapFs):
     async def open(self, inode: InodeT, flags: int, ctx: pyfuse3.RequestContext) -> FileInfo:
         if inode != _SWAP_INODE:
             return await super().open(inode, flags, ctx)
+        if flags & os.O_TRUNC:
+            # The kernel would take the file to be empty from then on.
+            raise FUSEError(errno.EPERM)
         fh = next(self._handles)
         self._swapfile_handles.add(fh)
         self._pages.opens += 1
@@ -214,7 +224,7 @@ def _answer(request: Callable[[], T]) -> T:
     try:
         return request()
     except OSError as error:
-        log.debug("a request failed: %s", error.strerror)
+        # Not logged: a full pool refuses pages by the thousand, and a log that nobody reads would hold them up.
         raise FUSEError(error.errno or errno.EIO) from None
     except (ValueError, OverflowError) as error:
         log.warning("a control file was given a bad value: %s", error)
@@ -235,7 +245,8 @@ def check_mount_point(mount_point: Path) -> None:
             f"the mount point {mount_point} is not a directory", "name another: swap.mount_point"
         ) from None
     except OSError as error:
-        hint = f"if a dead daemon left it mounted: umount {mount_point}"
+        dead = error.errno == errno.ENOTCONN
+        hint = f"a dead daemon left it mounted: umount {mount_point}" if dead else "name another: swap.mount_point"
         raise DaemonError(f"the mount point {mount_point} cannot be used: {error.strerror}", hint) from None
     if os.path.ismount(mount_point):
         hint = f"another zswapd may run there (zswapctl status); else: umount {mount_point}"

@@ -1,4 +1,5 @@
-"""Memory cgroups, v1 and v2: where the controller is, and which groups swapping back in would push past their limit."""
+"""Memory cgroups, v1 and v2: where the controller is, what limits a process, and which groups swapping back in would
+push past their limit."""
 
 import os
 from collections.abc import Iterator
@@ -33,6 +34,27 @@ def find_controller(root: Path = Path("/")) -> Controller | None:
         if kind == "cgroup2" and "memory" in _read(path / "cgroup.controllers").split():
             return Controller(2, path)
     return None
+
+
+def limit_of(pid: int, root: Path = Path("/")) -> tuple[str, int] | None:
+    """The memory cgroup that limits a process, its own or one above it, and the limit in bytes; None: no limit.
+
+    Of several, the smallest limit. Raises OSError if there is no such process.
+    """
+    controller = find_controller(root)
+    if controller is None:
+        return None
+    found: list[tuple[int, str]] = []
+    for line in (root / "proc" / str(pid) / "cgroup").read_text().splitlines():
+        number, names, name = line.split(":", 2)
+        if "memory" in names.split(",") if controller.version == 1 else number == "0":
+            group = controller.path / name.lstrip("/")
+            while group != controller.path and group.is_relative_to(controller.path):
+                limit, _, _ = _v1(group) if controller.version == 1 else _v2(group)
+                if limit is not None:
+                    found.append((limit, "/" + str(group.relative_to(controller.path))))
+                group = group.parent
+    return (min(found)[1], min(found)[0]) if found else None
 
 
 def overflows(controller: Controller, incoming_bytes: int) -> Iterator[Overflow]:

@@ -16,6 +16,8 @@ from zswapd import __version__
 from zswapd.engine import Engine, LatencyStats
 from zswapd.errors import DaemonError
 
+_IDLE_SECONDS = 10
+
 
 class EngineCollector(Collector):
     """The engine's counters under Prometheus's names and base units."""
@@ -113,6 +115,8 @@ def served(engine: Engine, address: tuple[str, int] | None) -> Iterator[None]:
     except OSError as error:
         hint = 'choose another with metrics.listen, or "" for no metrics'
         raise DaemonError(f"cannot serve metrics on {host}:{port}: {error.strerror}", hint) from None
+    # A connection that asks nothing does not stay.
+    server.RequestHandlerClass.timeout = _IDLE_SECONDS  # type: ignore[attr-defined]
     try:
         yield
     finally:

@@ -165,6 +165,10 @@ def _errors(stats: dict[str, Any]) -> list[Text]:
     }
     counts = {**stats["errors"], **stats["rejected_stores"]}
     lines = [f"{count:,} {meaning.get(name, name)}" for name, count in counts.items() if count]
+    texts = [Text(line, style="bold red") for line in lines]
     if lost := stats["pages"]["lost"]:
-        lines.append(f"{lost:,} pages are lost")
-    return [Text(line, style="bold red") for line in lines]
+        # The kernel has not forgotten a page whose store was refused.
+        texts.append(
+            Text(f"{lost:,} slots hold no page: their last store was refused, or their bytes were bad", "yellow")
+        )
+    return texts

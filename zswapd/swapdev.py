@@ -76,19 +76,19 @@ def parse_swaps(text: str) -> list[SwapArea]:
 
 def read_swaps(root: Path = ROOT) -> list[SwapArea]:
     """The machine's swap areas."""
-    return parse_swaps((root / "proc/swaps").read_text())
+    return parse_swaps(_text(root / "proc/swaps"))
 
 
 def mem_available(root: Path = ROOT) -> int:
     """MemAvailable in bytes."""
-    match = re.search(r"^MemAvailable:\s+(\d+) kB$", (root / "proc/meminfo").read_text(), re.MULTILINE)
+    match = re.search(r"^MemAvailable:\s+(\d+) kB$", _text(root / "proc/meminfo"), re.MULTILINE)
     return int(match[1]) << 10 if match else 0
 
 
 def is_mounted(mount_point: Path, root: Path = ROOT) -> bool:
     """Whether a FUSE file system is mounted there, alive or not. Does not touch the mount."""
     wanted = str(_real(mount_point))
-    for line in (root / "proc/self/mountinfo").read_text().splitlines():
+    for line in _text(root / "proc/self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
         if _unescape(left.split()[4]) == wanted and right.startswith("fuse"):
             return True
@@ -105,7 +105,7 @@ def discover(mount_point: Path, root: Path = ROOT) -> Attachment | None:
     found = None
     for attribute in sorted(root.glob("sys/block/loop*/loop/backing_file")):
         try:
-            if attribute.read_text().rstrip("\n") != backing_file:
+            if _text(attribute).rstrip("\n") != backing_file:
                 continue
             direct_io = attribute.with_name("dio").read_text().strip() == "1"
             size = int((attribute.parent.parent / "size").read_text()) * 512
@@ -294,12 +294,17 @@ async def _swapoff(mount_point: Path, device: str, progress: Callable[[int], Non
                         progress(area.used_bytes)
                 await trio.sleep(POLL_SECONDS)
 
+    failure: SwapError | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(report)
         try:
             result = await _run("swapoff", device, check=False)
+        except SwapError as error:  # not out of the nursery: it would come as a group
+            failure = error
         finally:
             reporting.cancel()
+    if failure:
+        raise failure
 
     # Not the exit status: a signal that comes when the last page is back kills a swapoff that has succeeded.
     attached = discover(mount_point)
@@ -371,7 +376,11 @@ def _why_unsafe(mount_point: Path) -> str | None:
     pager = _find_pager(mount_point)
     if pager is None:
         return _PYTHON_UNSAFE
-    return None if pager.status()["protected"] else _UNPROTECTED
+    status = pager.status()
+    if limited := memcg.limit_of(status["pid"]):
+        group, limit = limited
+        return f"the pager is in a memory cgroup with a limit, and the pool with it: {group}, {format_size(limit)}"
+    return None if status["protected"] else _UNPROTECTED
 
 
 def _require_root() -> None:
@@ -426,6 +435,10 @@ async def _run(*command: str, check: bool = True) -> CompletedProcess[bytes]:
         )
     except FileNotFoundError:
         raise SwapError(f"{command[0]} is not installed", "install util-linux (Debian: and mount)") from None
+    except OSError as error:
+        raise SwapError(
+            f"{command[0]} cannot be run: {error.strerror}", "free what the system lacks, then try again"
+        ) from None
     if check and result.returncode:
         reason = result.stderr.decode(errors="replace").strip()
         raise SwapError(f"{' '.join(command)} failed: {reason or f'status {result.returncode}'}")
@@ -446,6 +459,11 @@ def _real(mount_point: Path) -> Path:
         except OSError:  # not a symbolic link
             break
     return path
+
+
+def _text(path: Path) -> str:
+    """Names in /proc and /sys are bytes: surrogates stand for those that are not UTF-8, as in all of Python's paths."""
+    return path.read_text(errors="surrogateescape")
 
 
 def _unescape(text: str) -> str:

@@ -156,7 +156,7 @@ def test_metrics_can_be_switched_off(make_daemon: MakeDaemon) -> None:
     assert daemon.stop() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_it_cleanly(make_daemon: MakeDaemon, number: signal.Signals) -> None:
     daemon = make_daemon().start()
     daemon.signal(number)

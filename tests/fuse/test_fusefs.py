@@ -82,6 +82,13 @@ def test_holes_are_punched_where_the_data_path_can(swapfile: int, daemon: Daemon
     assert daemon.stats()["pages"]["incompressible"] == (1 if punched else 2)
 
 
+def test_the_swap_file_cannot_be_truncated(swapfile: int, daemon: Daemon) -> None:
+    os.pwrite(swapfile, noise(1), 0)
+    with raises_errno(errno.EPERM):
+        os.close(os.open(daemon.swapfile, os.O_RDWR | os.O_TRUNC))
+    assert os.pread(swapfile, PAGE, 0) == noise(1)
+
+
 # The swap file
 
 ranges = st.tuples(st.integers(0, 16 * PAGE), st.integers(1, 5 * PAGE))
@@ -232,11 +239,30 @@ def test_damaged_bytes_are_an_error_and_not_a_wrong_page(victim: Daemon) -> None
     assert victim.stop() == 0
 
 
-@pytest.mark.parametrize("damage", [0x60 << 56, 0x7F << 56 | (1 << 37) - 1, 0xE0 << 56, 3 << 61 | 1 << 36])
+def word(state: int, value: int) -> int:
+    """A slot word that checks (native/core/src/slots.rs)."""
+    plain = state << 57 | value
+    check = 0
+    for group in range(15):
+        check ^= plain >> 4 * group & 0xF
+    return check << 60 | plain
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        word(3, 0),  # the other slot's object
+        word(3, 1 << 36),  # no object lives there
+        word(3, (1 << 37) - 1),
+        word(7, 0),  # no such state
+        word(2, 0x11111111) ^ 4,  # flipped bits
+        word(3, 0) ^ 1 << 57,
+    ],
+)
 def test_a_damaged_slot_word_is_an_error(victim: Daemon, damage: int) -> None:
     """A location where no object lives, or another slot's object, or a state that does not exist."""
     with victim.opened() as swapfile:
-        os.pwrite(swapfile, noise(0), 0)  # the first object of the pool: a word of 3 << 61 points at it
+        os.pwrite(swapfile, noise(0), 0)  # the first object of the pool
         os.pwrite(swapfile, noise(1), PAGE)
         with state_file(victim) as state:
             state[PAGE + 8 : PAGE + 16] = damage.to_bytes(8, "little")

@@ -76,22 +76,31 @@ def test_attach_passes_the_configuration_on(monkeypatch: pytest.MonkeyPatch) -> 
     assert json.loads(run("attach", "--json").stdout)["loop_device"] == "/dev/loop9"
 
 
-def test_progress_without_a_terminal_is_a_few_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_on_a_dead_daemon_does_not_call_its_pages_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     async def detach(mount_point: Path, *, force: bool, progress: Any) -> Attachment:
         assert force
+        return ATTACHED
+
+    monkeypatch.setattr(swapdev, "detach", detach)
+    assert "what was in swap is lost" in run("detach", "--force").stdout
+
+
+def test_progress_without_a_terminal_is_a_few_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def detach(mount_point: Path, *, force: bool, progress: Any) -> Attachment:
+        assert not force
         for remaining in range(1000 << 10, -1, -(1 << 10)):
             progress(remaining)
         return ATTACHED
 
     monkeypatch.setattr(swapdev, "detach", detach)
-    result = run("detach", "--force")
+    result = run("detach")
     assert result.stdout == "detached: /dev/loop9, 1.0 MiB back in memory\n"
     lines = result.stderr.splitlines()
     assert len(lines) == 11
     assert lines[0] == "reading pages back: 0%, 1000.0 KiB left"
     assert lines[-1] == "reading pages back: 100%, 0 B left"
 
-    result = run("detach", "--force", "--json")
+    result = run("detach", "--json")
     assert json.loads(result.stdout)["detached"]["used_bytes"] == 1 << 20
     assert result.stderr == ""
 

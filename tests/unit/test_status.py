@@ -95,11 +95,14 @@ def test_latency_beyond_the_last_bound_is_a_lower_limit() -> None:
         ({"errors": {"lost": 3, "corrupt": 0}}, "3 loads of lost pages"),
         ({"errors": {"lost": 0, "corrupt": 4}}, "4 loads of corrupt pages"),
         ({"rejected_stores": {"pool_full": 5, "out_of_range": 0}}, "5 stores refused, pool full"),
-        ({"pages": {"lz4": 1, "lost": 6}}, "6 pages are lost"),
     ],
 )
 def test_errors_are_red(changes: dict[str, Any], text: str) -> None:
     assert f"\x1b[1;31m{text}" in shown(stats(**changes))
+
+
+def test_slots_without_a_page_are_no_alarm() -> None:
+    assert "\x1b[33m6 slots hold no page" in shown(stats(pages={"lz4": 1, "lost": 6}))
 
 
 def test_no_mount_means_no_daemon(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from zswapd import swapdev
 from zswapd.errors import DaemonError, SwapError
-from zswapd.memcg import Controller, find_controller
+from zswapd.memcg import Controller, find_controller, limit_of
 from zswapd.swapdev import Attachment, SwapArea, discover, is_mounted, parse_swaps, refuse_full, refuse_machine
 
 MOUNT_POINT = Path("/run/zswapd-test/mnt")
@@ -143,6 +143,31 @@ def v1_machine(root: Path, swaps: str = "") -> None:
 def v2_machine(root: Path, swaps: str = "") -> None:
     machine(root, 1 << 30, swaps, "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n")
     write(root, "sys/fs/cgroup/cgroup.controllers", "cpu memory\n")
+
+
+def test_the_smallest_limit_above_a_process_counts(tmp_path: Path) -> None:
+    machine(tmp_path, 1 << 30, mounts="cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n")
+    write(tmp_path, "sys/fs/cgroup/cgroup.controllers", "memory\n")
+    write(tmp_path, "proc/7/cgroup", "0::/a/b/c\n")
+    v2_group(tmp_path, "a", str(2 << 20), 0, 0, 0)
+    v2_group(tmp_path, "a/b", str(3 << 20), 0, 0, 0)
+    v2_group(tmp_path, "a/b/c", "max", 0, 0, 0)
+    assert limit_of(7, tmp_path) == ("/a", 2 << 20)
+    write(tmp_path, "proc/8/cgroup", "0::/\n")
+    assert limit_of(8, tmp_path) is None
+
+
+def test_a_limit_of_the_v1_controller_counts(tmp_path: Path) -> None:
+    machine(tmp_path, 1 << 30, mounts="cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\n")
+    write(tmp_path, "proc/7/cgroup", "5:cpu:/other\n4:memory:/box\n0::/\n")
+    v1_group(tmp_path, "box", 5 << 20, 0, 0, 0)
+    assert limit_of(7, tmp_path) == ("/box", 5 << 20)
+
+
+def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
+    machine(tmp_path, 1 << 30)
+    (tmp_path / "proc/swaps").write_bytes(SWAPS.encode() + b"/dev/\xff file 8 4 1\n")
+    assert swapdev.read_swaps(tmp_path)[0].path == "/dev/\udcff"
 
 
 def test_a_v1_cgroup_that_would_exceed_its_limit(tmp_path: Path) -> None:

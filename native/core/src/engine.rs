@@ -111,7 +111,8 @@ impl Engine {
         if first > last {
             return self.write(offset, &[0; PAGE_SIZE][..length as usize], scratch);
         }
-        self.store.discard(first / page_size..last / page_size, detached);
+        let emptied = self.store.discard(first / page_size..last / page_size, detached);
+        self.store.metrics().discards.add(emptied);
         // Both ends, whatever becomes of the first: none may read what it held before.
         let head = self.write(offset, &[0; PAGE_SIZE][..(first - offset) as usize], scratch);
         let tail = self.write(last, &[0; PAGE_SIZE][..(end - last) as usize], scratch);

@@ -11,7 +11,7 @@
 //!
 //! `Adjust` may be held while waiting for memory, the others only for bounded work. In the pager only the thread that
 //! keeps the reserve filled takes it, and holds nothing else then; without such a thread (an embedded engine) a store
-//! takes it under `Slot`.
+//! takes it under `Slot`, and any lock may be held while a table is touched for the first time.
 
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 use std::ops::{Deref, DerefMut};

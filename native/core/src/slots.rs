@@ -1,10 +1,13 @@
 //! The slot table: one 64-bit word per page of the swap file, the only commit point.
 //!
 //! ```text
-//! bits 63..61  state: EMPTY, LOST, SAME_FILLED, POOL
-//! bits 60..37  generation: grows by one with every change, so that an old word can be told from a new one
+//! bits 63..60  check: makes the exclusive or of the word's sixteen groups of 4 bits zero
+//! bits 59..57  state: EMPTY, LOST, SAME_FILLED, POOL
+//! bits 56..37  generation: grows by one with every change, so that an old word can be told from a new one
 //! bits 36..0   SAME_FILLED: the 32-bit word that the page repeats; POOL: the location of the object in the arena
 //! ```
+//!
+//! The check finds every single flipped bit, and every run of up to four. Fresh memory, all zero, is EMPTY and checks.
 //!
 //! A change publishes the new word first and frees the old object afterwards: whoever reads the word finds either
 //! the old page whole or the new one.
@@ -15,7 +18,8 @@ use crate::state::State;
 use crate::sync::Ordering::{Acquire, Release};
 use std::sync::Arc;
 
-const STATE_SHIFT: u32 = 61;
+const CHECK_SHIFT: u32 = 60;
+const STATE_SHIFT: u32 = 57;
 const GENERATION_SHIFT: u32 = 37;
 const GENERATION_MASK: u64 = (1 << (STATE_SHIFT - GENERATION_SHIFT)) - 1;
 const VALUE_MASK: u64 = (1 << GENERATION_SHIFT) - 1;
@@ -31,6 +35,8 @@ pub enum Entry {
     SameFilled(u32),
     /// The page is the object at this location.
     Pool(Location),
+    /// The word is not as it was stored: what the slot held is lost. Never stored itself.
+    Damaged,
 }
 
 /// A slot word as stored.
@@ -41,28 +47,38 @@ impl Word {
     fn new(entry: Entry, generation: u64) -> Word {
         let (state, value) = match entry {
             Entry::Empty => (0, 0),
-            Entry::Lost => (1, 0),
+            Entry::Lost | Entry::Damaged => (1, 0),
             Entry::SameFilled(word) => (2, u64::from(word)),
             Entry::Pool(location) => (3, location.units()),
         };
         debug_assert!(value <= VALUE_MASK);
-        Word(state << STATE_SHIFT | (generation & GENERATION_MASK) << GENERATION_SHIFT | value)
+        let word = state << STATE_SHIFT | (generation & GENERATION_MASK) << GENERATION_SHIFT | value;
+        Word(word | fold(word) << CHECK_SHIFT)
     }
 
-    /// Decodes the word. A state that does not exist (a damaged word) counts as LOST.
     pub fn entry(self) -> Entry {
         let value = self.0 & VALUE_MASK;
-        match self.0 >> STATE_SHIFT {
+        match self.0 >> STATE_SHIFT & 7 {
+            _ if fold(self.0) != 0 => Entry::Damaged,
             0 => Entry::Empty,
+            1 => Entry::Lost,
             2 => Entry::SameFilled(value as u32),
             3 => Entry::Pool(Location::from_units(value)),
-            _ => Entry::Lost,
+            _ => Entry::Damaged,
         }
     }
 
     pub fn generation(self) -> u64 {
         self.0 >> GENERATION_SHIFT & GENERATION_MASK
     }
+}
+
+/// The exclusive or of the word's groups of 4 bits.
+fn fold(word: u64) -> u64 {
+    let word = word ^ word >> 32;
+    let word = word ^ word >> 16;
+    let word = word ^ word >> 8;
+    (word ^ word >> 4) & 0xf
 }
 
 /// More stripes than threads by far, so that two pages rarely meet in one.
@@ -139,6 +155,12 @@ mod tests {
         }
 
         #[test]
+        fn a_flipped_bit_is_damage(entry in entries(), generation in 0..=GENERATION_MASK, bit in 0..64) {
+            let word = Word(Word::new(entry, generation).0 ^ 1u64 << bit);
+            prop_assert_eq!(word.entry(), Entry::Damaged);
+        }
+
+        #[test]
         fn every_change_is_a_new_generation(before in entries(), after in entries()) {
             let table = SlotTable::new(Arc::new(State::create(1, 512, None).expect("state")));
             let mut slot = table.lock(0);
@@ -150,8 +172,9 @@ mod tests {
     }
 
     #[test]
-    fn fresh_memory_is_empty_and_damage_is_lost() {
+    fn fresh_memory_is_empty_and_a_state_that_does_not_exist_is_damage() {
         assert_eq!(Word(0).entry(), Entry::Empty);
-        assert_eq!(Word(7 << STATE_SHIFT).entry(), Entry::Lost);
+        let unknown = 7 << STATE_SHIFT;
+        assert_eq!(Word(unknown | fold(unknown) << CHECK_SHIFT).entry(), Entry::Damaged);
     }
 }

@@ -134,18 +134,18 @@ impl Store {
         Ok(())
     }
 
-    /// Empties the slots of a range: they read zeros when this returns.
+    /// Empties the slots of a range: they read zeros when this returns. Returns how many were not empty before.
     ///
     /// Their objects go to `detached`, for [`Store::free_detached`]; those that find no room there are freed now.
-    pub fn discard(&self, range: Range<u64>, detached: &mut Detached) {
-        let mut from = range.start;
+    pub fn discard(&self, range: Range<u64>, detached: &mut Detached) -> u64 {
+        let (mut from, mut emptied) = (range.start, 0);
         while let Some((first, end)) = self.state.touched_slots(from).filter(|&(first, _)| first < range.end) {
             for index in first..end.min(range.end) {
                 let mut slot = self.slots.lock(index as u32);
                 if slot.word().entry() == Entry::Empty {
                     continue;
                 }
-                self.metrics.discards.add(1);
+                emptied += 1;
                 if let Some(location) = self.publish(&mut slot, Entry::Empty) {
                     match detached.objects.len() < detached.objects.capacity() {
                         true => detached.objects.push(location),
@@ -155,6 +155,7 @@ impl Store {
             }
             from = end;
         }
+        emptied
     }
 
     /// Frees what discards have detached.
@@ -170,20 +171,26 @@ impl Store {
                 self.metrics.errors_lost.add(1);
                 return Err(Error::Lost { slot: slot.index() });
             }
+            Entry::Damaged => return Err(self.found_corrupt(slot)),
             Entry::Pool(location) => {
                 let decode = |object: &[u8]| match object::verify(object, slot.index()) {
                     Some((codec, payload)) => scratch.decompress(codec, payload, page),
                     None => false,
                 };
-                // SAFETY: we hold the lock of the slot that the object belongs to.
+                // SAFETY: we hold the lock of the slot that names the object. Should the word be damaged and name
+                // another slot's object, that one's bytes may change meanwhile: they do not verify for this slot.
                 if unsafe { self.pool.with_object(location, decode) } != Some(true) {
-                    self.replace(slot, Entry::Lost);
-                    self.metrics.errors_corrupt.add(1);
-                    return Err(Error::Corrupt { slot: slot.index() });
+                    return Err(self.found_corrupt(slot));
                 }
             }
         }
         Ok(())
+    }
+
+    fn found_corrupt(&self, slot: &mut Slot<'_>) -> Error {
+        self.replace(slot, Entry::Lost);
+        self.metrics.errors_corrupt.add(1);
+        Error::Corrupt { slot: slot.index() }
     }
 
     fn store_slot(&self, slot: &mut Slot<'_>, page: &Page, with: Compression, scratch: &mut Scratch) -> Result<()> {
@@ -220,10 +227,10 @@ impl Store {
         match entry {
             Entry::Lost => self.metrics.pages_lost.add(1),
             Entry::SameFilled(_) => self.metrics.pages_same_filled.add(1),
-            Entry::Empty | Entry::Pool(_) => {}
+            Entry::Empty | Entry::Pool(_) | Entry::Damaged => {}
         }
         match slot.publish(entry) {
-            Entry::Empty => None,
+            Entry::Empty | Entry::Damaged => None,
             Entry::Lost => {
                 self.metrics.pages_lost.sub(1);
                 None

@@ -17,9 +17,9 @@ pub fn out_header(unique: u64, error: i32, payload: usize) -> [u8; OUT_HEADER] {
 
 /// Sends a reply.
 ///
-/// A request that is no longer waited for (ENOENT: interrupted, or the connection was aborted) needs no reply: that
-/// is no error. Does not block, and allocates nothing in user space.
-pub fn send(device: BorrowedFd<'_>, unique: u64, payload: Result<&[u8], i32>) -> io::Result<()> {
+/// Returns false if nobody waits for it any more (ENOENT: the request was interrupted): that is no error. Does not
+/// block, and allocates nothing in user space.
+pub fn send(device: BorrowedFd<'_>, unique: u64, payload: Result<&[u8], i32>) -> io::Result<bool> {
     let (error, payload) = match payload {
         Ok(payload) => (0, payload),
         Err(errno) => (errno, &[][..]),
@@ -28,20 +28,20 @@ pub fn send(device: BorrowedFd<'_>, unique: u64, payload: Result<&[u8], i32>) ->
     send_parts(device, &[IoSlice::new(&header), IoSlice::new(payload)])
 }
 
-/// Sends a message that is already complete.
-pub fn send_raw(device: BorrowedFd<'_>, message: &[u8]) -> io::Result<()> {
+/// Sends a message that is already complete. Returns as [`send`] does.
+pub fn send_raw(device: BorrowedFd<'_>, message: &[u8]) -> io::Result<bool> {
     send_parts(device, &[IoSlice::new(message)])
 }
 
-fn send_parts(device: BorrowedFd<'_>, parts: &[IoSlice<'_>]) -> io::Result<()> {
+fn send_parts(device: BorrowedFd<'_>, parts: &[IoSlice<'_>]) -> io::Result<bool> {
     // SAFETY: IoSlice has the layout of iovec, and every part is valid for the call.
     let written = unsafe { libc::writev(device.as_raw_fd(), parts.as_ptr().cast(), parts.len() as libc::c_int) };
     if written >= 0 {
-        return Ok(());
+        return Ok(true);
     }
     let error = io::Error::last_os_error();
     match error.raw_os_error() {
-        Some(libc::ENOENT) => Ok(()),
+        Some(libc::ENOENT) => Ok(false),
         _ => Err(error),
     }
 }

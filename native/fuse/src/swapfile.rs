@@ -66,7 +66,9 @@ pub fn answer<'a>(
         }
         Operation::Getattr => Ok(attributes(engine, out)),
         Operation::Statfs => Ok(file_system(engine, out)),
-        Operation::Open => {
+        // The kernel would take the file to be empty from then on, and not even ask for its pages.
+        Operation::Open { flags } if flags & libc::O_TRUNC as u32 != 0 => Err(libc::EPERM),
+        Operation::Open { .. } => {
             // struct fuse_open_out: fh, open_flags, padding.
             let flags = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES;
             Ok(put(out, &[&1u64.to_ne_bytes(), &flags.to_ne_bytes(), &[0; 4]]))
@@ -226,6 +228,8 @@ mod tests {
         assert!(fixture.answer(Operation::Setattr { valid: FATTR_SIZE, size: SIZE }).is_ok());
         assert_eq!(fixture.answer(Operation::Setattr { valid: FATTR_SIZE, size: 0 }), Err(libc::EPERM));
         assert_eq!(fixture.answer(Operation::Setattr { valid: FATTR_MODE, size: 0 }), Err(libc::EPERM));
+        assert_eq!(fixture.answer(Operation::Open { flags: libc::O_TRUNC as u32 }), Err(libc::EPERM));
+        assert!(fixture.answer(Operation::Open { flags: libc::O_RDWR as u32 }).is_ok());
         assert_eq!(fixture.answer(Operation::Getattr).expect("attributes").len(), ATTR_OUT);
         assert_eq!(fixture.answer(Operation::Statfs).expect("file system").len(), STATFS_OUT);
     }

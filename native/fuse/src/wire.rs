@@ -93,7 +93,10 @@ pub enum Operation<'a> {
     },
     Getattr,
     Statfs,
-    Open,
+    /// `flags` are those of open(2).
+    Open {
+        flags: u32,
+    },
     Release,
     Flush,
     Fsync,
@@ -129,7 +132,8 @@ impl<'a> Operation<'a> {
             opcode::SETATTR => Operation::Setattr { valid: u32_at(arguments, 0)?, size: u64_at(arguments, 16)? },
             opcode::GETATTR => Operation::Getattr,
             opcode::STATFS => Operation::Statfs,
-            opcode::OPEN => Operation::Open,
+            // struct fuse_open_in: flags, open_flags.
+            opcode::OPEN => Operation::Open { flags: u32_at(arguments, 0)? },
             opcode::RELEASE => Operation::Release,
             opcode::FLUSH => Operation::Flush,
             opcode::FSYNC => Operation::Fsync,

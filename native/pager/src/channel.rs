@@ -104,18 +104,17 @@ impl Worker {
     fn handle(&mut self, length: usize) -> io::Result<()> {
         let request = match Request::parse(&self.buffer[..length]) {
             Ok(request) => request,
-            Err(Malformed { unique: Some(unique) }) => return reply::send(as_fd(&self.device), unique, Err(libc::EIO)),
+            Err(Malformed { unique: Some(unique) }) => {
+                return reply::send(as_fd(&self.device), unique, Err(libc::EIO)).map(drop)
+            }
             Err(Malformed { unique: None }) => return Ok(()),
         };
         if request.nodeid != swapfile::NODEID || !request.wants_reply() {
             return self.shared.relay.forward(&request);
         }
         let (unique, operation) = (request.unique, Operation::parse(&request));
-        match operation {
-            Some(Operation::Open) => self.shared.opens.0.fetch_add(1, Ordering::Relaxed),
-            Some(Operation::Release) => self.shared.opens.0.fetch_sub(1, Ordering::Relaxed),
-            _ => 0,
-        };
+        let (opens, releases) =
+            (matches!(operation, Some(Operation::Open { .. })), operation == Some(Operation::Release));
         let engine = &self.shared.engine;
         let mut small = [0; 128];
         let payload = match operation {
@@ -130,7 +129,14 @@ impl Worker {
             }
             Some(other) => swapfile::answer(engine, other, &mut small, &mut self.detached, &mut self.scratch),
         };
-        reply::send(as_fd(&self.device), unique, payload)?;
+        let opened = opens && payload.is_ok();
+        let delivered = reply::send(as_fd(&self.device), unique, payload)?;
+        // An open that nobody waited for will not be released.
+        if opened && delivered {
+            self.shared.opens.0.fetch_add(1, Ordering::Relaxed);
+        } else if releases {
+            self.shared.opens.0.fetch_sub(1, Ordering::Relaxed);
+        }
         // Behind the reply: nobody waits for this.
         if !self.detached.is_empty() {
             engine.store().free_detached(&mut self.detached);

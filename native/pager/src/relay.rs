@@ -96,7 +96,7 @@ impl Relay {
     /// Takes a request from a worker. Never waits for pyfuse3. An error means that the device is gone.
     pub fn forward(&self, request: &Request<'_>) -> io::Result<()> {
         if request.bytes.len() > MESSAGE {
-            return self.refuse(request, libc::E2BIG);
+            return self.refuse(request, libc::EINVAL);
         }
         let mut inner = self.lock();
         if request.opcode == opcode::INIT {
@@ -117,7 +117,7 @@ impl Relay {
 
     fn refuse(&self, request: &Request<'_>, errno: i32) -> io::Result<()> {
         match request.wants_reply() {
-            true => reply::send(self.device.as_fd(), request.unique, Err(errno)),
+            true => reply::send(self.device.as_fd(), request.unique, Err(errno)).map(drop),
             false => Ok(()),
         }
     }
@@ -156,6 +156,8 @@ impl Relay {
         if inner.peer.as_ref().is_some_and(|current| Arc::ptr_eq(current, peer)) {
             inner.peer = None;
             self.give_up(&mut inner);
+            // A log that nobody reads must not hold up a worker.
+            drop(inner);
             eprintln!("zswapd-pager: zswapd is gone; pages are served, control files are not");
         }
     }
