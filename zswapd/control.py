@@ -87,7 +87,8 @@ def _io_stat(engine: Engine) -> str:
     """zram's columns: failed reads, failed writes, invalid requests, pages freed by discard."""
     stats = engine.stats()
     rejected = stats["rejected_stores"]
-    return _columns((sum(stats["errors"].values()), rejected["pool_full"], rejected["out_of_range"], stats["discards"]))
+    full = rejected["pool_full"] + rejected["no_memory"]
+    return _columns((sum(stats["errors"].values()), full, rejected["out_of_range"], stats["discards"]))
 
 
 def _columns(values: tuple[int, ...]) -> str:

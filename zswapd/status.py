@@ -161,6 +161,7 @@ def _errors(stats: dict[str, Any]) -> list[Text]:
         "lost": "loads of lost pages: the processes that needed them got an I/O error",
         "corrupt": "loads of corrupt pages: the processes that needed them got an I/O error",
         "pool_full": "stores refused, pool full: those pages stayed in memory",
+        "no_memory": "stores refused, no memory was ready: those pages stayed in memory",
         "out_of_range": "stores refused, outside the swap area",
     }
     counts = {**stats["errors"], **stats["rejected_stores"]}

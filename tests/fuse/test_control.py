@@ -127,7 +127,7 @@ SCHEMA = {
     "loads": int,
     "stores": int,
     "discards": int,
-    "rejected_stores": dict.fromkeys(("pool_full", "out_of_range"), int),
+    "rejected_stores": dict.fromkeys(("pool_full", "no_memory", "out_of_range"), int),
     "errors": dict.fromkeys(("lost", "corrupt"), int),
     "load_latency": HISTOGRAM,
     "store_latency": HISTOGRAM,

@@ -1,5 +1,7 @@
-"""The kernel's own swap devices as rows of the benchmark: real swap, every page checked, nothing left."""
+"""The rows of the benchmark: real swap, every page checked, nothing left and every setting as it was."""
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,11 +11,17 @@ import trio
 from tests.machine import lacks
 from zswapd import swapdev
 from zswapd.bench.cgroup import MemoryCgroup
+from zswapd.bench.commands import settle
 from zswapd.bench.corpus import Corpus, build
-from zswapd.bench.devices import CONTROL, Device, SwapFile, Zram
+from zswapd.bench.devices import CONTROL, ZSWAP, Device, SwapFile, Zram, Zswap
 from zswapd.bench.leftovers import leftovers
+from zswapd.bench.measure import measure
 from zswapd.bench.programs import PAGE
-from zswapd.bench.runner import workload
+from zswapd.bench.rows import device as device_of
+from zswapd.bench.rows import offered
+from zswapd.bench.runner import WrongPages, workload
+from zswapd.bench.summary import FIGURES
+from zswapd.bench.zswapd_device import Daemon, Zswapd
 from zswapd.errors import ZswapdError
 
 pytestmark = pytest.mark.usefixtures("_swap")
@@ -123,3 +131,113 @@ async def test_too_little_swap_is_told_apart_from_wrong_pages(corpus: Corpus, tm
         async with SwapFile(tmp_path, 16 << 20), workload(corpus, group, silent) as load:
             with pytest.raises(ZswapdError, match="killed for want of memory"):
                 await load.run("fill")
+
+
+def zswap_settings() -> dict[str, str]:
+    return {path.name: path.read_text() for path in ZSWAP.iterdir()}
+
+
+def compressor() -> str:
+    if not Zswap.compressors():
+        lacks("zswap")
+    return Zswap.compressors()[0]
+
+
+async def test_zswap_keeps_pages_and_its_settings_are_put_back(corpus: Corpus, tmp_path: Path) -> None:
+    device = Zswap(compressor(), tmp_path, SIZE)
+    before = zswap_settings()
+    with MemoryCgroup(LIMIT) as group:
+        async with device, workload(corpus, group, silent) as load:
+            assert zswap_settings()["enabled"] == "Y\n"
+            assert zswap_settings()["compressor"] == f"{compressor()}\n"
+            await load.run("fill")
+            assert group.swap_bytes() > LEAST_SWAPPED
+            held = await device.held()
+            assert held.original_bytes > LEAST_SWAPPED
+            assert 0 < held.used_bytes < held.original_bytes
+            group.set_limit(SIZE)
+            await load.run("verify")
+    assert_gone(device, tmp_path)
+    assert zswap_settings() == before
+
+
+async def test_zswap_s_settings_are_put_back_after_a_failure(tmp_path: Path) -> None:
+    name, before = compressor(), zswap_settings()
+    with pytest.raises(ZswapdError, match="zswap does not take rot13 as its compressor"):
+        async with Zswap("rot13", tmp_path, SIZE):
+            pass
+    assert zswap_settings() == before
+    with trio.CancelScope() as interrupted:
+        async with Zswap(name, tmp_path, SIZE) as device:
+            assert zswap_settings() != before
+            interrupted.cancel()
+            await trio.sleep_forever()
+    assert_gone(device, tmp_path)
+    assert zswap_settings() == before
+
+
+async def test_every_row_that_is_offered_exists_and_null_is_not_among_them(tmp_path: Path) -> None:
+    before = set(Path("/sys/block").glob("zram*"))
+    rows = await offered()
+    assert set(Path("/sys/block").glob("zram*")) <= before
+    assert {"zswapd-lz4", "zswapd-zstd", "zswapd-pyfuse3-lz4", "file"} <= set(rows)
+    assert "null" not in rows
+    assert [device_of(row, tmp_path, SIZE).name for row in rows] == rows
+
+
+NOT_FOR = {
+    "zswapd-lz4": set(),
+    "zswapd-pyfuse3-lz4": {"pager_cpu_seconds"},
+    "file": {"used_bytes", "effective_ratio", "process_bytes", "zswapd_cpu_seconds", "pager_cpu_seconds"},
+}
+
+
+@pytest.mark.parametrize("row", NOT_FOR)
+async def test_a_run_has_every_figure_of_its_row_and_leaves_nothing(row: str, corpus: Corpus, tmp_path: Path) -> None:
+    run = await measure(row, corpus, tmp_path, silent)
+    assert {figure for figure in FIGURES if run[figure] is None} == NOT_FOR[row]
+    marks = [run[f"random_{mark}_us"] for mark in ("p50", "p90", "p99", "p999", "max")]
+    assert marks[0] > 0
+    assert marks == sorted(marks)
+    assert run["workload_cpu_seconds"] > 0
+    assert run["pages_verified"] == PAGES
+    server = "pager_cpu_seconds" if row == "zswapd-lz4" else "zswapd_cpu_seconds"
+    if row != "file":
+        assert run[server] > 0
+        assert run["original_bytes"] > run["used_bytes"] > 0
+    assert leftovers(tmp_path) == []
+
+
+async def test_the_pager_of_the_null_row_forgets_pages_and_goes_with_its_daemon(corpus: Corpus, tmp_path: Path) -> None:
+    """Without swap: who else would lose pages is not ours to risk."""
+    device = device_of("null", tmp_path, SIZE)
+    assert isinstance(device, Zswapd)
+    try:
+        await device.daemon.start()
+        assert set(device.daemon.processes()) == {"zswapd", "pager"}
+        async with workload(corpus, None, silent, str(device.daemon.mount_point / "swapfile")) as load:
+            await load.run("fill")
+            kept = (2 << 20) // PAGE
+            with pytest.raises(WrongPages, match=rf"{PAGES - kept} of {PAGES} pages are wrong: \[{kept}, "):
+                await load.run("verify")
+        with pytest.raises(ZswapdError, match="stores nothing"):
+            await device.daemon.control("attach", "--unsafe")
+    finally:
+        with trio.CancelScope(shield=True):
+            await device.daemon.stop()
+    assert leftovers(tmp_path) == []
+
+
+async def test_a_pager_that_is_stuck_does_not_outlive_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zswapd.bench.zswapd_device.STOP_SECONDS", 2)
+    daemon = Daemon(tmp_path, SIZE, "lz4")
+    try:
+        await daemon.start()
+        pids = daemon.processes()
+        os.kill(pids["pager"], signal.SIGSTOP)
+        os.kill(pids["zswapd"], signal.SIGKILL)
+    finally:
+        with trio.CancelScope(shield=True):
+            await daemon.stop()
+    assert await settle(lambda: not Path("/proc", str(pids["pager"])).exists(), 10)  # init has seen its end
+    assert leftovers(tmp_path) == []

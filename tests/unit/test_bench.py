@@ -1,27 +1,35 @@
 """The benchmark's own parts: what it measures with must be right before any figure is."""
 
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from rich.console import Console
 
 from tests.machine import lacks
 from tests.pages import PAGE, noise, real_pages
 from zswapd import memcg
 from zswapd.bench.cgroup import MemoryCgroup
-from zswapd.bench.command import summarize
 from zswapd.bench.commands import Interrupted, alongside, run, until_signal
 from zswapd.bench.corpus import Corpus, Source, build, gather
+from zswapd.bench.floor import why_not_forget
 from zswapd.bench.leftovers import leftovers
+from zswapd.bench.measure import kernel_threads, refuse_to_forget
+from zswapd.bench.plot import plot, require_matplotlib
 from zswapd.bench.programs import Running, known
+from zswapd.bench.rows import device
 from zswapd.bench.runner import WrongPages, workload
+from zswapd.bench.summary import COST, FIGURES, SPEED, line, summarize, table
 from zswapd.bench.workload import Anonymous, DirectFile, Memory, Workload, percentile
 from zswapd.errors import ZswapdError
 
@@ -205,7 +213,7 @@ def test_direct_files_are_filled_read_and_timed(corpus_fd: int, tmp_path: Path) 
 
 async def test_the_workload_process_reports_what_it_finds(corpus_fd: int) -> None:
     corpus = Corpus(corpus_fd, 1, PAGES)
-    async with workload(corpus, None, silent) as load:
+    async with workload(corpus, None, silent, "anonymous") as load:
         await load.run("fill")
         await load.run("verify")
         assert load.verified == PAGES
@@ -292,16 +300,136 @@ async def test_programs_are_bounded_in_time_and_their_failures_say_why() -> None
         await run("zswapd-no-such-program")
 
 
-def test_a_summary_is_the_median_and_the_spread() -> None:
-    figures = dict.fromkeys(
-        ("fill_mb_per_second", "random_p50_us", "random_p99_us", "sequential_mb_per_second", "cpu_seconds"), 1.0
-    )
-    runs: list[dict[str, Any]] = [
-        {"row": row, **figures, "fill_mb_per_second": fill, "machine_cpu_seconds": 1.0, "effective_ratio": ratio}
+def runs() -> list[dict[str, Any]]:
+    """Three of row a, and three of row b, which has no effective ratio."""
+    return [
+        {"row": row, **dict.fromkeys(FIGURES, 4 << 20), "fill_mb_per_second": fill, "effective_ratio": ratio}
         for row, ratio, fills in (("a", 2.0, (3, 1, 9)), ("b", None, (5, 5, 5)))
         for fill in fills
     ]
-    summary = summarize(runs)
+
+
+def test_a_summary_is_the_median_and_the_spread() -> None:
+    summary = summarize(runs())
     assert list(summary) == ["a", "b"]
+    assert set(summary["a"]) == set(FIGURES)
     assert summary["a"]["fill_mb_per_second"] == {"median": 3, "min": 1, "max": 9}
     assert summary["b"]["effective_ratio"] is None
+
+
+def test_people_read_units_medians_and_how_far_runs_were_from_them() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table(summarize(runs()), SPEED), table(summarize(runs()), COST))
+    words = console.export_text().split()
+    assert "3.00" in words
+    assert "±200%" in words
+    assert "4.00" in words  # MiB
+    assert "-" in words
+    assert line(runs()[0]).startswith("fill MB/s 3.00, ")
+    assert "effective" not in line(runs()[3])
+
+
+def test_the_plot_is_a_png(tmp_path: Path) -> None:
+    if find_spec("matplotlib") is None:
+        lacks("matplotlib")
+    plot(summarize(runs()), "title", tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_a_plot_without_matplotlib_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ZswapdError, match="needs matplotlib"):
+        require_matplotlib()
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["zswapd-lz4", "zswapd-zstd", "zswapd-pyfuse3-lz4", "zswapd-pyfuse3-zstd", "zram-lzo", "zswap-lzo", "file", "null"],
+)
+def test_rows_are_devices_of_that_name_and_only_null_forgets(row: str, tmp_path: Path) -> None:
+    assert device(row, tmp_path, PAGE).name == row
+    assert device(row, tmp_path, PAGE).forgets == (row == "null")
+
+
+@pytest.mark.parametrize("row", ["", "zswapd", "zswapd-lzo", "zswapd-pyfuse3", "zswapd-lz4-pyfuse3", "zram", "null-1"])
+def test_other_rows_are_refused(row: str, tmp_path: Path) -> None:
+    with pytest.raises(ZswapdError, match="no row is called"):
+        device(row, tmp_path, PAGE)
+
+
+def test_kernel_threads_are_told_from_processes() -> None:
+    kthreadd = Path("/proc/2")
+    if not (kthreadd / "schedstat").exists() or (kthreadd / "comm").read_text() != "kthreadd\n":
+        lacks("kernel threads in sight, with their exact CPU time")
+    threads = kernel_threads()
+    assert "2" in threads
+    assert str(os.getpid()) not in threads
+    assert sum(threads.values()) > 0
+
+
+def machine(root: Path, **files: str) -> Path:
+    """A machine on which pages may be forgotten, but for `files`: what is in them, by path with __ for /."""
+    for path, text in {
+        "proc__self__mounts": "cgroup /cgroup cgroup rw,memory 0 0\n",
+        "proc__meminfo": f"MemFree: {8 << 20} kB\n",
+        "cgroup__memory.limit_in_bytes": f"{(1 << 63) - PAGE}\n",
+        "cgroup__ours__memory.limit_in_bytes": "4096\n",
+        "sys__kernel__mm__damon__admin__kdamonds__0__state": "off\n",
+        "sys__module__damon_reclaim__parameters__enabled": "N\n",
+        **files,
+    }.items():
+        file = root / path.replace("__", "/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return root
+
+
+def test_pages_may_be_forgotten_where_only_the_workload_swaps(tmp_path: Path) -> None:
+    root = machine(tmp_path)
+    assert why_not_forget(root / "cgroup/ours", 1 << 30, root) == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "reason"),
+    [
+        ("sys__kernel__mm__damon__admin__kdamonds__1__state", "on\n", "kdamonds/1/state is on"),
+        ("sys__module__damon_reclaim__parameters__enabled", "Y\n", "DAMON reclaims"),
+        ("proc__meminfo", f"MemFree: {4095 << 10} kB\n", "less than 4.0 GiB is free"),
+        ("cgroup__another__memory.limit_in_bytes", "1048576\n", r"another/memory.limit_in_bytes is 1.0 MiB"),
+        ("cgroup__a__b__memory.high", "1048576\n", r"a/b/memory.high is 1.0 MiB"),
+        ("proc__self__mounts", "", "no memory cgroup controller"),
+    ],
+)
+def test_pages_may_not_be_forgotten_where_others_could_be_swapped_out(
+    path: str, text: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = machine(tmp_path, **{path: text})
+    why = why_not_forget(root / "cgroup/ours", 1 << 30, root)
+    assert re.search(reason, why)
+    monkeypatch.setattr("zswapd.bench.measure.why_not_forget", lambda group, size: why)
+    with pytest.raises(ZswapdError, match="would lose other processes' pages"):
+        refuse_to_forget(root, 1 << 30)
+
+
+def test_the_workload_s_pages_may_be_swapped_and_its_heap_may_not() -> None:
+    """A device may lose every page of the workload's, and the workload goes on."""
+    if os.geteuid() != 0:
+        lacks("root, to lock memory")
+    script = """
+import ctypes
+from zswapd.bench.workload import PAGE, Anonymous
+memory = Anonymous.swapped(5555)
+heap = bytearray(7777 << 10)
+for mapping in (memory._map, heap):
+    print(ctypes.addressof(ctypes.c_char.from_buffer(mapping)))
+print(open("/proc/self/smaps").read())
+"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    mappings = re.findall(r"^(\w+)-(\w+) \S{4} (?:.*\n)*?VmFlags: (.*)$", said, re.MULTILINE)
+    locked = [
+        "lo" in flags.split()
+        for address in map(int, said.split()[:2])
+        for start, end, flags in mappings
+        if int(start, 16) <= address < int(end, 16)
+    ]
+    assert locked == [False, True]

@@ -91,7 +91,7 @@ def test_values_are_those_of_the_statistics(engine: EmbeddedEngine) -> None:
     assert set(stats["pages"]) == {"lz4", "zstd", "same_filled", "incompressible", "lost"}
     for name, counts in (("rejected_stores", stats["rejected_stores"]), ("load_errors", stats["errors"])):
         assert {reason: values[f"zswapd_{name}_total", reason] for reason in counts} == counts
-    assert stats["rejected_stores"] == {"pool_full": 1, "out_of_range": 1}
+    assert stats["rejected_stores"] == {"pool_full": 1, "no_memory": 0, "out_of_range": 1}
     assert stats["errors"] == {"lost": 1, "corrupt": 0}
     assert values["zswapd_compression_info", "zstd,3"] == 1
     assert sum(value for (name, _), value in values.items() if name == "zswapd_class_objects") == sum(

@@ -50,7 +50,7 @@ def bench(rows: str, size: int, repeats: int, seed: int, directory: Path, pictur
     A workload touches memory of real programs, four times what its cgroup may have, so that the kernel swaps. Rows
     take turns, and every page is checked in every run. The swap devices come before all others while they exist.
     "memory" is what the pages take, metadata included, after the fill; "processes" is what zswapd and its pager take
-    beside it. "kernel CPU" is the rest of the machine: kernel threads, and whatever else runs meanwhile.
+    beside it. "kernel CPU" is that of kernel threads; what the kernel does in a process's name is in the process's.
 
     The row null is a pager that stores nothing: the floor, unverified. It is refused where the kernel could swap out
     other processes meanwhile, whose pages would be lost.
@@ -65,8 +65,9 @@ def bench(rows: str, size: int, repeats: int, seed: int, directory: Path, pictur
         raise ZswapdError(f"this machine cannot swap: {reason}")
     if NULL in names:
         refuse_to_forget(Path(), size)
-    # The corpus, and at the worst as much again in the pool or the programs that the pages come from.
-    if 2 * pages * PAGE > swapdev.mem_available():
+    # The corpus, at the worst as much again in the pool or the programs that the pages come from, and in the end all
+    # of the workload's pages.
+    if 3 * pages * PAGE > swapdev.mem_available():
         raise ZswapdError(f"too little memory is free: {format_size(swapdev.mem_available())}", "use a smaller --size")
     lock_memory()
 
@@ -99,6 +100,12 @@ def bench(rows: str, size: int, repeats: int, seed: int, directory: Path, pictur
                         screen.line(f"{row} {number}/{repeats}", line(run))
                         if not run["pages_verified"]:
                             screen.line("", "not verified: it stores nothing", "yellow")
+                        if run["refused_stores"]:
+                            screen.line(
+                                "",
+                                f"{run['refused_stores']} stores were refused: those pages stayed in memory",
+                                "yellow",
+                            )
                         if run["disturbed"]:
                             strange = format_size(run["strangers_bytes"])
                             screen.line("", f"disturbed: {strange} of the swap were other processes' pages", "yellow")

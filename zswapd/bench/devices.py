@@ -78,6 +78,10 @@ class Device(ABC):
         """What it holds in memory; None for a device that keeps pages on disk."""
         return None
 
+    async def refused(self) -> int:
+        """Stores that it has refused: the kernel keeps those pages in memory and tries again."""
+        return 0
+
     def cpu_seconds(self) -> dict[str, float]:
         """CPU time so far of the processes that serve the device, by name. Kernel threads are not in it."""
         return {}

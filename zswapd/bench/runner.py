@@ -82,7 +82,7 @@ class Workload:
 
 @asynccontextmanager
 async def workload(
-    corpus: Corpus, group: MemoryCgroup | None, report: Report, where: str = "anonymous"
+    corpus: Corpus, group: MemoryCgroup | None, report: Report, where: str = "swapped"
 ) -> AsyncIterator[Workload]:
     """A workload on the corpus's pages, in `group` from before it touches any; killed and waited for on exit."""
     errors = os.memfd_create("errors")

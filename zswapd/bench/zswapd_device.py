@@ -93,15 +93,15 @@ class Daemon:
                 self.abort()
                 with trio.move_on_after(STOP_SECONDS):
                     await self._process.wait()
-        if self._pager_fd is not None:
+        if swapdev.is_mounted(self.mount_point):
+            unmount = ("umount", "-l") if os.geteuid() == 0 else ("fusermount3", "-uz")
+            await run(*unmount, str(self.mount_point))
+        if self._pager_fd is not None:  # it ends with its daemon, or else with its mount
             if not await _ended(self._pager_fd):
                 self.abort()
                 await _ended(self._pager_fd)
             os.close(self._pager_fd)
             self._pager = self._pager_fd = None
-        if swapdev.is_mounted(self.mount_point):
-            unmount = ("umount", "-l") if os.geteuid() == 0 else ("fusermount3", "-uz")
-            await run(*unmount, str(self.mount_point))
         if self._directory.exists():
             for path in (self._config, self._log, socket_path(self.mount_point)):
                 path.unlink(missing_ok=True)
@@ -193,6 +193,9 @@ class Zswapd(Device):
 
     async def held(self) -> Held:
         return held(await self.daemon.stats())
+
+    async def refused(self) -> int:
+        return sum((await self.daemon.stats())["rejected_stores"].values())
 
     def cpu_seconds(self) -> dict[str, float]:
         return {name: _cpu_seconds(pid) for name, pid in self.daemon.processes().items()}

@@ -136,6 +136,8 @@ pub struct Metrics {
     pub stores: Counter,
     pub discards: Counter,
     pub rejected_pool_full: Counter,
+    /// The reserve of memory was used up.
+    pub rejected_no_memory: Counter,
     pub rejected_out_of_range: Counter,
     pub errors_lost: Counter,
     pub errors_corrupt: Counter,
@@ -145,7 +147,7 @@ pub struct Metrics {
 }
 
 /// Changes with every change of [`Metrics`], so that nobody reads one layout as another.
-pub const LAYOUT: u64 = 1;
+pub const LAYOUT: u64 = 2;
 
 // SAFETY: atomics of integers, valid when zero, no drop.
 unsafe impl Zeroable for Metrics {}

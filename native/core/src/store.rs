@@ -207,7 +207,10 @@ impl Store {
             self.replace(slot, Entry::Lost);
             insert(slot.index())
         });
-        let location = location.inspect_err(|_| self.metrics.rejected_pool_full.add(1))?;
+        let location = location.inspect_err(|error| match error {
+            Error::NoRegion => self.metrics.rejected_no_memory.add(1),
+            _ => self.metrics.rejected_pool_full.add(1),
+        })?;
         self.metrics.compressed_bytes.add(payload.len() as u64);
         self.pages_of(codec).add(1);
         self.replace(slot, Entry::Pool(location));

@@ -94,6 +94,7 @@ fn run() -> Result<(), String> {
 /// Keeps the reserve filled, for ever.
 fn refill(shared: &Shared) {
     let pool = shared.engine.store().pool();
+    process::hurry();
     pool.become_adjuster();
     loop {
         match pool.adjust() {

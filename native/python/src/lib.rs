@@ -150,8 +150,11 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
     let algorithm = if metrics.algorithm.get() == 0 { Algorithm::Lz4 } else { Algorithm::Zstd };
     stats.set_item("algorithm", algorithm.name())?;
     stats.set_item("pages", counts(py, &pages)?)?;
-    let rejected =
-        [("pool_full", metrics.rejected_pool_full.get()), ("out_of_range", metrics.rejected_out_of_range.get())];
+    let rejected = [
+        ("pool_full", metrics.rejected_pool_full.get()),
+        ("no_memory", metrics.rejected_no_memory.get()),
+        ("out_of_range", metrics.rejected_out_of_range.get()),
+    ];
     stats.set_item("rejected_stores", counts(py, &rejected)?)?;
     let errors = [("lost", metrics.errors_lost.get()), ("corrupt", metrics.errors_corrupt.get())];
     stats.set_item("errors", counts(py, &errors)?)?;

@@ -17,10 +17,11 @@ use std::thread::Thread;
 
 /// Pages of a region.
 pub const REGION_PAGES: u32 = 512;
-/// Free regions are added below this many, ...
-const RESERVE_LOW: u64 = 2;
-/// ... and given back above this many.
-const RESERVE_HIGH: u64 = 3;
+/// Free regions are added below this many: at full speed a fill uses one up in about 8 ms, and the thread that adds
+/// them may have to wait for a processor.
+const RESERVE_LOW: u64 = 4;
+/// They are given back above this many.
+const RESERVE_HIGH: u64 = 6;
 
 const WORDS: usize = REGION_PAGES as usize / 64;
 type Bitmap = [u64; WORDS];

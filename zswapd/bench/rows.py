@@ -1,0 +1,41 @@
+"""The rows of the benchmark: swap devices by name."""
+
+from pathlib import Path
+
+from zswapd.bench.devices import Device, SwapFile, Zram, Zswap
+from zswapd.bench.zswapd_device import Zswapd
+from zswapd.errors import ZswapdError
+
+#: The pager that stores nothing: what everything but the storing costs.
+NULL = "null"
+KNOWN = "zswapd-ALGORITHM, zswapd-pyfuse3-ALGORITHM, zram-ALGORITHM, zswap-COMPRESSOR, file, null"
+
+
+def device(row: str, directory: Path, size: int) -> Device:
+    """The swap device that a row names. `size` is in bytes. Raises ZswapdError."""
+    kind, _, algorithm = row.partition("-")
+    if kind == "zswapd":
+        path, _, portable = algorithm.partition("-")
+        if path == "pyfuse3" and portable in ("lz4", "zstd"):
+            return Zswapd(row, directory, size, portable, swap__data_path="pyfuse3")
+        if algorithm in ("lz4", "zstd"):
+            return Zswapd(row, directory, size, algorithm)
+    if kind == "zram" and algorithm:
+        return Zram(algorithm, size)
+    if kind == "zswap" and algorithm:
+        return Zswap(algorithm, directory, size)
+    if row == "file":
+        return SwapFile(directory, size)
+    if row == NULL:
+        return Zswapd(row, directory, size, pager__store="none")
+    raise ZswapdError(f"no row is called {row}", f"rows are {KNOWN}")
+
+
+async def offered() -> list[str]:
+    """Every row that this machine can measure, but null, which puts other processes at risk (see floor.py)."""
+    try:
+        zram = [f"zram-{algorithm}" for algorithm in await Zram.algorithms()]
+    except ZswapdError:
+        zram = []
+    zswap = [f"zswap-{compressor}" for compressor in Zswap.compressors()[:1]]
+    return ["zswapd-lz4", "zswapd-zstd", "zswapd-pyfuse3-lz4", *zram, *zswap, "file"]
