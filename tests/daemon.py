@@ -29,6 +29,7 @@ CONTROLS = {
     "stats.json": 0o444,
     "mm_stat": 0o444,
     "io_stat": 0o444,
+    "compact": 0o200,
     "comp_algorithm": 0o644,
     "mem_limit": 0o644,
     "reset": 0o200,

@@ -18,6 +18,9 @@ class Engine:
     def discard(self, offset: int, length: int) -> None:
         """Punches a hole, which reads zeros when this returns. EFBIG outside the file."""
 
+    def compact(self) -> None:
+        """Moves stored objects together, and gives back the memory that they no longer need."""
+
     def reset(self) -> None:
         """Drops every page."""
 

@@ -38,6 +38,11 @@ def control_files(engine: Engine) -> dict[str, ControlFile]:
             raise ValueError("write 1 to drop every page")
         engine.reset()
 
+    def compact(command: str) -> None:
+        if command != "1":
+            raise ValueError("write 1 to compact the pool")
+        engine.compact()
+
     def set_mem_limit(command: str) -> None:
         size = parse_size(command)
         if not PAGE_SIZE <= size <= MAX_SIZE:
@@ -52,6 +57,7 @@ def control_files(engine: Engine) -> dict[str, ControlFile]:
             read=lambda: _comp_algorithm(engine), write=lambda command: _set_comp_algorithm(engine, command)
         ),
         "mem_limit": ControlFile(read=lambda: f"{engine.stats()['pool_limit_bytes']}\n", write=set_mem_limit),
+        "compact": ControlFile(write=compact),
         "reset": ControlFile(write=reset),
     }
 
@@ -77,7 +83,7 @@ def _mm_stat(engine: Engine) -> str:
         stats["pool_limit_bytes"],
         stats["pool_peak_bytes"],
         stats["pages"]["same_filled"],
-        0,
+        stats["pages_compacted"],
         stats["pages"]["incompressible"],
     )
     return _columns(columns)

@@ -50,10 +50,12 @@ class EngineStats(TypedDict):
     loads: int
     stores: int
     discards: int
+    pages_compacted: int
     rejected_stores: dict[str, int]
     errors: dict[str, int]
     load_latency: LatencyStats
     store_latency: LatencyStats
+    mover_waits: LatencyStats
     classes: list[ClassStats]
 
 
@@ -68,6 +70,9 @@ class Engine(Protocol):
 
     def set_compression(self, algorithm: str, zstd_level: int) -> None:
         """Changes what new pages are compressed with; stored pages stay as they are, and readable."""
+
+    def compact(self) -> None:
+        """Moves stored objects together, and gives back the memory that they no longer need. A pager does so behind."""
 
     def reset(self) -> None:
         """Drops every page. EBUSY while the swap file is open."""

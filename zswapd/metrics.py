@@ -62,6 +62,9 @@ class EngineCollector(Collector):
         yield CounterMetricFamily("zswapd_loads", "Pages read.", value=stats["loads"])
         yield CounterMetricFamily("zswapd_stores", "Pages written.", value=stats["stores"])
         yield CounterMetricFamily("zswapd_discards", "Pages freed by discards.", value=stats["discards"])
+        yield CounterMetricFamily(
+            "zswapd_compacted_pages", "Pages of the pool that compaction has freed.", value=stats["pages_compacted"]
+        )
         for name, text, counts in (
             ("zswapd_rejected_stores", "Writes that were refused, by reason.", stats["rejected_stores"]),
             ("zswapd_load_errors", "Reads that failed, by reason.", stats["errors"]),
@@ -73,6 +76,11 @@ class EngineCollector(Collector):
 
         yield _histogram("zswapd_load_duration_seconds", "Time to read one page.", stats["load_latency"])
         yield _histogram("zswapd_store_duration_seconds", "Time to write one page.", stats["store_latency"])
+        yield _histogram(
+            "zswapd_mover_wait_seconds",
+            "How long reads have waited for an object that was being moved; only those that had to.",
+            stats["mover_waits"],
+        )
 
         classes = {str(entry["size_bytes"]): entry for entry in stats["classes"]}
         for name, text, values in (

@@ -100,6 +100,9 @@ class Pager:
     def set_compression(self, algorithm: str, zstd_level: int) -> None:
         self._ask(f"compression {algorithm} {zstd_level}")
 
+    def compact(self) -> None:
+        self._ask("compact")
+
     def reset(self) -> None:
         self._ask("reset")
 

@@ -8,7 +8,7 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.daemon import CONTROLS, Daemon
+from tests.daemon import CONTROLS, Daemon, wait_until
 from tests.errnos import raises_errno
 from tests.pages import PAGE, noise
 
@@ -57,7 +57,7 @@ def test_mem_limit(daemon: Daemon, swapfile: int, command: str, limit: int) -> N
             ("comp_algorithm", bad)
             for bad in (f"zstd level={2**64}", "zstd level=", "zstd speed=1", "ZSTD", "lz4 zstd")
         ),
-        *(("reset", bad) for bad in ("0", "2", "\n", "yes", "11")),
+        *((name, bad) for name in ("compact", "reset") for bad in ("0", "2", "\n", "yes", "11")),
     ],
 )
 def test_bad_commands_change_nothing(daemon: Daemon, swapfile: int, name: str, command: str | bytes) -> None:
@@ -98,6 +98,25 @@ def test_reset_drops_every_page(daemon: Daemon) -> None:
     assert daemon.swapfile.open("rb").read(10 * PAGE) == bytes(10 * PAGE)
 
 
+def test_compact(daemon: Daemon, swapfile: int) -> None:
+    pages = 600
+    for n in range(pages):
+        os.pwrite(swapfile, noise(n), n * PAGE)
+    for n in range(pages):
+        if n % 4:
+            os.pwrite(swapfile, bytes(PAGE), n * PAGE)
+    before = daemon.stats()["pool_bytes"]
+    daemon.write("compact", "1\n")
+    # A pager does it behind.
+    needed = pages // 4 * PAGE
+    wait_until(lambda: daemon.stats()["pool_bytes"] < needed * 5 / 4, "the pool is compact")
+    stats = daemon.stats()
+    assert stats["pages_compacted"] * PAGE >= before - stats["pool_bytes"] > 0
+    assert int(daemon.read("mm_stat").split()[6]) == stats["pages_compacted"]
+    for n in range(pages):
+        assert os.pread(swapfile, PAGE, n * PAGE) == (bytes(PAGE) if n % 4 else noise(n))
+
+
 def test_shell_redirection_works(daemon: Daemon) -> None:
     """echo >, which opens with O_TRUNC, and >>."""
     for mode in ("w", "a"):
@@ -127,10 +146,12 @@ SCHEMA = {
     "loads": int,
     "stores": int,
     "discards": int,
+    "pages_compacted": int,
     "rejected_stores": dict.fromkeys(("pool_full", "no_memory", "out_of_range"), int),
     "errors": dict.fromkeys(("lost", "corrupt"), int),
     "load_latency": HISTOGRAM,
     "store_latency": HISTOGRAM,
+    "mover_waits": HISTOGRAM,
     "classes": list,
 }
 CLASS = dict.fromkeys(("size_bytes", "pages_per_zspage", "objects_per_zspage", "zspages", "objects"), int)
@@ -172,7 +193,7 @@ def test_zram_columns(daemon: Daemon, swapfile: int) -> None:
         1 << 30,
         stats["pool_peak_bytes"],
         1,
-        0,
+        stats["pages_compacted"],
         1,
     ]
     assert re.fullmatch(r"( *\d+){4}\n", daemon.read("io_stat"))

@@ -32,10 +32,12 @@ def stats(**changes: Any) -> dict[str, Any]:
         "loads": 100,
         "stores": 200,
         "discards": 0,
+        "pages_compacted": 0,
         "rejected_stores": {"pool_full": 0, "no_memory": 0, "out_of_range": 0},
         "errors": {"lost": 0, "corrupt": 0},
         "load_latency": HISTOGRAM,
         "store_latency": {"bounds_seconds": BOUNDS, "counts": [0, 0, 0, 0], "sum_seconds": 0},
+        "mover_waits": {"bounds_seconds": BOUNDS, "counts": [0, 0, 0, 0], "sum_seconds": 0},
         **changes,
     }
 

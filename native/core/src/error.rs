@@ -21,6 +21,9 @@ pub enum Error {
     Corrupt { slot: u32 },
     #[error("the range {offset}+{length} is outside the swap file of {size} bytes")]
     OutOfRange { offset: u64, length: u64, size: u64 },
+    /// Others are at work where a teardown needs to be alone.
+    #[error("{movers} are still moving objects of the pool")]
+    Busy { movers: u32 },
     #[error("{0}")]
     Invalid(String),
     /// The system refused memory or a system call at start.
@@ -40,6 +43,7 @@ impl Error {
             Error::PoolFull | Error::NoRegion => libc::ENOSPC,
             Error::Lost { .. } | Error::Corrupt { .. } => libc::EIO,
             Error::OutOfRange { .. } => libc::EFBIG,
+            Error::Busy { .. } => libc::EBUSY,
             Error::Invalid(_) => libc::EINVAL,
             Error::System { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
         }

@@ -5,12 +5,13 @@
 //! Dependencies point one way:
 //!
 //! ```text
-//! engine → store → {slots, codec, pool, object} → {state, page, metrics, locks} → sync
+//! engine → store → {slots, codec, pool, object} → {state, page, metrics, locks, gate} → sync
 //! ```
 
 pub mod codec;
 pub mod engine;
 pub mod error;
+pub mod gate;
 pub mod locks;
 pub mod memory;
 pub mod metrics;

@@ -5,9 +5,12 @@
 //! | rank | lock | protects |
 //! | --- | --- | --- |
 //! | `Slot` | a stripe of the slot table | the slot word, and the life of the object that it names |
+//! | `Zspage` | a zspage, shared (`pool/lock.rs`) | where the objects are whose bytes are read or written |
 //! | `Class` | one size class | its fullness lists and the descriptors of its zspages |
 //! | `Adjust` | the arena's reserve | who takes memory from the system, or gives it back |
 //! | `Arena` | the arena | which of its pages are in use, and which are resident |
+//!
+//! Who moves objects takes `Zspage` exclusively under `Class`, against the order: it only tries, and so waits for nobody.
 //!
 //! `Adjust` may be held while waiting for memory, the others only for bounded work. In the pager only the thread that
 //! keeps the reserve filled takes it, and holds nothing else then; without such a thread (an embedded engine) a store
@@ -21,6 +24,7 @@ use std::ops::{Deref, DerefMut};
 #[repr(u8)]
 pub enum Rank {
     Slot,
+    Zspage,
     Class,
     Adjust,
     Arena,
@@ -60,6 +64,24 @@ impl<T> Ranked<T> {
             _held: held,
         }
     }
+}
+
+/// Notes that the calling thread holds, or is about to wait for, a lock of a kind of its own, until dropped.
+///
+/// # Panics
+/// In debug builds, if this thread holds a lock of the same or a higher rank.
+pub fn hold(rank: Rank) -> Held {
+    let _ = rank;
+    Held {
+        #[cfg(debug_assertions)]
+        _held: debug::Held::new(rank),
+    }
+}
+
+/// See [`hold`].
+pub struct Held {
+    #[cfg(debug_assertions)]
+    _held: debug::Held,
 }
 
 impl<T> Deref for Guard<'_, T> {

@@ -141,13 +141,17 @@ pub struct Metrics {
     pub rejected_out_of_range: Counter,
     pub errors_lost: Counter,
     pub errors_corrupt: Counter,
+    /// Pages of zspages that compaction has freed.
+    pub pages_compacted: Counter,
     pub load_latency: Histogram,
     pub store_latency: Histogram,
+    /// How long loads have waited for an object that was being moved; those that have not waited are not in it.
+    pub mover_waits: Histogram,
     pub classes: [ClassMetrics; MAX_CLASSES],
 }
 
 /// Changes with every change of [`Metrics`], so that nobody reads one layout as another.
-pub const LAYOUT: u64 = 2;
+pub const LAYOUT: u64 = 3;
 
 // SAFETY: atomics of integers, valid when zero, no drop.
 unsafe impl Zeroable for Metrics {}

@@ -25,9 +25,14 @@ pub fn write(object: &mut [u8], slot: u32, codec: Codec, payload: &[u8]) {
     object[HEADER_SIZE..HEADER_SIZE + payload.len()].copy_from_slice(payload);
 }
 
+/// The slot that the header names.
+pub fn slot_of(object: &[u8]) -> Option<u32> {
+    Some(u32::from_le_bytes(object.get(..4)?.try_into().ok()?))
+}
+
 /// Whether the header names this slot. If not, whoever found the object through that slot's word must leave it alone.
 pub fn belongs_to(object: &[u8], slot: u32) -> bool {
-    object.starts_with(&slot.to_le_bytes())
+    slot_of(object) == Some(slot)
 }
 
 /// Codec and payload length as the header says, unverified: for accounting. None if they make no sense.

@@ -11,11 +11,14 @@
 //!
 //! A change publishes the new word first and frees the old object afterwards: whoever reads the word finds either
 //! the old page whole or the new one.
+//!
+//! What a slot holds changes under its lock. Where it lies may also change without: [`SlotTable::relocate`], by who
+//! has moved the object. Both exchange the word they have seen for a new one, so that one of them wins.
 
 use crate::locks::{Guard, Rank, Ranked};
 use crate::pool::Location;
 use crate::state::State;
-use crate::sync::Ordering::{Acquire, Release};
+use crate::sync::Ordering::{AcqRel, Acquire};
 use std::sync::Arc;
 
 const CHECK_SHIFT: u32 = 60;
@@ -90,7 +93,7 @@ pub struct SlotTable {
     stripes: Box<[Ranked<()>]>,
 }
 
-/// One slot, locked: its word does not change and its object is not freed while this lives.
+/// One slot, locked: what it holds does not change while this lives, and its object is not freed, but may be moved.
 pub struct Slot<'a> {
     table: &'a SlotTable,
     index: u32,
@@ -105,6 +108,17 @@ impl SlotTable {
     /// Locks a slot; waits for whoever works on it, or on another one in its stripe.
     pub fn lock(&self, index: u32) -> Slot<'_> {
         Slot { table: self, index, _stripe: self.stripes[index as usize % STRIPES].lock() }
+    }
+
+    /// Makes a slot that names the object at `from` name its copy at `to`. Returns false if it does not name it: the
+    /// object belongs to whoever is about to publish it, or to free it. Takes no lock and never blocks.
+    ///
+    /// Release order: whoever finds the new location finds the copy's bytes.
+    pub fn relocate(&self, index: u32, from: Location, to: Location) -> bool {
+        let Some(word) = self.state.words().get(index as usize) else { return false };
+        let old = Word(word.load(Acquire));
+        let new = Word::new(Entry::Pool(to), old.generation() + 1);
+        old.entry() == Entry::Pool(from) && word.compare_exchange(old.0, new.0, AcqRel, Acquire).is_ok()
     }
 
     /// Bytes of slot words and locks.
@@ -126,10 +140,15 @@ impl Slot<'_> {
     ///
     /// Release order: the object's bytes are written before its location can be seen.
     pub fn publish(&mut self, entry: Entry) -> Entry {
-        let old = self.word();
-        let new = Word::new(entry, old.generation() + 1);
-        self.table.state.words()[self.index as usize].store(new.0, Release);
-        old.entry()
+        loop {
+            let old = self.word();
+            let new = Word::new(entry, old.generation() + 1);
+            let word = &self.table.state.words()[self.index as usize];
+            // It fails if the old object has just been moved: then it is the copy that is to be freed.
+            if word.compare_exchange(old.0, new.0, AcqRel, Acquire).is_ok() {
+                return old.entry();
+            }
+        }
     }
 }
 

@@ -1,20 +1,21 @@
 //! The store: one page in, one page out, by slot.
 //!
 //! Everything about a page happens under the lock of its slot, which is held from start to finish: pages of different
-//! slots go in parallel. What a reader finds is always exactly what was last written, or an error.
+//! slots go in parallel. Only where its object lies may change meanwhile, unless it is pinned. What a reader finds is
+//! always exactly what was last written, or an error.
 
 use crate::codec::{Codec, Compression, Scratch};
 use crate::error::{Error, Result};
 use crate::metrics::{Counter, Metrics, SharedMetrics};
 use crate::object::{self, HEADER_SIZE};
 use crate::page::{self, Page};
-use crate::pool::{Location, Pool};
+use crate::pool::{Location, Pinned, Pool};
 use crate::slots::{Entry, Slot, SlotTable};
 use crate::state::State;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Slots, pool and counters. All methods take `&self` and may be called from several threads.
 pub struct Store {
@@ -49,6 +50,15 @@ impl Detached {
     pub fn is_empty(&self) -> bool {
         self.objects.is_empty()
     }
+}
+
+/// An object that no slot named at the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaked {
+    /// Of its class, in bytes.
+    pub size: usize,
+    /// As its header says, which may be damaged.
+    pub slot: Option<u32>,
 }
 
 impl Store {
@@ -158,13 +168,38 @@ impl Store {
         emptied
     }
 
+    /// Moves stored objects together, and frees what they no longer need: see [`Pool::compact`]. Returns how many pages.
+    pub fn compact(&self) -> u64 {
+        self.pool.compact(&|copy: &[u8], from, to| {
+            object::slot_of(copy).is_some_and(|index| self.slots.relocate(index, from, to))
+        })
+    }
+
+    /// The end: empties all slots, waits for who is moving objects (for `patience` at most), and returns the objects
+    /// that still live although no slot names them. There should be none.
+    ///
+    /// To be called when no page operation is in flight, and none will come; no object is moved any more. Errors:
+    /// [`Error::Busy`] if somebody is still at it: the slots are empty then, and it may be called again.
+    pub fn destroy(&self, patience: Duration) -> Result<Vec<Leaked>> {
+        self.discard(0..self.slots(), &mut Detached::with_capacity(0));
+        let mut leaked = Vec::new();
+        let moving = self.pool.destroy(patience, |size, object| {
+            leaked.push(Leaked { size, slot: object::slot_of(object) });
+        });
+        match moving {
+            0 => Ok(leaked),
+            movers => Err(Error::Busy { movers }),
+        }
+    }
+
     /// Frees what discards have detached.
     pub fn free_detached(&self, detached: &mut Detached) {
         detached.objects.drain(..).for_each(|location| self.free_object(location));
     }
 
     fn load_slot(&self, slot: &mut Slot<'_>, page: &mut Page, scratch: &mut Scratch) -> Result<()> {
-        match slot.word().entry() {
+        let (entry, object) = self.pin(slot);
+        match entry {
             Entry::Empty => page.fill(0),
             Entry::SameFilled(word) => page::fill(page, word),
             Entry::Lost => {
@@ -172,19 +207,32 @@ impl Store {
                 return Err(Error::Lost { slot: slot.index() });
             }
             Entry::Damaged => return Err(self.found_corrupt(slot)),
-            Entry::Pool(location) => {
-                let decode = |object: &[u8]| match object::verify(object, slot.index()) {
-                    Some((codec, payload)) => scratch.decompress(codec, payload, page),
-                    None => false,
-                };
-                // SAFETY: we hold the lock of the slot that names the object. Should the word be damaged and name
-                // another slot's object, that one's bytes may change meanwhile: they do not verify for this slot.
-                if unsafe { self.pool.with_object(location, decode) } != Some(true) {
+            Entry::Pool(_) => {
+                // SAFETY: we hold the lock of the slot, which names the object since it was pinned. Should the word be
+                // damaged and name another slot's object, that one's bytes may change meanwhile: they do not verify
+                // for this slot.
+                let verified =
+                    object.as_ref().and_then(|object| object::verify(unsafe { object.bytes() }, slot.index()));
+                let whole = verified.is_some_and(|(codec, payload)| scratch.decompress(codec, payload, page));
+                drop(object);
+                if !whole {
                     return Err(self.found_corrupt(slot));
                 }
             }
         }
         Ok(())
+    }
+
+    /// What a slot holds, with its object pinned. An object may be moved until it is pinned: then we look again.
+    fn pin(&self, slot: &Slot<'_>) -> (Entry, Option<Pinned<'_>>) {
+        loop {
+            let word = slot.word();
+            let Entry::Pool(location) = word.entry() else { return (word.entry(), None) };
+            let object = self.pool.pin(location);
+            if slot.word() == word {
+                return (word.entry(), object);
+            }
+        }
     }
 
     fn found_corrupt(&self, slot: &mut Slot<'_>) -> Error {
@@ -202,18 +250,23 @@ impl Store {
         let insert = |index| {
             self.pool.insert(HEADER_SIZE + payload.len(), |object| object::write(object, index, codec, payload))
         };
-        let location = insert(slot.index()).or_else(|_| {
+        let object = insert(slot.index()).or_else(|_| {
             // The old page is out of date, whether or not the new one finds room. Give it up: its room may do.
             self.replace(slot, Entry::Lost);
             insert(slot.index())
         });
-        let location = location.inspect_err(|error| match error {
+        let object = object.inspect_err(|error| match error {
             Error::NoRegion => self.metrics.rejected_no_memory.add(1),
             _ => self.metrics.rejected_pool_full.add(1),
         })?;
         self.metrics.compressed_bytes.add(payload.len() as u64);
         self.pages_of(codec).add(1);
-        self.replace(slot, Entry::Pool(location));
+        let old = self.publish(slot, Entry::Pool(object.location()));
+        // From here on it may be moved.
+        drop(object);
+        if let Some(old) = old {
+            self.free_object(old);
+        }
         Ok(())
     }
 
@@ -245,7 +298,7 @@ impl Store {
             // A word may be damaged, and name an object of another slot: that one stays.
             Entry::Pool(location) => {
                 let belongs = |object: &[u8]| object::belongs_to(object, slot.index());
-                // SAFETY: the slot is locked, and so is the object with it; a wrong one is only looked at.
+                // SAFETY: the slot no longer names the object, and only we know it; a wrong one is only looked at.
                 Some(location).filter(|&location| unsafe { self.pool.with_object(location, belongs) } == Some(true))
             }
         }
@@ -275,7 +328,7 @@ impl Store {
     pub fn flip_bit(&self, index: u32, n: usize) -> bool {
         let slot = self.slots.lock(index);
         let Entry::Pool(location) = slot.word().entry() else { return false };
-        // SAFETY: the slot is locked.
+        // SAFETY: the slot is locked, and in tests that damage objects nobody moves them.
         let peeked = unsafe { self.pool.with_object(location, object::peek) }.flatten();
         let (Some((_, length)), Some(address)) = (peeked, self.pool.address(location)) else { return false };
         let bit = n % ((HEADER_SIZE + length) * 8);

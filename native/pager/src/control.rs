@@ -7,6 +7,7 @@
 //! | `relay` | `ok`, with the descriptor that pyfuse3 is to serve; EBUSY while another one has it |
 //! | `mem-limit BYTES` | `ok` |
 //! | `compression NAME LEVEL` | `ok` |
+//! | `compact` | `ok`: it has begun |
 //! | `reset` | `ok`, or EBUSY while the swap file is open |
 //! | `stop` | `ok`, or EBUSY while the swap file is open; then the pager unmounts and ends |
 //!
@@ -150,6 +151,10 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
             Ok(Reply::Descriptor(file.into()))
         }
         ["relay"] => shared.relay.connect().map(Reply::Descriptor).map_err(system("another zswapd is connected")),
+        ["compact"] => {
+            shared.engine.store().pool().ask_for_compaction();
+            done()
+        }
         ["mem-limit", bytes] => {
             let bytes = bytes.parse().map_err(|_| Error::Invalid(format!("not a size: {bytes}")))?;
             shared.engine.store().pool().set_limit_bytes(bytes);

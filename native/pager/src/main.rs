@@ -7,6 +7,7 @@
 //! | worker | reads requests from /dev/fuse, answers those on the swap file | never |
 //! | relay-out, relay-in | carry all other requests to pyfuse3, and its replies back | in the kernel's socket code |
 //! | refill | keeps the pool's reserve of memory filled | yes |
+//! | compactor | moves objects together when the pool is fragmented | never |
 //! | main | answers commands on the control socket | yes |
 
 mod args;
@@ -81,6 +82,10 @@ fn run() -> Result<(), String> {
         let shared = shared.clone();
         move || refill(&shared)
     })
+    .and_then(|()| {
+        let shared = shared.clone();
+        process::spawn("compactor", move || compact(&shared))
+    })
     .and_then(|()| relay::spawn(&shared))
     .and_then(|()| channel::spawn(&shared, device.as_fd(), &args));
     let result = spawned
@@ -104,6 +109,18 @@ fn refill(shared: &Shared) {
                 eprintln!("zswapd-pager: {error}; trying again");
                 std::thread::park_timeout(std::time::Duration::from_millis(100));
             }
+        }
+    }
+}
+
+/// Compacts when it is worth it or asked for, for ever.
+fn compact(shared: &Shared) {
+    let store = shared.engine.store();
+    store.pool().become_compactor();
+    loop {
+        std::thread::park();
+        if store.pool().wants_compaction() {
+            store.compact();
         }
     }
 }

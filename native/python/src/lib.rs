@@ -72,6 +72,10 @@ impl Engine {
         self.with_scratch(|scratch| py.detach(|| self.core.discard(offset, length, &mut detached, scratch)))
     }
 
+    fn compact(&self, py: Python<'_>) {
+        py.detach(|| self.core.store().compact());
+    }
+
     fn reset(&self, py: Python<'_>) {
         py.detach(|| self.core.reset());
     }
@@ -145,6 +149,7 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
             ("loads", metrics.loads.get()),
             ("stores", metrics.stores.get()),
             ("discards", metrics.discards.get()),
+            ("pages_compacted", metrics.pages_compacted.get()),
         ],
     )?;
     let algorithm = if metrics.algorithm.get() == 0 { Algorithm::Lz4 } else { Algorithm::Zstd };
@@ -160,6 +165,7 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
     stats.set_item("errors", counts(py, &errors)?)?;
     stats.set_item("load_latency", histogram(py, &metrics.load_latency.snapshot())?)?;
     stats.set_item("store_latency", histogram(py, &metrics.store_latency.snapshot())?)?;
+    stats.set_item("mover_waits", histogram(py, &metrics.mover_waits.snapshot())?)?;
     let classes = metrics.classes.iter().filter(|class| class.size_bytes.get() > 0).map(|class| {
         let fields = [
             ("size_bytes", class.size_bytes.get()),

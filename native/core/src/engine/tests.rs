@@ -1,6 +1,7 @@
 use super::*;
 use proptest::prelude::*;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 const PAGES: usize = 24;
 const SIZE: usize = PAGES * PAGE_SIZE;
@@ -45,6 +46,7 @@ enum Step {
     Discard { offset: usize, length: usize },
     SetAlgorithm(bool),
     SetLimit(u64),
+    Compact,
     Reset,
 }
 
@@ -60,6 +62,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => range.prop_map(|(offset, length)| Step::Discard { offset, length }),
         1 => any::<bool>().prop_map(Step::SetAlgorithm),
         1 => (0u64..40).prop_map(Step::SetLimit),
+        1 => Just(Step::Compact),
         1 => Just(Step::Reset),
     ];
     prop::collection::vec(step, 1..120)
@@ -153,6 +156,11 @@ proptest! {
                 Step::SetAlgorithm(zstd) => engine.set_compression(
                     Compression::new(if zstd { Algorithm::Zstd } else { Algorithm::Lz4 }, 5).expect("level")),
                 Step::SetLimit(pages) => engine.store().pool().set_limit_bytes(pages * PAGE_SIZE as u64),
+                Step::Compact => {
+                    let before = engine.store().metrics().pool_bytes.get();
+                    let freed = engine.store().compact() * PAGE_SIZE as u64;
+                    prop_assert_eq!(engine.store().metrics().pool_bytes.get(), before - freed);
+                }
                 Step::Reset => {
                     engine.reset();
                     model.0.fill(Some(vec![0; PAGE_SIZE]));
@@ -162,7 +170,7 @@ proptest! {
             let lost = model.0.iter().filter(|page| page.is_none()).count() as u64;
             prop_assert_eq!(metrics.pages_lost.get(), lost);
         }
-        engine.reset();
+        prop_assert_eq!(engine.store().destroy(Duration::ZERO).expect("nobody is moving"), vec![]);
         let metrics = engine.store().metrics();
         let gauges = [&metrics.pages_lz4, &metrics.pages_zstd, &metrics.pages_same_filled, &metrics.pages_incompressible,
             &metrics.pages_lost, &metrics.compressed_bytes];
@@ -260,11 +268,15 @@ fn sizes_that_make_no_swap_file_are_refused() {
     }
 }
 
-/// Threads write whole pages that name themselves, read, and punch, all on the same few slots. A page that is torn,
-/// of another slot, or of a freed object would not fit its own stamp.
+/// Threads write whole pages that name themselves, read, and punch, all on the same few slots, while objects are moved
+/// without a pause. A page that is torn, of another slot, or of a freed object would not fit its own stamp.
 #[test]
 fn concurrent_calls_never_tear_a_page() {
-    let engine = engine(Algorithm::Lz4, 40);
+    const SLOTS: u64 = 200;
+    let compression = Compression::new(Algorithm::Lz4, 3).expect("level");
+    // Too little for all of them, if they are noise.
+    let limit = SLOTS * PAGE_SIZE as u64 * 2 / 3;
+    let engine = Engine::new(SLOTS * PAGE_SIZE as u64, limit, compression, Files::default()).expect("engine");
     let stop = AtomicBool::new(false);
     let stamp = |slot: u64, round: u64, kind: u8| {
         let mut page = contents(kind, slot << 32 | round, PAGE_SIZE);
@@ -278,28 +290,34 @@ fn concurrent_calls_never_tear_a_page() {
             let (engine, stop) = (&engine, &stop);
             scope.spawn(move || {
                 let mut scratch = Scratch::new().expect("scratch");
-                for round in 0..4000 {
-                    let slot = (round * 7 + thread) % PAGES as u64;
+                for round in 0..if cfg!(debug_assertions) { 8_000 } else { 40_000 } {
+                    let slot = (round * 7 + thread * 31) % SLOTS;
                     let offset = slot * PAGE_SIZE as u64;
                     if round % 11 == 0 {
                         discard(engine, offset, PAGE_SIZE as u64, &mut scratch).expect("in range");
                     }
-                    if round % 501 == 0 {
+                    if round % 5001 == 0 {
                         engine.reset();
                     }
-                    let data = stamp(slot, round * 4 + thread, 1 + (round % 2) as u8);
+                    let data = stamp(slot, round * 4 + thread, 1 + (round / SLOTS % 2) as u8);
                     let _full_is_fine = engine.write(offset, &data, &mut scratch);
                 }
                 stop.store(true, Ordering::Relaxed);
             });
         }
         scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                engine.store().compact();
+            }
+            assert!(engine.store().metrics().pages_compacted.get() > 0, "nothing was moved");
+        });
+        scope.spawn(|| {
             let mut scratch = Scratch::new().expect("scratch");
             let mut page = vec![0; PAGE_SIZE];
             let mut seen = 0;
             // Whole to the end, and at least until a page was seen: a busy machine may let the writers finish first.
             while !stop.load(Ordering::Relaxed) || seen == 0 {
-                for slot in 0..PAGES as u64 {
+                for slot in 0..SLOTS {
                     match engine.read(slot * PAGE_SIZE as u64, &mut page, &mut scratch) {
                         Ok(_) if page.iter().all(|&byte| byte == 0) => {}
                         Ok(_) => {
@@ -314,6 +332,6 @@ fn concurrent_calls_never_tear_a_page() {
             }
         });
     });
-    engine.reset();
+    assert_eq!(engine.store().destroy(Duration::ZERO).expect("nobody is moving"), vec![]);
     assert_eq!(engine.store().metrics().pool_bytes.get(), 0);
 }

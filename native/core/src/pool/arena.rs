@@ -21,7 +21,7 @@ pub const REGION_PAGES: u32 = 512;
 /// them may have to wait for a processor.
 const RESERVE_LOW: u64 = 4;
 /// They are given back above this many.
-const RESERVE_HIGH: u64 = 6;
+pub const RESERVE_HIGH: u64 = 6;
 
 const WORDS: usize = REGION_PAGES as usize / 64;
 type Bitmap = [u64; WORDS];
@@ -49,6 +49,18 @@ struct Inner {
     free_regions: u64,
     used_pages: u64,
     limit_pages: u64,
+    /// The region that is being emptied: nothing is handed out from it, so its room is 0.
+    isolated: Option<usize>,
+}
+
+impl Inner {
+    fn pages_to_spare(&self, metrics: &Metrics) -> u64 {
+        let backed_pages = metrics.backed_bytes.get() / PAGE_SIZE as u64;
+        let in_reserve = self.free_regions * u64::from(REGION_PAGES);
+        let idle = backed_pages.saturating_sub(self.used_pages + in_reserve);
+        // Less than a region would not empty one; and as free pages lie in runs of some length, it takes some more.
+        idle.saturating_sub(u64::from(REGION_PAGES + REGION_PAGES / 4))
+    }
 }
 
 /// The page allocator of the pool (lock rank `Arena`).
@@ -80,6 +92,7 @@ impl Arena {
             free_regions: 0,
             used_pages: 0,
             limit_pages,
+            isolated: None,
         };
         let arena = Arena {
             state,
@@ -96,32 +109,40 @@ impl Arena {
     ///
     /// Errors: [`Error::PoolFull`] at the limit; [`Error::NoRegion`] if no backed region has room: `adjust` may help.
     pub fn alloc(&self, pages: usize) -> Result<u32> {
-        let mut guard = self.inner.lock();
-        let inner = &mut *guard;
-        if inner.used_pages + pages as u64 > inner.limit_pages {
-            return Err(Error::PoolFull);
-        }
+        let mut inner = self.inner.lock();
         let from = inner.first_with[pages - 1].min(inner.touched);
         let found = inner.room[from..inner.touched].iter().position(|&room| usize::from(room) >= pages);
         inner.first_with[pages - 1] = found.map_or(inner.touched, |n| from + n);
-        let run = found.and_then(|n| Some((from + n, first_free_run(&inner.regions[from + n].used, pages)?)));
-        let Some((index, first)) = run else {
-            drop(guard);
+        let taken = self.take(&mut inner, found.map(|n| from + n), pages);
+        let low = inner.free_regions < RESERVE_LOW;
+        drop(inner);
+        if low {
             self.wake_adjuster();
-            return Err(Error::NoRegion);
-        };
+        }
+        taken
+    }
+
+    /// As [`Arena::alloc`], but only from regions that are in use: what empties a region must not begin another.
+    pub fn alloc_beside(&self, pages: usize) -> Result<u32> {
+        let mut inner = self.inner.lock();
+        let has_room = |&index: &usize| usize::from(inner.room[index]) >= pages && inner.regions[index].used_pages > 0;
+        let found = (0..inner.touched).find(has_room);
+        self.take(&mut inner, found, pages)
+    }
+
+    fn take(&self, inner: &mut Inner, region: Option<usize>, pages: usize) -> Result<u32> {
+        if inner.used_pages + pages as u64 > inner.limit_pages {
+            return Err(Error::PoolFull);
+        }
+        let run = region.and_then(|index| Some((index, first_free_run(&inner.regions[index].used, pages)?)));
+        let (index, first) = run.ok_or(Error::NoRegion)?;
         let region = &mut inner.regions[index];
         (first..first + pages).for_each(|page| region.used[page / 64] |= 1 << (page % 64));
         inner.free_regions -= u64::from(region.used_pages == 0);
         region.used_pages += pages as u32;
         inner.room[index] = longest_free_run(&region.used);
         inner.used_pages += pages as u64;
-        let low = inner.free_regions < RESERVE_LOW;
         self.publish_usage(inner);
-        drop(guard);
-        if low {
-            self.wake_adjuster();
-        }
         Ok(index as u32 * REGION_PAGES + first as u32)
     }
 
@@ -137,7 +158,9 @@ impl Arena {
         }
         region.used_pages -= pages as u32;
         inner.free_regions += u64::from(region.used_pages == 0);
-        inner.room[index] = longest_free_run(&region.used);
+        if inner.isolated != Some(index) {
+            inner.room[index] = longest_free_run(&region.used);
+        }
         inner.first_with.iter_mut().for_each(|lowest| *lowest = index.min(*lowest));
         inner.used_pages -= pages as u64;
         let high = inner.free_regions > RESERVE_HIGH;
@@ -203,10 +226,54 @@ impl Arena {
         result.map(|()| true)
     }
 
+    /// Pages of regions in use that other regions have room for: what emptying the sparsest ones would give back.
+    pub fn pages_to_spare(&self) -> u64 {
+        self.inner.lock().pages_to_spare(&self.metrics)
+    }
+
+    /// No page at or above this one was ever handed out.
+    pub fn touched_pages(&self) -> u32 {
+        self.inner.lock().touched as u32 * REGION_PAGES
+    }
+
+    /// Isolates the region with the fewest pages in use, if the idle pages of the others have room for them. Returns its
+    /// pages. Nothing is handed out from it until [`Arena::putback`]; one region is isolated at a time.
+    pub fn isolate_sparsest(&self) -> Option<Range<u32>> {
+        let mut guard = self.inner.lock();
+        let inner = &mut *guard;
+        if inner.isolated.is_some() || inner.pages_to_spare(&self.metrics) == 0 {
+            return None;
+        }
+        let in_use = |&index: &usize| inner.regions[index].used_pages > 0;
+        let index = (0..inner.touched).filter(in_use).min_by_key(|&index| inner.regions[index].used_pages)?;
+        inner.isolated = Some(index);
+        inner.room[index] = 0;
+        let first = index as u32 * REGION_PAGES;
+        Some(first..first + REGION_PAGES)
+    }
+
+    /// Ends the isolation. Returns true if the region was emptied: [`Arena::adjust`] may give it back then.
+    pub fn putback(&self) -> bool {
+        let mut guard = self.inner.lock();
+        let inner = &mut *guard;
+        let Some(index) = inner.isolated.take() else { return false };
+        inner.room[index] = longest_free_run(&inner.regions[index].used);
+        inner.first_with.iter_mut().for_each(|lowest| *lowest = index.min(*lowest));
+        let emptied = inner.regions[index].used_pages == 0;
+        drop(guard);
+        if emptied {
+            self.wake_adjuster();
+        }
+        emptied
+    }
+
     /// The lowest region to back, or the highest free one to give back.
     fn choose(&self, inner: &Inner) -> Option<Change> {
         if inner.free_regions > RESERVE_HIGH {
-            let free = |&index: &usize| inner.regions[index].backed && inner.regions[index].used_pages == 0;
+            // One that is isolated is not given back before it is put back, or it would be handed out meanwhile.
+            let free = |&index: &usize| {
+                inner.regions[index].backed && inner.regions[index].used_pages == 0 && inner.isolated != Some(index)
+            };
             return (0..inner.touched).rev().find(free).map(Change::GiveBack);
         }
         let backed_pages = self.metrics.backed_bytes.get() / PAGE_SIZE as u64;

@@ -1,22 +1,29 @@
 //! The pool: objects of 64 to 4112 bytes in size classes, after the kernel's zsmalloc.
 //!
 //! An object is known by its [`Location`] in the arena, which is what the slot word holds: there is no table of
-//! handles. Allocation takes the lock of the class, and that of the arena when the class has to grow.
+//! handles. Allocation takes the lock of the class, and that of the arena when the class has to grow. Objects are moved
+//! while others read and write ([`compact`]): whoever touches an object's bytes has it pinned.
 
 mod arena;
 mod class;
+mod compact;
+mod lock;
 mod zspage;
 
 use crate::error::{Error, Result};
-use crate::locks::{Rank, Ranked};
+use crate::gate::Gate;
+use crate::locks::{hold, Held, Rank, Ranked};
 use crate::metrics::SharedMetrics;
 use crate::page::PAGE_SIZE;
 use crate::state::{State, MAX_ARENA_PAGES};
+use crate::sync::{AtomicBool, AtomicU32};
 use arena::Arena;
 use arena::REGION_PAGES;
 use class::{ClassTable, Geometry, MAX_CHAIN, UNIT};
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
 use zspage::{ClassLists, Descriptors, PageDesc};
 
 /// Where an object lies in the arena, in units of 16 bytes.
@@ -31,6 +38,11 @@ impl Location {
     pub fn units(self) -> u64 {
         self.0
     }
+
+    /// In bytes from the arena's start.
+    fn offset(self) -> usize {
+        self.0 as usize * UNIT
+    }
 }
 
 /// A zsmalloc pool over the arena of a state file.
@@ -41,9 +53,48 @@ pub struct Pool {
     classes: Box<[Ranked<ClassLists>]>,
     descriptors: Descriptors,
     metrics: SharedMetrics,
+    /// Who moves objects is inside; closed by [`Pool::destroy`].
+    movers: Gate,
+    /// Is woken when there may be something to compact.
+    compactor: OnceLock<Thread>,
+    compaction_asked: AtomicBool,
+    frees: AtomicU32,
+}
+
+/// An object whose bytes stay where they are while this lives: its zspage is locked, shared (rank `Zspage`).
+pub struct Pinned<'a> {
+    pool: &'a Pool,
+    location: Location,
+    first: u32,
+    size: usize,
+    _held: Held,
+}
+
+impl Pinned<'_> {
+    pub fn location(&self) -> Location {
+        self.location
+    }
+
+    /// The object's bytes, up to the size of its class.
+    ///
+    /// # Safety
+    /// A slot that the caller has locked must have named the location after it was pinned: nobody frees it then.
+    pub unsafe fn bytes(&self) -> &[u8] {
+        let offset = self.location.offset();
+        // SAFETY: a live object lies inside the arena; by the caller's promise it stays live, as it is pinned it stays
+        // in its place, and objects are written only before their location is known.
+        unsafe { std::slice::from_raw_parts(self.pool.state.arena(offset), self.size) }
+    }
+}
+
+impl Drop for Pinned<'_> {
+    fn drop(&mut self) {
+        self.pool.descriptors[self.first as usize].lock.unlock_read();
+    }
 }
 
 /// A live object, found through its location.
+#[derive(PartialEq)]
 struct Found {
     class: usize,
     first: u32,
@@ -76,22 +127,47 @@ impl Pool {
             table,
             state,
             metrics,
+            movers: Gate::new(),
+            compactor: OnceLock::new(),
+            compaction_asked: AtomicBool::new(false),
+            frees: AtomicU32::new(0),
         })
     }
 
     /// Allocates an object of `length` bytes (header included) and lets `write` fill it; the object may be longer.
     ///
-    /// Errors: [`Error::PoolFull`], or [`Error::NoRegion`] when the reserve is used up, with nothing changed. Waits for
-    /// memory only in a pool without an adjuster.
-    pub fn insert(&self, length: usize, write: impl FnOnce(&mut [u8])) -> Result<Location> {
+    /// It comes pinned, and has to stay so until a slot names it, or it is freed: nobody looks at it before, let alone
+    /// moves it. Errors: [`Error::PoolFull`], or [`Error::NoRegion`] when the reserve is used up, with nothing changed.
+    /// Waits for memory only in a pool without an adjuster.
+    pub fn insert(&self, length: usize, write: impl FnOnce(&mut [u8])) -> Result<Pinned<'_>> {
         let class = self.table.index_for(length);
         let geometry = &self.table.classes()[class];
         let (first, object) = self.take_object(class, geometry)?;
-        let offset = first as usize * PAGE_SIZE + object * geometry.size;
+        let location = location_of(first, object, geometry);
+        let pinned = Pinned { pool: self, location, first, size: geometry.size, _held: hold(Rank::Zspage) };
         // SAFETY: the object lies inside its zspage, which lies inside the arena. It was free until now and its
         // location is known to nobody else, so that this is the only reference to these bytes.
-        write(unsafe { std::slice::from_raw_parts_mut(self.state.arena(offset), geometry.size) });
-        Ok(Location((offset / UNIT) as u64))
+        write(unsafe { std::slice::from_raw_parts_mut(self.state.arena(location.offset()), geometry.size) });
+        Ok(pinned)
+    }
+
+    /// Pins the object at a location, so that it is not moved. None if no object lives there (any more).
+    ///
+    /// Waits for who is moving objects of its zspage. Who has found the location in a slot word looks at the word again
+    /// afterwards: until it was pinned, the object may have been moved away.
+    pub fn pin(&self, location: Location) -> Option<Pinned<'_>> {
+        let found = self.find(location)?;
+        let held = hold(Rank::Zspage);
+        let lock = &self.descriptors[found.first as usize].lock;
+        if !lock.try_read() {
+            let start = Instant::now();
+            lock.read();
+            self.metrics.mover_waits.record_since(start);
+        }
+        let size = self.table.classes()[found.class].size;
+        let pinned = Pinned { pool: self, location, first: found.first, size, _held: held };
+        // Before the lock, the zspage may have been freed and another one made there: then we hold the wrong lock.
+        (self.find(location) == Some(found)).then_some(pinned)
     }
 
     fn take_object(&self, class: usize, geometry: &Geometry) -> Result<(u32, usize)> {
@@ -108,25 +184,32 @@ impl Pool {
     fn try_take_object(&self, class: usize, geometry: &Geometry) -> Result<(u32, usize)> {
         let counters = &self.metrics.classes[class];
         let mut lists = self.classes[class].lock();
-        let taken = match lists.take_object(&self.descriptors, geometry) {
+        let taken = match lists.take_object(&self.descriptors, geometry, |_| false) {
             Some(taken) => taken,
             None => {
                 let first = self.arena.alloc(geometry.pages)?;
-                lists.insert_zspage(&self.descriptors, first, class, geometry);
-                counters.zspages.add(1);
-                // A fresh zspage has an object.
-                lists.take_object(&self.descriptors, geometry).ok_or(Error::PoolFull)?
+                self.grow(&mut lists, class, first).ok_or(Error::PoolFull)?
             }
         };
         counters.objects.add(1);
+        // Pinned before anyone can see the object. There is no mover to wait for: it would hold the lock of the class.
+        self.descriptors[taken.0 as usize].lock.read();
         Ok(taken)
     }
 
-    /// Lets `read` see an object's bytes (up to the size of its class). None if no object lives there.
+    /// Makes a zspage of pages from the arena, and takes an object of it. It has one, or it would not be a class.
+    fn grow(&self, lists: &mut ClassLists, class: usize, first: u32) -> Option<(u32, usize)> {
+        let geometry = &self.table.classes()[class];
+        lists.insert_zspage(&self.descriptors, first, class, geometry);
+        self.metrics.classes[class].zspages.add(1);
+        lists.take_object(&self.descriptors, geometry, |zspage| zspage != first)
+    }
+
+    /// Lets `read` see the bytes of an object that no slot names (up to the size of its class). None if no object lives
+    /// there.
     ///
     /// # Safety
-    /// The object must not be freed meanwhile: the caller holds the lock of the slot that names it, or the object is
-    /// the caller's own because no slot does.
+    /// The object must be the caller's: it is not freed meanwhile, and is not moved, as no slot names it.
     pub unsafe fn with_object<R>(&self, location: Location, read: impl FnOnce(&[u8]) -> R) -> Option<R> {
         let found = self.find(location)?;
         let size = self.table.classes()[found.class].size;
@@ -142,12 +225,25 @@ impl Pool {
         let Some(found) = self.find(location) else { return };
         let geometry = &self.table.classes()[found.class];
         let mut lists = self.classes[found.class].lock();
-        let empty = lists.put_object(&self.descriptors, geometry, found.first, found.object);
-        let counters = &self.metrics.classes[found.class];
-        counters.objects.sub(1);
-        counters.zspages.sub(u64::from(empty));
+        let empty = self.put(&mut lists, found.class, found.first, found.object);
+        self.metrics.classes[found.class].objects.sub(1);
         drop(lists);
-        if empty && self.arena.free(found.first, geometry.pages) && !self.arena.has_adjuster() {
+        if empty {
+            self.free_pages(found.first, geometry.pages);
+        }
+        self.wake_compactor_now_and_then();
+    }
+
+    /// Takes an object out of its zspage. Returns true if the zspage is no more: its pages are then the caller's.
+    fn put(&self, lists: &mut ClassLists, class: usize, first: u32, object: usize) -> bool {
+        let empty = lists.put_object(&self.descriptors, &self.table.classes()[class], first, object);
+        self.metrics.classes[class].zspages.sub(u64::from(empty));
+        empty
+    }
+
+    /// Gives the pages of a zspage that is no more back to the arena.
+    fn free_pages(&self, first: u32, pages: usize) {
+        if self.arena.free(first, pages) && !self.arena.has_adjuster() {
             // A region that cannot be given back stays in reserve.
             let _ = self.adjust();
         }
@@ -188,6 +284,32 @@ impl Pool {
         self.descriptors.populate(pages.start as usize..pages.end as usize)
     }
 
+    /// Ends all moving of objects, and shows `leaked` each object that still lives (the size of its class, its bytes).
+    ///
+    /// To be called when no page operation is in flight, and none will come. Waits, for `patience` at most, for those
+    /// who are moving objects; they finish the step that they are at. What their step has freed is back in the arena by
+    /// then: a mover leaves the gate last. Returns how many were still there: the pool may not be dropped then.
+    pub fn destroy(&self, patience: Duration, mut leaked: impl FnMut(usize, &[u8])) -> u32 {
+        self.movers.close();
+        let inside = self.movers.wait(patience);
+        if inside > 0 {
+            return inside;
+        }
+        for page in 0..self.arena.touched_pages() {
+            let Some((first, class)) = zspage::zspage_of(&self.descriptors, page).filter(|&(first, _)| first == page)
+            else {
+                continue;
+            };
+            let geometry = &self.table.classes()[class];
+            for object in zspage::objects_in_use(&self.descriptors, first, geometry.pages) {
+                let address = self.state.arena(location_of(first, object, geometry).offset());
+                // SAFETY: inside the arena; by the caller's promise and ours nobody writes or frees it any more.
+                leaked(geometry.size, unsafe { std::slice::from_raw_parts(address, geometry.size) });
+            }
+        }
+        0
+    }
+
     pub fn limit_bytes(&self) -> u64 {
         self.arena.limit() * PAGE_SIZE as u64
     }
@@ -202,6 +324,10 @@ impl Pool {
         let pages = self.metrics.pool_peak_bytes.get() / PAGE_SIZE as u64;
         pages * size_of::<PageDesc>() as u64 + (self.classes.len() * size_of::<Ranked<ClassLists>>()) as u64
     }
+}
+
+fn location_of(first: u32, object: usize, geometry: &Geometry) -> Location {
+    Location(((first as usize * PAGE_SIZE + object * geometry.size) / UNIT) as u64)
 }
 
 #[cfg(test)]
@@ -232,7 +358,7 @@ mod tests {
                 let stamp = n as u8;
                 if step > 0 {
                     match pool.insert(length, |object| object.fill(stamp)) {
-                        Ok(location) => live.push((location, length, stamp)),
+                        Ok(object) => live.push((object.location(), length, stamp)),
                         Err(error) => {
                             prop_assert!(matches!(error, Error::PoolFull));
                             prop_assert!(used_pages(&pool) + MAX_CHAIN as u64 > limit);
@@ -262,7 +388,7 @@ mod tests {
     #[test]
     fn a_wrong_location_finds_nothing() {
         let pool = pool(100);
-        let location = pool.insert(1000, |_| ()).expect("room");
+        let location = pool.insert(1000, |_| ()).expect("room").location();
         for wrong in [location.0 + 1, location.0 + 10_000, u64::MAX >> 27, u64::MAX] {
             assert!(pool.find(Location(wrong)).is_none());
             pool.free(Location(wrong));

@@ -6,8 +6,10 @@
 //! spoil pages, but never the allocator.
 
 use super::class::Geometry;
+use super::lock::ZspageLock;
 use crate::memory::{Zeroable, ZeroedTable};
-use crate::sync::{AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering::Relaxed};
+use crate::sync::Ordering::{Acquire, Relaxed, Release};
+use crate::sync::{AtomicU16, AtomicU32, AtomicU64, AtomicU8};
 
 const NIL: u32 = u32::MAX;
 
@@ -18,7 +20,11 @@ const FULL: usize = GROUPS - 1;
 /// Descriptor of one arena page. All but `used` and `back` mean something for the first page of a zspage only.
 ///
 /// Relaxed atomics: the fields change under the lock of the class, which also orders them. `class` and `back` are
-/// read without it by who owns an object of the zspage, and stay as they are while it has any.
+/// also read without it. They stay as they are while the zspage has an object in use; who has none there may find a
+/// zspage that is being freed, or another one in its place, and looks again under a lock ([`zspage_of`]).
+///
+/// Invariant: a descriptor outlives every reader. The table is unmapped with the pool, never before, so that a zspage
+/// is freed without a grace period, and without locking its pages.
 #[derive(Default)]
 pub struct PageDesc {
     /// The objects in use; page n of the zspage has the bits of objects 64·n to 64·n+63.
@@ -26,9 +32,11 @@ pub struct PageDesc {
     /// Neighbours in the fullness list.
     next: AtomicU32,
     previous: AtomicU32,
+    pub lock: ZspageLock,
     in_use: AtomicU16,
     class: AtomicU8,
-    /// 1 + how many pages before this one the zspage begins; 0: the page is in no zspage.
+    /// 1 + how many pages before this one the zspage begins; 0: the page is in no zspage, or in one that is being
+    /// freed. Set last when a zspage is made, cleared first when it is freed.
     back: AtomicU8,
 }
 
@@ -38,9 +46,14 @@ unsafe impl Zeroable for PageDesc {}
 /// The descriptors of all arena pages.
 pub type Descriptors = ZeroedTable<PageDesc>;
 
-/// First page and class of the zspage that a page belongs to; None for a page in no zspage.
+/// First page and class of the zspage that a page belongs to; None for a page in no zspage. Takes no lock.
+///
+/// The answer holds for who owns an object of the zspage, or has pinned one. Anyone else has found a zspage that may be
+/// freed at any time: they take the lock of the class and ask again. The same answer then means that it is on its
+/// class's list, and will stay there; another one, or none, that it was freed: leave it. (The kernel's
+/// `get_zspage_lockless`, and its check for being on a list.)
 pub fn zspage_of(descriptors: &Descriptors, page: u32) -> Option<(u32, usize)> {
-    let back = u32::from(descriptors.get(page as usize)?.back.load(Relaxed));
+    let back = u32::from(descriptors.get(page as usize)?.back.load(Acquire));
     let first = page.checked_sub(back.checked_sub(1)?)?;
     Some((first, usize::from(descriptors[first as usize].class.load(Relaxed))))
 }
@@ -64,20 +77,26 @@ impl ClassLists {
 
     /// Makes fresh pages into a zspage with nothing in use, on the list of the empty.
     pub fn insert_zspage(&mut self, descriptors: &Descriptors, first: u32, class: usize, geometry: &Geometry) {
-        for n in 0..geometry.pages {
-            let page = &descriptors[first as usize + n];
-            page.used.store(0, Relaxed);
-            page.back.store(n as u8 + 1, Relaxed);
-        }
         let desc = &descriptors[first as usize];
         desc.in_use.store(0, Relaxed);
         desc.class.store(class as u8, Relaxed);
         self.link(descriptors, first, 0);
+        for n in 0..geometry.pages {
+            let page = &descriptors[first as usize + n];
+            page.used.store(0, Relaxed);
+            page.back.store(n as u8 + 1, Release);
+        }
     }
 
-    /// Takes an object from the fullest zspage that has one, and returns zspage and object.
-    pub fn take_object(&mut self, descriptors: &Descriptors, geometry: &Geometry) -> Option<(u32, usize)> {
-        let first = self.heads[..FULL].iter().rev().copied().find(|&head| head != NIL)?;
+    /// Takes an object from the fullest zspage that has one and is not to be avoided, and returns zspage and object.
+    pub fn take_object(
+        &mut self,
+        descriptors: &Descriptors,
+        geometry: &Geometry,
+        avoid: impl Fn(u32) -> bool,
+    ) -> Option<(u32, usize)> {
+        let from_fullest = self.heads[..FULL].iter().rev();
+        let first = from_fullest.flat_map(|&head| list(descriptors, head)).find(|&first| !avoid(first))?;
         let object = (0..geometry.pages).find_map(|n| {
             let free = descriptors[first as usize + n].used.load(Relaxed).trailing_ones() as usize;
             Some(n * 64 + free).filter(|&object| free < 64 && object < geometry.objects)
@@ -86,6 +105,11 @@ impl ClassLists {
         word.store(word.load(Relaxed) | 1 << (object % 64), Relaxed);
         self.change_in_use(descriptors, first, geometry, 1);
         Some((first, object))
+    }
+
+    /// The emptiest zspage that has an object in use, and is not full.
+    pub fn emptiest(&self, descriptors: &Descriptors) -> Option<u32> {
+        self.heads[1..FULL].iter().find_map(|&head| list(descriptors, head).next())
     }
 
     /// Takes an object back. Returns true if that was the last one: the zspage is then off every list, its pages are
@@ -98,7 +122,7 @@ impl ClassLists {
         if empty {
             self.unlink(descriptors, first, 0);
             for n in 0..geometry.pages {
-                descriptors[first as usize + n].back.store(0, Relaxed);
+                descriptors[first as usize + n].back.store(0, Release);
             }
         }
         empty
@@ -141,6 +165,17 @@ impl ClassLists {
     }
 }
 
+/// The zspages of a list from `head` on.
+fn list(descriptors: &Descriptors, head: u32) -> impl Iterator<Item = u32> + '_ {
+    let to_option = |first: u32| Some(first).filter(|&first| first != NIL);
+    std::iter::successors(to_option(head), move |&first| to_option(descriptors[first as usize].next.load(Relaxed)))
+}
+
+/// The objects of a zspage that are in use, in order of address.
+pub fn objects_in_use(descriptors: &Descriptors, first: u32, pages: usize) -> impl Iterator<Item = usize> + '_ {
+    (0..pages * 64).filter(move |&object| is_used(descriptors, first, object))
+}
+
 fn group(in_use: u16, objects: usize) -> usize {
     match usize::from(in_use) {
         0 => 0,
@@ -171,11 +206,11 @@ mod tests {
         for first in 0..3 {
             lists.insert_zspage(&descriptors, first, 0, &geometry);
         }
-        let (fullest, _) = lists.take_object(&descriptors, &geometry).expect("object");
+        let (fullest, _) = lists.take_object(&descriptors, &geometry, |_| false).expect("object");
         for _ in 1..4 {
-            assert_eq!(lists.take_object(&descriptors, &geometry).expect("object").0, fullest);
+            assert_eq!(lists.take_object(&descriptors, &geometry, |_| false).expect("object").0, fullest);
         }
-        assert_ne!(lists.take_object(&descriptors, &geometry).expect("object").0, fullest);
+        assert_ne!(lists.take_object(&descriptors, &geometry, |_| false).expect("object").0, fullest);
     }
 
     #[test]
@@ -184,9 +219,12 @@ mod tests {
         let descriptors = Descriptors::new(8).expect("table");
         let mut lists = ClassLists::new();
         lists.insert_zspage(&descriptors, 4, 7, &geometry);
-        let (a, b) = (lists.take_object(&descriptors, &geometry), lists.take_object(&descriptors, &geometry));
+        let (a, b) = (
+            lists.take_object(&descriptors, &geometry, |_| false),
+            lists.take_object(&descriptors, &geometry, |_| false),
+        );
         assert_eq!((a, b), (Some((4, 0)), Some((4, 1))));
-        assert_eq!(lists.take_object(&descriptors, &geometry), None);
+        assert_eq!(lists.take_object(&descriptors, &geometry, |_| false), None);
         assert_eq!(zspage_of(&descriptors, 5), Some((4, 7)));
         assert!(!lists.put_object(&descriptors, &geometry, 4, 0));
         assert!(lists.put_object(&descriptors, &geometry, 4, 1));
