@@ -41,8 +41,9 @@ pub fn answer<'a>(
 ) -> Result<&'a [u8], i32> {
     match operation {
         Operation::Read { offset, size } => {
-            let size = (size as usize).min(out.len()).min(MAX_TRANSFER);
-            let read = engine.read(offset, &mut out[..size], scratch).map_err(|error| error.errno())?;
+            // More than was agreed on: refused, since less than asked for would pass for the end of the file.
+            let out = out.get_mut(..size as usize).filter(|out| out.len() <= MAX_TRANSFER).ok_or(libc::EINVAL)?;
+            let read = engine.read(offset, out, scratch).map_err(|error| error.errno())?;
             Ok(&out[..read])
         }
         Operation::Write { offset, data } => {
@@ -199,6 +200,24 @@ mod tests {
         assert_eq!(fixture.answer(Operation::Read { offset: SIZE - 4, size: 4096 }), Ok(vec![0; 4]));
         assert_eq!(fixture.answer(Operation::Read { offset: SIZE, size: 4096 }), Ok(vec![]));
         assert_eq!(fixture.answer(Operation::Write { offset: SIZE - 1, data: &[0; 2] }), Err(libc::EFBIG));
+    }
+
+    #[test]
+    fn a_read_of_more_than_was_agreed_on_is_refused_and_not_cut_short() {
+        let compression = Compression::new(Algorithm::Lz4, 3).expect("level");
+        let size = 2 * MAX_TRANSFER as u64;
+        let mut fixture = Fixture {
+            engine: Engine::new(size, 64 << 20, compression, Files::default()).expect("engine"),
+            ..Fixture::new()
+        };
+        fixture.out.push(0xee);
+        let largest = MAX_TRANSFER as u32;
+        assert_eq!(fixture.answer(Operation::Read { offset: 0, size: largest }), Ok(vec![0; MAX_TRANSFER]));
+        for size in [largest + 1, u32::MAX] {
+            assert_eq!(fixture.answer(Operation::Read { offset: 0, size }), Err(libc::EINVAL));
+        }
+        fixture.out.truncate(4095);
+        assert_eq!(fixture.answer(Operation::Read { offset: 0, size: 4096 }), Err(libc::EINVAL));
     }
 
     #[test]
