@@ -295,12 +295,14 @@ impl Store {
                 self.metrics.pages_same_filled.sub(1);
                 None
             }
-            // A word may be damaged, and name an object of another slot: that one stays.
-            Entry::Pool(location) => {
+            // A word may be damaged, and name an object of another slot: that one stays. Or it named a free one, and the
+            // new object came to lie there.
+            Entry::Pool(location) if entry != Entry::Pool(location) => {
                 let belongs = |object: &[u8]| object::belongs_to(object, slot.index());
                 // SAFETY: the slot no longer names the object, and only we know it; a wrong one is only looked at.
                 Some(location).filter(|&location| unsafe { self.pool.with_object(location, belongs) } == Some(true))
             }
+            Entry::Pool(_) => None,
         }
     }
 

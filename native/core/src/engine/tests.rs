@@ -1,5 +1,8 @@
 use super::*;
+use crate::memory::memory_file;
 use proptest::prelude::*;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -241,6 +244,30 @@ fn a_punched_cluster_can_be_used_again_while_its_objects_wait_to_be_freed() {
     engine.reset();
     assert_eq!(engine.store().metrics().pool_bytes.get(), 0);
     assert_eq!(engine.store().metrics().compressed_bytes.get(), 0);
+}
+
+/// A damaged slot word names an object, which is freed; what its slot stores next may come to lie in the same place.
+#[test]
+fn a_page_that_is_stored_where_a_damaged_word_pointed_stays() {
+    let state: File = memory_file(c"state", 0).expect("memory file").into();
+    let files = Files { state: Some(state.try_clone().expect("descriptor").into()), counters: None };
+    let compression = Compression::new(Algorithm::Lz4, 3).expect("level");
+    let engine = Engine::new(SIZE as u64, 1 << 20, compression, files).expect("engine");
+    let mut scratch = Scratch::new().expect("scratch");
+    let word_at = |slot: usize| (PAGE_SIZE + slot * 8) as u64;
+
+    engine.write(0, &noise(1, PAGE_SIZE), &mut scratch).expect("room");
+    let mut word = [0; 8];
+    state.read_exact_at(&mut word, word_at(0)).expect("read");
+    state.write_all_at(&word, word_at(1)).expect("written");
+    for slot in 0..2 {
+        engine.write((slot * PAGE_SIZE) as u64, &noise(2 + slot as u64, PAGE_SIZE), &mut scratch).expect("room");
+    }
+    for slot in 0..2 {
+        let mut page = vec![0; PAGE_SIZE];
+        engine.read((slot * PAGE_SIZE) as u64, &mut page, &mut scratch).expect("stored");
+        assert!(page == noise(2 + slot as u64, PAGE_SIZE));
+    }
 }
 
 #[test]
