@@ -61,9 +61,9 @@ struct Worker {
 impl Worker {
     fn serve(&mut self) {
         while let Some(length) = self.next_request() {
-            if self.handle(length).is_err() {
-                break;
-            }
+            // A reply that the kernel refuses is the matter of one request. Whether the device is gone, the next read
+            // tells.
+            let _ = self.handle(length);
         }
         // Unmounted or aborted: there is nothing left to serve.
         self.shared.closer.close();
@@ -124,7 +124,7 @@ impl Worker {
                 let read = Operation::Read { offset, size };
                 swapfile::answer(engine, read, &mut self.buffer, &mut self.detached, &mut self.scratch)
             }
-            Some(Operation::Write { offset, data }) if offset >= self.shared.stored => {
+            Some(Operation::Write { offset, data }) if (self.shared.stored..engine.size()).contains(&offset) => {
                 Ok(swapfile::written(&mut small, data.len()))
             }
             Some(other) => swapfile::answer(engine, other, &mut small, &mut self.detached, &mut self.scratch),
@@ -148,3 +148,6 @@ impl Worker {
 fn as_fd(device: &OwnedFd) -> BorrowedFd<'_> {
     std::os::fd::AsFd::as_fd(device)
 }
+
+#[cfg(test)]
+mod tests;

@@ -121,11 +121,14 @@ fn answer(connection: &OwnedFd, shared: &Shared) -> bool {
     unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO, value.cast(), length) };
     let mut buffer = [0; MESSAGE];
     // SAFETY: the buffer is valid for its length.
-    let received = unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+    let received = unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_TRUNC) };
     let Ok(length @ 1..) = usize::try_from(received) else { return false };
-    let command = String::from_utf8_lossy(&buffer[..length]);
-    let words: Vec<&str> = command.split_whitespace().collect();
-    let (text, descriptor, stop) = match execute(&words, shared) {
+    let result = match buffer.get(..length) {
+        Some(command) => execute(&String::from_utf8_lossy(command).split_whitespace().collect::<Vec<_>>(), shared),
+        // What there is of it might be another command.
+        None => Err(Error::Invalid(format!("a command of {length} bytes is too long"))),
+    };
+    let (text, descriptor, stop) = match result {
         Ok(Reply::Text(text)) => (format!("ok {text}"), None, false),
         Ok(Reply::Descriptor(descriptor)) => ("ok".into(), Some(descriptor), false),
         Ok(Reply::Stop) => ("ok".into(), None, true),
@@ -267,3 +270,6 @@ fn send(connection: &OwnedFd, text: &[u8], descriptor: Option<&OwnedFd>) -> io::
         Err(io::Error::last_os_error())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -17,6 +17,8 @@ mod no_alloc;
 mod process;
 mod relay;
 mod state_file;
+#[cfg(test)]
+mod testing;
 
 use std::os::fd::AsFd;
 use std::process::ExitCode;

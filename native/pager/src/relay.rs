@@ -258,7 +258,8 @@ pub fn spawn(shared: &Arc<Shared>) -> io::Result<()> {
     spawn_thread("relay-in", move || back.relay.receive_all())
 }
 
-fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+/// A pair of sockets that keep messages whole, with room for the longest.
+pub fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let mut fds = [-1; 2];
     // SAFETY: room for two descriptors.
     if unsafe { libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, fds.as_mut_ptr()) } != 0 {
@@ -305,3 +306,6 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Option<usize> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

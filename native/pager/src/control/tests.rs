@@ -1,0 +1,216 @@
+//! The control socket as anybody may use it: every command is answered once, and nobody keeps others from theirs.
+
+use super::*;
+use crate::testing::*;
+use proptest::prelude::*;
+use zswapd_fuse::wire::opcode;
+
+/// A pager that answers commands until the process ends, or until `stop`.
+struct Control {
+    shared: std::sync::Arc<Shared>,
+    path: PathBuf,
+    kernel: std::sync::Arc<Kernel>,
+    serving: Option<std::thread::JoinHandle<io::Result<()>>>,
+}
+
+impl Control {
+    fn new() -> Control {
+        let kernel = std::sync::Arc::new(Kernel::new());
+        let serving = {
+            let kernel = kernel.clone();
+            std::thread::spawn(move || kernel.listener.serve(&kernel.shared))
+        };
+        Control { shared: kernel.shared.clone(), path: kernel.listener.path.clone(), kernel, serving: Some(serving) }
+    }
+
+    /// Waits until commands are answered no more.
+    fn join(&mut self) -> io::Result<()> {
+        self.serving.take().map_or(Ok(()), |serving| serving.join().expect("no panic"))
+    }
+
+    fn connect(&self) -> OwnedFd {
+        let socket = seqpacket().expect("socket");
+        let address = address_of(&self.path).expect("short enough");
+        let length = size_of_val(&address) as libc::socklen_t;
+        // SAFETY: `address` is a sockaddr_un of that length.
+        check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) }).expect("connected");
+        set_patience(&socket);
+        socket
+    }
+
+    /// What a command is answered; empty if the connection is closed instead.
+    fn ask(&self, command: &[u8]) -> String {
+        let socket = self.connect();
+        send_message(&socket, command);
+        let answer = receive(&socket).expect("an answer in time");
+        if !answer.is_empty() {
+            assert_eq!(receive(&socket), Some(vec![]), "more than one answer");
+        }
+        String::from_utf8(answer).expect("text")
+    }
+
+    fn expect_alive(&self) {
+        assert!(self.ask(b"status").starts_with("ok pid="));
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.shared.closer.close();
+        let _ = self.join();
+    }
+}
+
+fn send_message(socket: &OwnedFd, message: &[u8]) {
+    crate::testing::send(socket, message);
+}
+
+fn refused(answer: &str) -> bool {
+    answer.starts_with(&format!("error {} ", libc::EINVAL))
+}
+
+#[test]
+fn commands_are_answered() {
+    let control = Control::new();
+    assert!(control.ask(b"status").contains(" opens=0 "));
+    assert_eq!(control.ask(b"mem-limit 1048576").trim(), "ok");
+    assert_eq!(control.shared.engine.store().pool().limit_bytes(), 1 << 20);
+    assert_eq!(control.ask(b" compression\tzstd 9\n").trim(), "ok");
+    assert_eq!(control.shared.engine.compression().zstd_level, 9);
+    assert_eq!(control.ask(b"counters"), "ok");
+    assert_eq!(control.ask(b"reset").trim(), "ok");
+}
+
+#[test]
+fn what_is_no_command_changes_nothing() {
+    let control = Control::new();
+    let before = control.shared.engine.compression();
+    for wrong in [
+        &b" "[..],
+        b"\0",
+        b"\xff\xfe\x80",
+        b"status now",
+        b"STATUS",
+        b"stop\0",
+        b"compression lz4",
+        b"compression lzo 3",
+        b"compression zstd 23",
+        b"compression zstd 99999999999999999999",
+        b"mem-limit",
+        b"mem-limit -1",
+        b"mem-limit 1M",
+        b"mem-limit 18446744073709551616",
+        b"mem-limit 4096 4096",
+        b"status\nstop",
+        b"mem-limit 4096\nreset",
+    ] {
+        let answer = control.ask(wrong);
+        assert!(refused(&answer), "{:?}: {answer}", String::from_utf8_lossy(wrong));
+    }
+    assert_eq!(control.shared.engine.compression(), before);
+    assert_eq!(control.shared.engine.store().pool().limit_bytes(), 1 << 30);
+    control.expect_alive();
+}
+
+/// Cut off after 512 bytes, each of these would be a command.
+#[test]
+fn a_part_of_a_command_is_no_command() {
+    let control = Control::new();
+    for command in ["stop", "reset", "mem-limit 4096", "compression zstd 9"] {
+        for length in [513, 600, 5000, 100_000] {
+            let message = [command.as_bytes(), &vec![b' '; length - command.len() - 1], b"x"].concat();
+            assert!(refused(&control.ask(&message)), "{command} of {length} bytes");
+        }
+    }
+    assert_eq!(control.ask(&[b"status".as_slice(), &[b' '; 506]].concat()).split('=').next(), Some("ok pid"));
+    assert_eq!(control.shared.engine.store().pool().limit_bytes(), 1 << 30);
+}
+
+#[test]
+fn an_empty_message_is_answered_with_the_end() {
+    let control = Control::new();
+    assert_eq!(control.ask(b""), "");
+    control.expect_alive();
+}
+
+#[test]
+fn a_connection_carries_one_command() {
+    let control = Control::new();
+    let socket = control.connect();
+    send_message(&socket, b"mem-limit 8192");
+    // The connection may be closed before this one is sent; closed with it unread, it is reset.
+    let second = b"mem-limit 4096";
+    // SAFETY: the message is valid for its length.
+    unsafe { libc::send(socket.as_raw_fd(), second.as_ptr().cast(), second.len(), libc::MSG_NOSIGNAL) };
+    let answers = (0..3).filter_map(|_| receive(&socket)).filter(|answer| !answer.is_empty()).count();
+    assert!(answers <= 1, "the second command was answered");
+    control.expect_alive();
+    assert_eq!(control.shared.engine.store().pool().limit_bytes(), 8192);
+}
+
+#[test]
+fn who_says_nothing_keeps_nobody_waiting_for_long() {
+    let control = Control::new();
+    let silent: Vec<OwnedFd> = (0..3).map(|_| control.connect()).collect();
+    control.expect_alive();
+    for socket in &silent {
+        assert_eq!(receive(socket), Some(vec![]), "not closed");
+    }
+}
+
+#[test]
+fn who_goes_away_takes_nobody_along() {
+    let control = Control::new();
+    drop(control.connect());
+    for command in [&b"mem-limit 8192"[..], b"status", b"relay", b"no command"] {
+        send_message(&control.connect(), command);
+    }
+    control.expect_alive();
+    assert_eq!(control.shared.engine.store().pool().limit_bytes(), 8192, "what was asked is done");
+}
+
+#[test]
+fn nothing_is_dropped_while_the_swap_file_is_open() {
+    let mut control = Control::new();
+    let busy = format!("error {} ", libc::EBUSY);
+    assert_eq!(control.kernel.ask(opcode::OPEN, &[0; 8]).map(|payload| payload.len()), Ok(16));
+    assert_eq!(control.kernel.write(0, &noise(1, 1)), Ok(4096));
+    for command in [&b"reset"[..], b"stop"] {
+        assert!(control.ask(command).starts_with(&busy));
+    }
+    assert_eq!(control.kernel.read(0, 4096), Ok(noise(1, 1)));
+    assert_eq!(control.kernel.ask(opcode::RELEASE, &[0; 24]), Ok(vec![]));
+    control.kernel.expect_quiet();
+    assert_eq!(control.ask(b"reset").trim(), "ok");
+    assert_eq!(control.kernel.read(0, 4096), Ok(vec![0; 4096]));
+    assert_eq!(control.ask(b"stop").trim(), "ok");
+    control.join().expect("ended as it should");
+}
+
+#[test]
+fn a_socket_is_replaced_only_if_nobody_listens() {
+    let path = std::env::temp_dir().join(format!("zswapd-pager-test-{}-bind.sock", std::process::id()));
+    let first = Listener::bind(&path).expect("free");
+    assert_eq!(Listener::bind(&path).err().and_then(|error| error.raw_os_error()), Some(libc::EADDRINUSE));
+    // Killed, a pager leaves its file.
+    let left = path.with_extension("left");
+    std::fs::rename(&path, &left).expect("renamed");
+    drop(first);
+    std::fs::rename(&left, &path).expect("renamed");
+    let second = Listener::bind(&path).expect("nobody listens");
+    drop(second);
+    assert!(!path.exists());
+}
+
+proptest! {
+    #[test]
+    fn any_message_is_answered_once(message in prop::collection::vec(any::<u8>(), 1..1200)) {
+        thread_local! {
+            static CONTROL: Control = Control::new();
+        }
+        CONTROL.with(|control| {
+            let answer = control.ask(&message);
+            assert!(refused(&answer), "{answer}");
+        });
+    }
+}
