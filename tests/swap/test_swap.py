@@ -7,117 +7,17 @@ import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import cycle, islice
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
-from tests.daemon import ENVIRONMENT, PAGE, Daemon, wait_until
+from tests.daemon import Daemon, wait_until
 from tests.machine import lacks
-from tests.pages import noise, real_pages
+from tests.pages import PAGE
+from tests.swap.workload import ENOUGH, LEAST_SWAPPED, assert_gone, swap_area, swapped
 from zswapd import swapdev
-from zswapd.bench.cgroup import MemoryCgroup
 
 pytestmark = pytest.mark.usefixtures("_swap")
-
-PAGES = 16 << 10  # 64 MiB
-LIMIT = 24 << 20
-ENOUGH = 4 * PAGES * PAGE
-LEAST_SWAPPED = 32 << 20
-
-
-@pytest.fixture(scope="module")
-def corpus() -> Iterator[int]:
-    """A memory file of pages that all differ: real ones that carry their number, some noise, some zeros."""
-    fd = os.memfd_create("zswapd-test-corpus")
-    with open(fd, "wb", closefd=False) as file:
-        for number, page in enumerate(islice(cycle(real_pages()), PAGES)):
-            content = noise(number) if number % 16 == 0 else bytes(PAGE) if number % 16 == 1 else page
-            file.write(content if number % 16 == 1 else number.to_bytes(8) + content[8:])
-    yield fd
-    os.close(fd)
-
-
-class Workload:
-    """The process in the memory cgroup, driven phase by phase."""
-
-    def __init__(self, process: subprocess.Popen[str], group: MemoryCgroup) -> None:
-        self._process, self.group = process, group
-        self._result("ready")
-
-    def run(self, phase: str, **arguments: int) -> dict[str, Any]:
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps({"phase": phase, **arguments}) + "\n")
-        self._process.stdin.flush()
-        return self._result("result")
-
-    def fill(self) -> None:
-        self.run("fill")
-        assert self.group.swap_bytes() > LEAST_SWAPPED
-
-    def verify(self) -> None:
-        result = self.run("verify")
-        assert (result["verified"], result["wrong"]) == (PAGES, 0), result
-        assert self.group.oom_kills() == 0
-
-    def _result(self, event: str) -> dict[str, Any]:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            message: dict[str, Any] = json.loads(line)
-            if message["event"] == event:
-                return message
-        raise AssertionError(f"the workload ended with status {self._process.wait()}")
-
-
-@contextmanager
-def swapped(daemon: Daemon, corpus: int) -> Iterator[Workload]:
-    """A workload over its memory limit while `daemon` is attached. Killed and gone at the end."""
-    with MemoryCgroup(LIMIT) as group:
-        daemon.workloads = group
-        command = [sys.executable, "-m", "zswapd.bench.workload", str(corpus), str(PAGES), "anonymous"]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, text=True, pass_fds=[corpus], env=ENVIRONMENT
-        ) as process:
-            try:
-                group.add(process.pid)
-                yield Workload(process, group)
-            finally:
-                process.kill()
-    daemon.workloads = None
-
-
-@pytest.fixture
-def attached(make_daemon: Callable[..., Daemon], data_path: str) -> Callable[..., Daemon]:
-    """Starts a daemon and attaches it, from the command line: attached(compression__algorithm="zstd").
-
-    Of the highest priority: the pages go there and nowhere else, whatever swap this machine has.
-    """
-
-    def start(**settings: object) -> Daemon:
-        daemon = make_daemon(
-            **{"swap__data_path": data_path, "swap__size": "128MiB", "swap__priority": 32767} | settings
-        ).start()
-        result = daemon.ctl("attach", "--unsafe")
-        assert result.returncode == 0, result.stderr
-        return daemon
-
-    return start
-
-
-def swap_area(daemon: Daemon) -> swapdev.Attachment:
-    attachment = swapdev.discover(daemon.mount_point)
-    assert attachment
-    assert attachment.is_swap
-    return attachment
-
-
-def assert_gone(daemon: Daemon, device: str) -> None:
-    assert swapdev.discover(daemon.mount_point) is None
-    assert device not in [area.path for area in swapdev.read_swaps()]
 
 
 @pytest.mark.parametrize("algorithm", ["lz4", "zstd"])

@@ -1,0 +1,79 @@
+"""What the tests on real swap work with: memory of a cgroup, more than it may have, of which every page is known."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tests.daemon import ENVIRONMENT, Daemon
+from tests.pages import PAGE
+from zswapd import swapdev
+from zswapd.bench.cgroup import MemoryCgroup
+
+PAGES = 16 << 10  # 64 MiB
+LIMIT = 24 << 20
+ENOUGH = 4 * PAGES * PAGE
+LEAST_SWAPPED = 32 << 20
+
+
+class Workload:
+    """The process in the memory cgroup, driven phase by phase."""
+
+    def __init__(self, process: subprocess.Popen[str], group: MemoryCgroup) -> None:
+        self._process, self.group = process, group
+        self._result("ready")
+
+    def run(self, phase: str, **arguments: int) -> dict[str, Any]:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps({"phase": phase, **arguments}) + "\n")
+        self._process.stdin.flush()
+        return self._result("result")
+
+    def fill(self) -> None:
+        self.run("fill")
+        assert self.group.swap_bytes() > LEAST_SWAPPED
+
+    def verify(self) -> None:
+        result = self.run("verify")
+        assert (result["verified"], result["wrong"]) == (PAGES, 0), result
+        assert self.group.oom_kills() == 0
+
+    def _result(self, event: str) -> dict[str, Any]:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            message: dict[str, Any] = json.loads(line)
+            if message["event"] == event:
+                return message
+        raise AssertionError(f"the workload ended with status {self._process.wait()}")
+
+
+@contextmanager
+def swapped(daemon: Daemon, corpus: int) -> Iterator[Workload]:
+    """A workload over its memory limit while `daemon` is attached. Killed and gone at the end."""
+    with MemoryCgroup(LIMIT) as group:
+        daemon.workloads = group
+        command = [sys.executable, "-m", "zswapd.bench.workload", str(corpus), str(PAGES), "anonymous"]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, pass_fds=[corpus], env=ENVIRONMENT
+        ) as process:
+            try:
+                group.add(process.pid)
+                yield Workload(process, group)
+            finally:
+                process.kill()
+    daemon.workloads = None
+
+
+def swap_area(daemon: Daemon) -> swapdev.Attachment:
+    attachment = swapdev.discover(daemon.mount_point)
+    assert attachment
+    assert attachment.is_swap
+    return attachment
+
+
+def assert_gone(daemon: Daemon, device: str) -> None:
+    assert swapdev.discover(daemon.mount_point) is None
+    assert device not in [area.path for area in swapdev.read_swaps()]
