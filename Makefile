@@ -86,6 +86,8 @@ demo: build
 test: build
 	cargo test --manifest-path native/Cargo.toml --quiet --locked
 	cargo test --manifest-path native/Cargo.toml --quiet --locked --release
+	# Ends itself if a worker allocates: a test swaps through it.
+	cargo build --manifest-path native/Cargo.toml --quiet --locked --package zswapd-pager
 	$(PYTHON) -m pytest tests/unit tests/fuse tests/swap
 	echo "zswapd: all tests passed"
 

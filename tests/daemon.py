@@ -38,6 +38,12 @@ CONTROLS = {
 # Neither the machine's configuration nor the caller's environment decides what is tested.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("ZSWAPD_", "JOURNAL_STREAM"))}
 _numbers = itertools.count(1)
+_OTHER_PAGER = """
+import pathlib, sys
+from zswapd import cli, pager
+pager.PROGRAM = pathlib.Path(sys.argv.pop(1))
+cli.main()
+"""
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = DEADLINE_SECONDS) -> None:
@@ -80,6 +86,8 @@ class Daemon:
         #: Whose members use the swap: killed before anything that they wait for is taken away.
         self.workloads: MemoryCgroup | None = None
         self.extra_environment: dict[str, str] = {}
+        #: The program that it starts as its pager, if not the one that is installed.
+        self.pager: Path | None = None
         self._log = self.directory / "log"
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Path | None = None
@@ -106,9 +114,11 @@ class Daemon:
         """Starts the process, and waits for nothing."""
         lines = (f"{key} = {json.dumps(value)}\n" for key, value in self.settings.items())
         self.config.write_text("".join(lines))
+        # As `python -m zswapd`, or with another program in the place of the pager.
+        program = ["-c", _OTHER_PAGER, str(self.pager)] if self.pager else ["-m", "zswapd"]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "zswapd", "run", "--config", str(self.config)],
+                [sys.executable, *program, "run", "--config", str(self.config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

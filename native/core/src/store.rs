@@ -44,7 +44,10 @@ pub struct Detached {
 impl Detached {
     /// Allocates room for `capacity` objects, and never more.
     pub fn with_capacity(capacity: usize) -> Detached {
-        Detached { objects: Vec::with_capacity(capacity) }
+        // Written once, so that it is resident: pushing to it faults no more.
+        let mut objects = vec![Location::from_units(u64::MAX); capacity];
+        objects.clear();
+        Detached { objects }
     }
 
     pub fn is_empty(&self) -> bool {

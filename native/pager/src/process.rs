@@ -69,9 +69,11 @@ fn touch_stack() {
 
 /// Writes to each page of a buffer, so that it is resident, and locked, from now on.
 pub fn touch(buffer: &mut [u8]) {
-    for byte in buffer.iter_mut().step_by(4096) {
-        // SAFETY: a plain write through a valid reference, which the compiler must not leave out.
-        unsafe { std::ptr::write_volatile(byte, 0) };
+    let last = buffer.len().saturating_sub(1);
+    for at in (0..last).step_by(4096).chain([last]) {
+        if let Some(byte) = buffer.get_mut(at) {
+            // SAFETY: a plain write through a valid reference, which the compiler must not leave out.
+            unsafe { std::ptr::write_volatile(byte, 0) };
+        }
     }
-    std::hint::black_box(buffer);
 }

@@ -4,7 +4,7 @@
 //! fixed size, or answers EAGAIN if that is full. pyfuse3 may be gone at any time: what it had not answered by then is
 //! answered EINTR, and what comes before its successor is there, EAGAIN.
 
-use crate::process::spawn as spawn_thread;
+use crate::process::{spawn as spawn_thread, touch};
 use crate::Shared;
 use std::fs::File;
 use std::io;
@@ -76,13 +76,17 @@ enum Outgoing {
 
 impl Relay {
     pub fn new(device: Arc<File>) -> Relay {
+        // Workers fill what relay-out empties. Fresh memory is all zeros, and would fault only then.
+        let mut ring: Box<[Message]> = vec![Message::EMPTY; QUEUE].into();
+        let mut init = Box::new(Message::EMPTY);
+        ring.iter_mut().chain([&mut *init]).for_each(|message| touch(&mut message.bytes));
         let inner = Inner {
-            ring: vec![Message::EMPTY; QUEUE].into(),
+            ring,
             first: 0,
             queued: 0,
             in_flight: Vec::with_capacity(IN_FLIGHT),
             peer: None,
-            init: Box::new(Message::EMPTY),
+            init,
             send_init: false,
             negotiated: false,
         };
