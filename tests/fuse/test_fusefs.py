@@ -1,11 +1,13 @@
 """The mounted file system, asked by the kernel: its names, the swap file, damaged memory, and what is refused."""
 
+import ctypes
 import errno
 import mmap
 import os
 import random
 import re
 import stat
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +18,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.daemon import CONTROLS, Daemon
+from tests.daemon import CONTROLS, Daemon, wait_until
 from tests.errnos import raises_errno
+from tests.machine import lacks
 from tests.pages import PAGE, noise
 
 SIZE = 64 << 20
+#: What the kernel punches at once, and how many of them are used at a time.
+CLUSTER_PAGES, CLUSTERS = 512, 3
+#: linux/falloc.h
+KEEP_SIZE, PUNCH_HOLE = 1, 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 # Names
@@ -194,6 +203,52 @@ def test_a_full_pool_refuses_and_keeps_the_others(daemon: Daemon, swapfile: int)
     for page in lost:
         os.pwrite(swapfile, noise(page), page * PAGE)
     assert all(os.pread(swapfile, PAGE, page * PAGE) == noise(page) for page in range(128))
+
+
+def punch(fd: int, offset: int, length: int) -> None:
+    """fallocate(2), which Python does not have."""
+    if _libc.fallocate(fd, PUNCH_HOLE | KEEP_SIZE, ctypes.c_long(offset), ctypes.c_long(length)) != 0:
+        raise OSError(ctypes.get_errno(), "fallocate")
+
+
+def test_a_punched_cluster_is_used_again_at_once(make_daemon: Callable[..., Daemon]) -> None:
+    """By another worker, while one still frees its old objects: no page is lost and no count is wrong."""
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    daemon = make_daemon(swap__data_path="pager", pager__workers=3).start()
+    # Objects of all sizes.
+    tails = [noise(page)[8 * page :] + bytes(8 * page) for page in range(CLUSTER_PAGES)]
+
+    def content(cluster: int, round: int) -> bytes:
+        return b"".join(struct.pack("<HHI", cluster, round, page) + tail[8:] for page, tail in enumerate(tails))
+
+    def use(cluster: int) -> None:
+        at, length = cluster * CLUSTER_PAGES * PAGE, CLUSTER_PAGES * PAGE
+        for round in range(50):
+            expected = content(cluster, round)
+            punch(fd, at, length)
+            # The last page first: a punch that comes late would come there last.
+            os.pwrite(fd, expected[-PAGE:], at + length - PAGE)
+            os.pwrite(fd, expected[:-PAGE], at)
+            found = os.pread(fd, length, at)
+            wrong = [
+                page for page in range(0, length, PAGE) if found[page : page + PAGE] != expected[page : page + PAGE]
+            ]
+            assert not wrong, (cluster, round, len(wrong), wrong[0])
+
+    with daemon.opened() as fd:
+        with ThreadPoolExecutor(CLUSTERS) as threads:
+            list(threads.map(use, range(CLUSTERS)))
+        stats = daemon.stats()
+        assert stats["original_bytes"] == CLUSTERS * CLUSTER_PAGES * PAGE
+        assert sum(entry["objects"] for entry in stats["classes"]) == CLUSTERS * CLUSTER_PAGES
+        assert stats["discards"] == CLUSTERS * CLUSTER_PAGES * 49
+        punch(fd, 0, CLUSTERS * CLUSTER_PAGES * PAGE)
+        wait_until(lambda: daemon.stats()["pool_bytes"] == 0, "every object is freed")
+    stats = daemon.stats()
+    assert stats["compressed_bytes"] == sum(stats["pages"].values()) == 0
+    assert sum(entry["objects"] + entry["zspages"] for entry in stats["classes"]) == 0
+    assert daemon.stop() == 0
 
 
 # Damage, to a daemon that is used for nothing else afterwards
