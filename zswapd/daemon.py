@@ -1,5 +1,6 @@
 """The daemon's life, top to bottom: protect the process, mount, serve, and on a signal give everything back."""
 
+import errno
 import logging
 import os
 import signal
@@ -42,16 +43,27 @@ async def run(config: Config) -> None:
 
 
 async def _run_pager(config: Config, signals: AsyncIterator[int]) -> None:
-    stopped = False
+    leaked: dict[str, int] | None = None
     with _pager(config) as pager, metrics.served(pager, config.metrics.address):
         async with relayed(pager):
             _ready(config, pager)
-            await _until_stopped(config, pager.opens, signals)
-            pager.stop()
-            stopped = True
-    if not stopped:
+            await _until_stopped(config, lambda: _drained(pager), signals)
+            leaked = pager.stop()
+    if leaked is None:
         raise DaemonError("the pager has ended, and what was in swap with it", "its last words are above, or in dmesg")
+    if leaked["objects"]:
+        log.warning("%(objects)d objects in %(pages)d pages of the pool belonged to no slot", leaked)
     log.info("stopped: nothing is attached or mounted any more")
+
+
+def _drained(pager: Pager) -> bool:
+    try:
+        pager.drain()
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 @contextmanager
@@ -91,7 +103,7 @@ async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:
     with metrics.served(engine, config.metrics.address):
         async with mounted(engine, config.swap.mount_point):
             _ready(config, engine)
-            await _until_stopped(config, lambda: engine.opens, signals)
+            await _until_stopped(config, lambda: not engine.opens, signals)
     log.info("stopped: nothing is attached or mounted any more")
 
 
@@ -107,15 +119,15 @@ def _ready(config: Config, engine: Engine) -> None:
     _notify_ready()
 
 
-async def _until_stopped(config: Config, opens: Callable[[], int], signals: AsyncIterator[int]) -> None:
-    """Returns when a signal has asked for it and nobody has the swap file open any more."""
+async def _until_stopped(config: Config, drained: Callable[[], bool], signals: AsyncIterator[int]) -> None:
+    """Returns when a signal has asked for it and all is given back: see _give_back."""
     async with trio.open_nursery() as nursery:
         stopping = False
         again = trio.Event()
 
         async def stop() -> None:
             nonlocal stopping, again
-            while not await _give_back(config, opens):
+            while not await _give_back(config, drained):
                 if config.daemon.on_sigterm == "refuse":
                     stopping = False
                     return
@@ -135,8 +147,11 @@ async def _until_stopped(config: Config, opens: Callable[[], int], signals: Asyn
             nursery.start_soon(stop)
 
 
-async def _give_back(config: Config, opens: Callable[[], int]) -> bool:
-    """Detaches the swap if it is attached. True if nobody uses the swap file any more; else the log says why not."""
+async def _give_back(config: Config, drained: Callable[[], bool]) -> bool:
+    """Detaches the swap if it is attached. True if nobody uses the swap file any more; else the log says why not.
+
+    `drained` tells whether nobody has it open any more, and from then on nobody can open it, where there is a pager.
+    """
     mount_point = config.swap.mount_point
     try:
         if swapdev.discover(mount_point):
@@ -145,7 +160,7 @@ async def _give_back(config: Config, opens: Callable[[], int]) -> bool:
                 return False
             log.info("detaching the swap first: %s", _remaining(config))
             await swapdev.detach(mount_point, progress=_log_progress())
-        if opens():
+        if not drained():
             log.error("not stopping: somebody has the swap file open (fuser -v %s/swapfile)", mount_point)
             return False
     except ZswapdError as error:

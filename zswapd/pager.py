@@ -75,19 +75,23 @@ class Pager:
         assert fd is not None, "the answer to relay"
         return fd
 
-    def stop(self) -> None:
-        """Ends the pager. Raises OSError (EBUSY) while the swap file is open."""
-        self._ask("stop")
+    def drain(self) -> dict[str, int]:
+        """Ends the serving of pages: from now on the swap file cannot be opened, and no request on it is under way.
 
-    def opens(self) -> int:
-        """How often the swap file is open: by a loop device, for one."""
-        return self.status()["opens"]
+        Returns what is left in the pool: objects, and the pages that they take. Raises OSError (EBUSY) while the swap
+        file is open: all goes on then.
+        """
+        return _numbers(self._ask("drain")[0])
+
+    def stop(self) -> dict[str, int]:
+        """Drops every page and ends the pager. Returns what was left in the pool all the same, as `drain` does: it
+        leaked. Raises OSError (EBUSY) while the swap file is open."""
+        return _numbers(self._ask("stop")[0])
 
     def status(self) -> dict[str, int]:
         """pid; opens of the swap file; protected: 1 if the kernel let it lock memory, serve reclaim and outlive the OOM
         killer; forgets: 1 if it stores nothing; footprint: bytes of its memory beside the pool and its tables."""
-        text, _ = self._ask("status")
-        return {name: int(value) for name, _, value in (word.partition("=") for word in text.split())}
+        return _numbers(self._ask("status")[0])
 
     # What every engine does (engine.Engine)
 
@@ -119,3 +123,7 @@ class Pager:
         if status != "ok":
             raise OSError(errno.EPIPE, "the pager is gone")
         return text, fds[0] if fds else None
+
+
+def _numbers(text: str) -> dict[str, int]:
+    return {name: int(value) for name, _, value in (word.partition("=") for word in text.split())}

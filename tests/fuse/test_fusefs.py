@@ -329,3 +329,15 @@ def test_a_damaged_slot_word_is_an_error(victim: Daemon, damage: int) -> None:
         assert os.pread(swapfile, PAGE, 0) == noise(0)
     victim.reset()
     assert victim.stop() == 0
+
+
+def test_what_a_damaged_slot_word_has_named_is_told_at_the_end(make_daemon: Callable[..., Daemon]) -> None:
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    daemon = make_daemon(swap__data_path="pager").start()
+    with daemon.opened() as swapfile:
+        os.pwrite(swapfile, noise(0) + noise(1), 0)
+        with state_file(daemon) as state:
+            state[PAGE : PAGE + 8] = (word(3, 0) ^ 1).to_bytes(8, "little")
+    assert daemon.stop() == 0
+    assert re.search(r"WARNING: 1 objects in \d+ pages of the pool belonged to no slot", daemon.log())

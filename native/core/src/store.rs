@@ -178,13 +178,12 @@ impl Store {
         })
     }
 
-    /// The end: empties all slots, waits for who is moving objects (for `patience` at most), and returns the objects
-    /// that still live although no slot names them. There should be none.
+    /// The end: waits for who is moving objects (for `patience` at most), and returns those that still live. There
+    /// should be none.
     ///
-    /// To be called when no page operation is in flight, and none will come; no object is moved any more. Errors:
-    /// [`Error::Busy`] if somebody is still at it: the slots are empty then, and it may be called again.
+    /// To be called when all slots have been emptied, no page operation is in flight, and none will come; no object is
+    /// moved any more. Errors: [`Error::Busy`] if somebody is still at it: it may be called again.
     pub fn destroy(&self, patience: Duration) -> Result<Vec<Leaked>> {
-        self.discard(0..self.slots(), &mut Detached::with_capacity(0));
         let mut leaked = Vec::new();
         let moving = self.pool.destroy(patience, |size, object| {
             leaked.push(Leaked { size, slot: object::slot_of(object) });

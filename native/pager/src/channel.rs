@@ -8,7 +8,6 @@ use crate::process::{spawn as spawn_thread, touch};
 use crate::{no_alloc, Shared};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use zswapd_core::codec::Scratch;
@@ -21,16 +20,6 @@ use zswapd_fuse::{reply, swapfile};
 const BUFFER: usize = MAX_TRANSFER + 4096;
 /// Objects of a punched cluster of 2 MiB, and then some.
 const DETACHED: usize = 1024;
-
-/// How often the swap file is open: by a loop device for one.
-#[derive(Default)]
-pub struct Opens(AtomicI64);
-
-impl Opens {
-    pub fn count(&self) -> i64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
 
 /// Starts the workers.
 pub fn spawn(shared: &Arc<Shared>, device: BorrowedFd<'_>, args: &Args) -> io::Result<()> {
@@ -102,6 +91,8 @@ impl Worker {
 
     /// Answers the request in the buffer. An error means that the device is gone.
     fn handle(&mut self, length: usize) -> io::Result<()> {
+        let gate = &self.shared.gate;
+        let _until_the_end = gate.begin();
         let request = match Request::parse(&self.buffer[..length]) {
             Ok(request) => request,
             Err(Malformed { unique: Some(unique) }) => {
@@ -119,6 +110,7 @@ impl Worker {
         let mut small = [0; 128];
         let payload = match operation {
             None => Err(libc::EINVAL),
+            Some(Operation::Open { .. }) if gate.is_closed() => Err(libc::ENODEV),
             // What is read takes the place of the request, which is done with.
             Some(Operation::Read { offset, size }) => {
                 let read = Operation::Read { offset, size };
@@ -133,9 +125,9 @@ impl Worker {
         let delivered = reply::send(as_fd(&self.device), unique, payload)?;
         // An open that nobody waited for will not be released.
         if opened && delivered {
-            self.shared.opens.0.fetch_add(1, Ordering::Relaxed);
+            gate.opened();
         } else if releases {
-            self.shared.opens.0.fetch_sub(1, Ordering::Relaxed);
+            gate.released();
         }
         // Behind the reply: nobody waits for this.
         if !self.detached.is_empty() {

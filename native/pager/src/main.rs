@@ -13,9 +13,11 @@
 mod args;
 mod channel;
 mod control;
+mod gate;
 mod no_alloc;
 mod process;
 mod relay;
+mod socket;
 mod state_file;
 #[cfg(test)]
 mod testing;
@@ -44,9 +46,9 @@ pub struct Shared {
     pub engine: Engine,
     pub relay: relay::Relay,
     pub counters: std::fs::File,
-    pub opens: channel::Opens,
+    pub gate: gate::Gate,
     /// Ends the pager when the file system is gone.
-    pub closer: control::Closer,
+    pub closer: socket::Closer,
     /// The kernel has granted all that [`process::protect`] asks for.
     pub protected: bool,
     /// Writes beyond are answered, and forgotten.
@@ -57,7 +59,7 @@ fn run() -> Result<(), String> {
     let args = args::parse(std::env::args().skip(1))?;
     let protected = process::protect();
     let failed = |what: &'static str| move |error: &dyn std::fmt::Display| format!("{what}: {error}");
-    let listener = control::Listener::bind(&args.control).map_err(|error| failed("control socket")(&error))?;
+    let listener = socket::Listener::bind(&args.control).map_err(|error| failed("control socket")(&error))?;
 
     let counters = SharedMetrics::file().map_err(|error| error.to_string())?;
     let files = Files {
@@ -74,7 +76,7 @@ fn run() -> Result<(), String> {
         engine,
         relay: relay::Relay::new(device.clone()),
         counters: counters.into(),
-        opens: channel::Opens::default(),
+        gate: gate::Gate::default(),
         closer: listener.closer().map_err(|error| failed("control socket")(&error))?,
         protected,
         stored: args.stored,
@@ -90,9 +92,8 @@ fn run() -> Result<(), String> {
     })
     .and_then(|()| relay::spawn(&shared))
     .and_then(|()| channel::spawn(&shared, device.as_fd(), &args));
-    let result = spawned
-        .map_err(|error| failed("cannot start a thread")(&error))
-        .and_then(|()| listener.serve(&shared).map_err(|error| failed("control socket")(&error)));
+    let result =
+        spawned.map_err(|error| failed("cannot start a thread")(&error)).map(|()| control::serve(&listener, &shared));
     // Nobody has the swap file open when we come here; a failed start is not attached yet.
     let _gone_already = mount::unmount(&args.mount_point);
     result

@@ -1,7 +1,7 @@
 //! A pager without a mount, for tests, which take the kernel's side of its device: a pair of sockets that keep messages
 //! whole, as /dev/fuse does.
 
-use crate::{args, channel, control, relay, Shared};
+use crate::{args, channel, gate, relay, socket, Shared};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
@@ -21,7 +21,7 @@ pub const SIZE: u64 = 4 << 20;
 /// The kernel's side. A thread waits for requests as long as the process lives, and with it all that it uses.
 pub struct Kernel {
     pub shared: Arc<Shared>,
-    pub listener: control::Listener,
+    pub listener: socket::Listener,
     pub socket: OwnedFd,
 }
 
@@ -47,12 +47,12 @@ impl Kernel {
         std::mem::forget(socket.try_clone().expect("descriptor"));
         let device = Arc::new(File::from(device));
         let compression = Compression::new(Algorithm::Lz4, 1).expect("in range");
-        let listener = control::Listener::bind(&socket_path()).expect("control socket");
+        let listener = socket::Listener::bind(&socket_path()).expect("control socket");
         let shared = Arc::new(Shared {
             engine: Engine::new(SIZE, mem_limit, compression, Files::default()).expect("engine"),
             relay: relay::Relay::new(device.clone()),
             counters: SharedMetrics::file().expect("counters").into(),
-            opens: channel::Opens::default(),
+            gate: gate::Gate::default(),
             closer: listener.closer().expect("descriptor"),
             protected: false,
             stored,

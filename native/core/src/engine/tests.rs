@@ -173,6 +173,7 @@ proptest! {
             let lost = model.0.iter().filter(|page| page.is_none()).count() as u64;
             prop_assert_eq!(metrics.pages_lost.get(), lost);
         }
+        engine.reset();
         prop_assert_eq!(engine.store().destroy(Duration::ZERO).expect("nobody is moving"), vec![]);
         let metrics = engine.store().metrics();
         let gauges = [&metrics.pages_lz4, &metrics.pages_zstd, &metrics.pages_same_filled, &metrics.pages_incompressible,
@@ -359,6 +360,7 @@ fn concurrent_calls_never_tear_a_page() {
             }
         });
     });
+    engine.reset();
     assert_eq!(engine.store().destroy(Duration::ZERO).expect("nobody is moving"), vec![]);
     assert_eq!(engine.store().metrics().pool_bytes.get(), 0);
 }
