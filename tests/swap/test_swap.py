@@ -7,7 +7,9 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -50,6 +52,38 @@ def test_every_page_comes_back(attached: Callable[..., Daemon], corpus: int, alg
         assert stats["errors"] == {"lost": 0, "corrupt": 0}
         workload.verify()
     assert daemon.stop() == 0
+
+
+def test_pages_are_moved_while_they_are_swapped(attached: Callable[..., Daemon], corpus: int) -> None:
+    daemon = attached()
+    done = threading.Event()
+
+    def compact() -> int:
+        rounds = 0
+        while not done.is_set():
+            daemon.write("compact", "1")
+            rounds += 1
+        return rounds
+
+    with swapped(daemon, corpus) as workload, ThreadPoolExecutor(1) as mover:
+        rounds = mover.submit(compact)
+        try:
+            workload.fill()
+            for seed in range(3):
+                workload.run("rewrite", seed=seed)
+                workload.verify()
+            workload.group.set_limit(ENOUGH)
+            result = daemon.ctl("detach")
+        finally:
+            done.set()
+        assert result.returncode == 0, result.stderr
+        assert rounds.result() > 0
+        workload.verify()
+    stats = daemon.stats()
+    assert stats["pages_compacted"] > 0
+    assert stats["errors"] == {"lost": 0, "corrupt": 0}
+    assert daemon.stop() == 0
+    assert "belonged to no slot" not in daemon.log()
 
 
 def test_attach_needs_to_be_told_that_it_is_unsafe(make_daemon: Callable[..., Daemon]) -> None:
