@@ -140,10 +140,10 @@ class Daemon:
         self.stats()
         return self
 
-    def fails(self) -> str:
-        """Starts it and waits for its end: the exit status is 1 and it says why in one message, which is returned."""
+    def fails(self, status: int = 1) -> str:
+        """Starts it and waits for its end: it says why in one message, which is returned."""
         self.launch()
-        assert self.wait() == 1, self.log()
+        assert self.wait() == status, self.log()
         # What it found, and what this machine does not let it do, comes first, each on one line.
         message = re.sub(r"^(\d{4}-.* (WARNING|INFO): |zswapd-pager: may not ).*\n", "", self.log(), flags=re.MULTILINE)
         assert message.startswith("zswapd: "), self.log()

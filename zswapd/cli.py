@@ -48,12 +48,12 @@ class _JournalFormatter(logging.Formatter):
 
 
 def main() -> None:
-    """Entry point: errors that people can mend go to stderr as one message, with exit status 1."""
+    """Entry point: errors that people can mend go to stderr as one message, with their exit status."""
     try:
         cli()
     except ZswapdError as error:
         print(f"zswapd: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.exit_status)
 
 
 if __name__ == "__main__":

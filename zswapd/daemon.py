@@ -7,14 +7,15 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import trio
 
 from zswapd import memcg, metrics, swapdev
 from zswapd.config import Config, format_size
 from zswapd.engine import EmbeddedEngine, Engine, protect_process
-from zswapd.errors import DaemonError, ZswapdError
-from zswapd.fusefs import check_mount_point, mounted, relayed
+from zswapd.errors import DaemonError, LostSwapError, ZswapdError
+from zswapd.fusefs import check_mount_point, mounted, relayed, unmount_dead
 from zswapd.pager import Pager
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,10 @@ async def _run_pager(config: Config, signals: AsyncIterator[int]) -> None:
             await _until_stopped(config, lambda: _drained(pager), signals)
             leaked = pager.stop()
     if leaked is None:
-        raise DaemonError("the pager has ended, and what was in swap with it", "its last words are above, or in dmesg")
+        if _find_pager(config.swap.mount_point):
+            raise DaemonError("the pager has hung up, and goes on serving pages", "start zswapd again")
+        _refuse_lost(config.swap.mount_point)
+        raise DaemonError("the pager has ended unasked, with nothing attached", "its last words are above, or in dmesg")
     if leaked["objects"]:
         log.warning("%(objects)d objects in %(pages)d pages of the pool belonged to no slot", leaked)
     log.info("stopped: nothing is attached or mounted any more")
@@ -70,16 +74,15 @@ def _drained(pager: Pager) -> bool:
 def _pager(config: Config) -> Iterator[Pager]:
     """The pager that an earlier daemon has left, else a new one, which does not outlive a start that fails."""
     mount_point = config.swap.mount_point
-    try:
-        pager = Pager(mount_point)
-    except OSError:
-        check_mount_point(mount_point)
-    else:
+    if pager := _find_pager(mount_point):
         log.info("found the pager of %s, pid %d, with its pages", mount_point, pager.status()["pid"])
         if pager.stats()["swap_size_bytes"] != config.swap.size:
             log.warning("swap.size is not what the pager serves: stop zswapd and start it again to change it")
         yield pager
         return
+    _refuse_lost(mount_point)
+    unmount_dead(mount_point)
+    check_mount_point(mount_point)
     pager = Pager.start(config)
     try:
         yield pager
@@ -88,6 +91,26 @@ def _pager(config: Config) -> Iterator[Pager]:
         with suppress(OSError):
             pager.stop()
         raise
+
+
+def _find_pager(mount_point: Path) -> Pager | None:
+    """The pager of a mount point. None if it has ended, or there never was one; DaemonError if it does not answer."""
+    try:
+        return Pager(mount_point)
+    except (FileNotFoundError, ConnectionError):
+        return None
+    except OSError as error:
+        raise DaemonError(f"the pager of {mount_point} does not answer: {error}", "it is stopped or stuck") from None
+
+
+def _refuse_lost(mount_point: Path) -> None:
+    """Raises LostSwapError if the pager, which is no more, has left a loop device on its swap file."""
+    if attached := swapdev.discover(mount_point):
+        raise LostSwapError(
+            f"the pager has died while {attached.loop_device} was attached: "
+            f"{format_size(attached.used_bytes)} in swap are lost, and who needs them gets SIGBUS",
+            "end what had pages there, then zswapctl detach --force, then start zswapd again",
+        )
 
 
 async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:

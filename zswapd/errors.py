@@ -7,6 +7,9 @@ class ZswapdError(Exception):
     str() gives the message, with the hint on a line of its own.
     """
 
+    #: What zswapd ends with.
+    exit_status = 1
+
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message, hint)
         self.message = message
@@ -26,3 +29,10 @@ class SwapError(ZswapdError):
 
 class DaemonError(ZswapdError):
     """The daemon does not run, or does not answer."""
+
+
+class LostSwapError(DaemonError):
+    """The pager has died while a loop device was on its swap file: starting anew brings nothing back."""
+
+    #: EX_UNAVAILABLE, on which systemd/zswapd.service does not start it again.
+    exit_status = 69

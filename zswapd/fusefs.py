@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import stat
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -256,6 +257,16 @@ def check_mount_point(mount_point: Path) -> None:
         raise DaemonError(f"the mount point {mount_point} is not empty: it has {entries[0]!r}", hint)
 
 
+def unmount_dead(mount_point: Path) -> None:
+    """Takes away a file system whose server has died. One that is in use stays: check_mount_point tells."""
+    try:
+        os.listdir(mount_point)
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            log.warning("%s is mounted, but its server has died: unmounting it", mount_point)
+            subprocess.run(["umount", mount_point], stderr=subprocess.DEVNULL, check=False)
+
+
 @asynccontextmanager
 async def mounted(engine: EmbeddedEngine, mount_point: Path) -> AsyncIterator[None]:
     """Mounts the file system and serves it, pages and all, until the block ends; then unmounts it.
@@ -304,7 +315,12 @@ async def _served(fs: SwapFs, mount_point: str, options: set[str], *, unmount: b
         async with trio.open_nursery() as nursery:
 
             async def serve() -> None:
-                await pyfuse3.main()
+                try:
+                    await pyfuse3.main()
+                except* OSError:
+                    # To libfuse, a pager that has hung up is an I/O error.
+                    if unmount:
+                        raise
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(serve)

@@ -16,6 +16,7 @@ from tests.daemon import PAGE, Daemon
 from tests.machine import lacks
 from tests.pages import noise
 from zswapd import swapdev
+from zswapd.errors import LostSwapError
 
 MakeDaemon = Callable[..., Daemon]
 
@@ -91,6 +92,41 @@ def test_pages_go_on_while_the_daemon_is_stopped(make_daemon: MakeDaemon) -> Non
             assert json.loads(daemon.ctl("status", "--json").stdout)["pages"]["incompressible"] == 1
         finally:
             daemon.signal(signal.SIGCONT)
+
+
+def test_a_killed_pager_with_nothing_attached_is_started_anew(make_daemon: MakeDaemon) -> None:
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    daemon = make_daemon(swap__data_path="pager").start()
+    pager = daemon.server_pid
+    os.kill(pager, signal.SIGKILL)
+    assert daemon.wait() == 1
+    assert "the pager has ended unasked, with nothing attached" in daemon.log()
+    daemon.start_again()
+    assert daemon.server_pid != pager
+    assert daemon.stop() == 0
+
+
+def test_a_killed_pager_under_a_loop_device_is_not_started_anew(make_daemon: MakeDaemon) -> None:
+    """Without swap on it, which could be other processes' pages."""
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    daemon = make_daemon(swap__data_path="pager").start()
+    losetup = ["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096", str(daemon.swapfile)]
+    device = subprocess.run(losetup, check=True, capture_output=True, text=True).stdout.strip()
+    os.kill(daemon.server_pid, signal.SIGKILL)
+    assert daemon.wait() == LostSwapError.exit_status
+    for message in (daemon.log(), daemon.fails(LostSwapError.exit_status)):
+        assert f"the pager has died while {device} was attached" in message
+        assert "zswapctl detach --force" in message
+    assert daemon.ctl("detach", "--force").returncode == 0
+    daemon.start_again()
+    assert daemon.stop() == 0
+
+
+def test_systemd_does_not_start_it_again_where_swap_is_lost() -> None:
+    unit = Path(__file__).parents[2] / "systemd/zswapd.service"
+    assert f"\nRestartPreventExitStatus={LostSwapError.exit_status}\n" in unit.read_text()
 
 
 def test_a_killed_portable_daemon_leaves_an_error_that_the_next_one_explains(make_daemon: MakeDaemon) -> None:
