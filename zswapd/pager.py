@@ -89,8 +89,9 @@ class Pager:
         return _numbers(self._ask("stop")[0])
 
     def status(self) -> dict[str, int]:
-        """pid; opens of the swap file; protected: 1 if the kernel let it lock memory, serve reclaim and outlive the OOM
-        killer; forgets: 1 if it stores nothing; footprint: bytes of its memory beside the pool and its tables."""
+        """pid; device: the mount's st_dev; opens of the swap file; protected: 1 if the kernel let it lock memory, serve
+        reclaim and outlive the OOM killer; forgets: 1 if it stores nothing; footprint: bytes of its memory beside the
+        pool and its tables."""
         return _numbers(self._ask("status")[0])
 
     # What every engine does (engine.Engine)

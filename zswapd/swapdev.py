@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import re
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ FUSE_TIMEOUTS = ("default_request_timeout", "max_request_timeout")
 MARGIN_BYTES = 128 << 20  # memory that must be left over when every page is back
 SETTLE_SECONDS = 10  # for what ends asynchronously: a loop device's release, the daemon's answer
 POLL_SECONDS = 0.1
+LOOP_GET_STATUS64, LOOP_INFO64_BYTES = 0x4C05, 232  # linux/loop.h
 SBIN = ":/usr/sbin:/sbin"  # cron's PATH lacks them
 START_HINT = "start it: systemctl start zswapd, or zswapd run"
 
@@ -105,17 +107,33 @@ def discover(mount_point: Path, root: Path = ROOT) -> Attachment | None:
     found = None
     for attribute in sorted(root.glob("sys/block/loop*/loop/backing_file")):
         try:
-            if _text(attribute).rstrip("\n") != backing_file:
+            backing = _text(attribute).rstrip("\n")
+            device = f"/dev/{attribute.parent.parent.name}"
+            # What was unmounted with --lazy shows only its name within the file system.
+            if backing != backing_file and not (backing == "/swapfile" and _is_hidden(device, mount_point)):
                 continue
             direct_io = attribute.with_name("dio").read_text().strip() == "1"
             size = int((attribute.parent.parent / "size").read_text()) * 512
         except OSError:  # detached meanwhile
             continue
-        device = f"/dev/{attribute.parent.parent.name}"
         if area := swaps.get(device):
             return Attachment(device, True, direct_io, size, area.used_bytes, area.priority)
         found = found or Attachment(device, False, direct_io, size, 0, 0)
     return found
+
+
+def _is_hidden(device: str, mount_point: Path) -> bool:
+    """Whether a loop device is over the swap file of the pager of `mount_point`, by number: no path leads there."""
+    pager = _find_pager(mount_point)
+    if pager is None:
+        return False
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        info = fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(LOOP_INFO64_BYTES))
+    finally:
+        os.close(fd)
+    # Its first field is the backing file's st_dev, and that file system has no other file that can be a loop device's.
+    return int.from_bytes(info[:8], sys.byteorder) == pager.status()["device"]
 
 
 def fuse_timeouts(root: Path = ROOT) -> dict[str, int]:
@@ -342,7 +360,7 @@ async def _reset(mount_point: Path) -> None:
             await trio.to_thread.run_sync(_reset_once, mount_point, abandon_on_cancel=True)
             return
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTCONN):
+            if isinstance(error, FileNotFoundError | ConnectionError) or error.errno == errno.ENOTCONN:
                 return  # the daemon is gone, and its pool with it
             if error.errno != errno.EBUSY or trio.current_time() > deadline:
                 raise SwapError(
@@ -389,7 +407,7 @@ def _require_root() -> None:
 
 
 async def _require_serving(mount_point: Path) -> None:
-    if not is_mounted(mount_point):
+    if not is_mounted(mount_point) and not await trio.to_thread.run_sync(_find_pager, mount_point):
         raise DaemonError(f"the daemon does not run: nothing is mounted at {mount_point}", START_HINT)
     with trio.move_on_after(SETTLE_SECONDS):
         try:

@@ -1,6 +1,7 @@
 """The pager's control socket, beside the file system."""
 
 import errno
+import json
 import os
 import resource
 import select
@@ -120,6 +121,6 @@ def test_its_own_memory_is_small_and_status_says_so(daemon: Daemon) -> None:
     with daemon.opened() as swapfile:
         for page in range(4096):
             os.pwrite(swapfile, noise(page), page * PAGE)
-        footprint = Pager(daemon.mount_point).status()["footprint"]
+        footprint = json.loads(daemon.ctl("status", "--json").stdout)["pager"]["footprint"]
     assert 0 < footprint <= FOOTPRINT
     assert " MiB beside pool and tables" in daemon.ctl("status").stdout

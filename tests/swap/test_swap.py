@@ -225,6 +225,27 @@ def test_what_a_workload_leaves_is_discarded(make_daemon: Callable[..., Daemon],
     assert daemon.stop() == 0
 
 
+def test_what_was_lazily_unmounted_can_be_detached(make_daemon: Callable[..., Daemon], corpus: int) -> None:
+    """The kernel goes on swapping to it, and shows no path to it any more."""
+    daemon = make_daemon(swap__size="128MiB", swap__priority=32767).start()
+    assert daemon.ctl("attach", "--unsafe").returncode == 0
+    area = swap_area(daemon)
+    with swapped(daemon, corpus) as workload:
+        workload.fill()
+        subprocess.run(["umount", "--lazy", daemon.mount_point], check=True)
+        assert swap_area(daemon).loop_device == area.loop_device
+        workload.verify()
+        workload.group.set_limit(ENOUGH)
+        result = daemon.ctl("detach")
+        assert result.returncode == 0, result.stderr
+        assert area.loop_device not in [one.path for one in swapdev.read_swaps()]
+        workload.verify()
+    # Nothing holds the file system any more: it is gone, and its pager with it.
+    assert daemon.wait() == 1
+    daemon.start_again()
+    assert daemon.stop() == 0
+
+
 def test_swap_of_a_daemon_that_was_killed_can_be_taken_away(attached: Callable[..., Daemon], data_path: str) -> None:
     """Without pages in it: some could be those of another process, and would be lost."""
     daemon = attached(swap__priority=0)

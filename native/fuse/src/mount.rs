@@ -37,6 +37,19 @@ pub fn mount(mount_point: &Path) -> io::Result<File> {
     Ok(device)
 }
 
+/// The number of the device that stat(2) shows for files of the mount (st_dev). Asks the kernel alone, not the server.
+pub fn device_number(mount_point: &Path) -> io::Result<u64> {
+    let target = CString::new(mount_point.as_os_str().as_bytes())?;
+    // SAFETY: all-zero is a valid statx.
+    let mut status: libc::statx = unsafe { std::mem::zeroed() };
+    let flags = libc::AT_STATX_DONT_SYNC;
+    // SAFETY: the string is valid for the call, and `status` is large enough.
+    if unsafe { libc::statx(libc::AT_FDCWD, target.as_ptr(), flags, 0, &mut status) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(libc::makedev(status.stx_dev_major, status.stx_dev_minor))
+}
+
 /// Takes the mount away from the directory tree at once; who has a file open keeps it.
 pub fn unmount(mount_point: &Path) -> io::Result<()> {
     let target = CString::new(mount_point.as_os_str().as_bytes())?;

@@ -2,7 +2,7 @@
 //!
 //! | command | reply |
 //! | --- | --- |
-//! | `status` | `ok pid=N opens=N protected=N forgets=N footprint=N`: see `status` below |
+//! | `status` | `ok pid=N device=N opens=N protected=N forgets=N footprint=N`: see `status` below |
 //! | `counters` | `ok`, with the descriptor of the counters |
 //! | `relay` | `ok`, with the descriptor that pyfuse3 is to serve; EBUSY while another one has it |
 //! | `mem-limit BYTES` | `ok` |
@@ -206,7 +206,7 @@ fn left(shared: &Shared) -> String {
     format!("objects={objects} pages={}", metrics.pool_bytes.get() / PAGE_SIZE as u64)
 }
 
-/// How often the swap file is open; whether this process is protected (see `process::protect`); whether it forgets
+/// The mount's device number; how often the swap file is open; whether this process is protected (see `process::protect`); whether it forgets
 /// what is written (`--store none`); bytes of its memory beside pool, slot words and descriptors.
 fn status(shared: &Shared) -> String {
     let metrics = shared.engine.store().metrics();
@@ -221,7 +221,8 @@ fn status(shared: &Shared) -> String {
     let footprint = (bytes("RssAnon:") + bytes("RssFile:")).saturating_sub(descriptors);
     let (pid, opens, protected) = (std::process::id(), shared.gate.opens(), u8::from(shared.protected));
     let forgets = u8::from(shared.stored < shared.engine.size());
-    format!("pid={pid} opens={opens} protected={protected} forgets={forgets} footprint={footprint}")
+    let device = shared.device_number;
+    format!("pid={pid} device={device} opens={opens} protected={protected} forgets={forgets} footprint={footprint}")
 }
 
 #[cfg(test)]

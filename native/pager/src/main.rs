@@ -49,6 +49,8 @@ pub struct Shared {
     pub gate: gate::Gate,
     /// Ends the pager when the file system is gone.
     pub closer: socket::Closer,
+    /// Of the mount.
+    pub device_number: u64,
     /// The kernel has granted all that [`process::protect`] asks for.
     pub protected: bool,
     /// Writes beyond are answered, and forgotten.
@@ -71,6 +73,7 @@ fn run() -> Result<(), String> {
     engine.store().populate_slots().map_err(|error| error.to_string())?;
 
     let device = mount::mount(&args.mount_point).map_err(|error| failed("cannot mount")(&error))?;
+    let device_number = mount::device_number(&args.mount_point).map_err(|error| failed("cannot mount")(&error))?;
     let device = Arc::new(device);
     let shared = Arc::new(Shared {
         engine,
@@ -78,6 +81,7 @@ fn run() -> Result<(), String> {
         counters: counters.into(),
         gate: gate::Gate::default(),
         closer: listener.closer().map_err(|error| failed("control socket")(&error))?,
+        device_number,
         protected,
         stored: args.stored,
     });
