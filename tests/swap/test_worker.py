@@ -72,7 +72,10 @@ def traced(threads: list[int], events: tuple[str, ...]) -> Iterator[Path]:
         lacks("tracefs, which the kernel traces into")
     instance = TRACING / "instances" / f"zswapd-test-{os.getpid()}"
     try:
-        instance.mkdir()
+        try:
+            instance.mkdir()
+        except OSError as error:
+            lacks(f"an instance of its own in tracefs: {error.strerror}")
         try:
             (instance / "options/stacktrace").write_text("1")
             for event in events:
