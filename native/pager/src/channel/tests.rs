@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use zswapd_core::page::PAGE_SIZE;
 use zswapd_fuse::init::MAX_TRANSFER;
 use zswapd_fuse::swapfile::NODEID;
-use zswapd_fuse::wire::opcode;
+use zswapd_fuse::wire::{opcode, u64_at};
 
 const GETXATTR: u32 = 22;
 const COPY_FILE_RANGE: u32 = 47;
@@ -257,12 +257,11 @@ proptest! {
         thread_local! {
             static KERNEL: Kernel = Kernel::new();
         }
-        let name = |message: &[u8]| message.get(8..16).map(|unique| u64::from_ne_bytes(unique.try_into().expect("8 bytes")));
         KERNEL.with(|kernel| {
             let mut expected = Vec::new();
             for message in &messages {
                 kernel.send(message);
-                expected.extend(name(message));
+                expected.extend(u64_at(message, 8));
             }
             for (opcode, nodeid, arguments) in &requests {
                 let unique = next_unique();
