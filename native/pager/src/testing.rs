@@ -54,6 +54,7 @@ impl Kernel {
             counters: SharedMetrics::file().expect("counters").into(),
             gate: gate::Gate::default(),
             closer: listener.closer().expect("descriptor"),
+            device_number: 0,
             protected: false,
             stored,
         });
