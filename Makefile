@@ -1,6 +1,7 @@
 # make build   everything that zswapd needs: system packages, Python packages in .venv, the native module
 # make demo    real pages through a real swap device, every one checked
 # make test    all tests (needs root for the swap device; says what it skips)
+# make fuzz    all that parses bytes from outside, under cargo-fuzz: each target for FUZZ_SECONDS (60)
 # make lint    formatting, lints, types
 # make lock    choose the newest Python packages: rewrites requirements*.lock, which pin them with hashes
 # make clean   remove what the above have made here
@@ -9,12 +10,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: build demo test lint lock clean system
+.PHONY: build demo test fuzz lint lock clean system
 
 PYTHON := .venv/bin/python
 NATIVE := zswapd/_native.abi3.so
 PAGER := zswapd/zswapd-pager
-NATIVE_SOURCES := pyproject.toml $(shell find native -path native/target -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
+NATIVE_SOURCES := pyproject.toml $(shell find native \( -path native/target -o -path native/fuzz \) -prune -o \
+    \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 # mkswap, swapon and losetup, where a user's PATH lacks them.
 export PATH := $(PATH):/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -91,6 +93,24 @@ test: build
 	$(PYTHON) -m pytest tests/unit tests/fuse tests/swap
 	echo "zswapd: all tests passed"
 
+FUZZ_SECONDS ?= 60
+
+# What a target finds stays in native/fuzz/artifacts, and what covers new ground in native/fuzz/corpus, for the next run.
+fuzz:
+	@missing() { echo "zswapd: $$*" >&2; exit 1; }
+	command -v rustup >/dev/null && rustup run nightly rustc --version >/dev/null 2>&1 ||
+	    missing "fuzzing needs a nightly Rust: install rustup (https://rustup.rs), then: rustup toolchain install nightly"
+	cargo +nightly fuzz --version >/dev/null 2>&1 || missing "cargo-fuzz is missing: cargo install --locked cargo-fuzz"
+	command -v c++ >/dev/null || missing "libFuzzer needs a C++ compiler: apt-get install g++"
+	cd native
+	cargo +nightly fetch --quiet --locked --manifest-path fuzz/Cargo.toml
+	# The codecs' C code too. Without use-after-scope, which gcc reports where there is none (zstd_opt.c).
+	export CFLAGS="-fsanitize=address -fno-sanitize-address-use-after-scope"
+	for target in $$(cargo +nightly fuzz list); do
+	    echo "zswapd: fuzzing $$target for $(FUZZ_SECONDS) s"
+	    cargo +nightly fuzz run "$$target" -- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
+	done
+
 lint: build
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m ruff check
@@ -102,6 +122,7 @@ lint: build
 	}
 	cd native
 	cargo fmt --check
+	cargo fmt --check --manifest-path fuzz/Cargo.toml
 	cargo clippy --quiet --locked --all-targets -- -D warnings
 
 lock:
@@ -117,5 +138,6 @@ lock:
 	rm -r build/lock
 
 clean:
-	rm -rf --one-file-system .venv build native/target $(NATIVE) $(PAGER) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf --one-file-system .venv build native/target native/fuzz/{target,corpus,artifacts,coverage} $(NATIVE) $(PAGER) \
+	    .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find zswapd tests -name __pycache__ -prune -exec rm -r {} +
