@@ -229,17 +229,23 @@ def test_what_was_lazily_unmounted_can_be_detached(make_daemon: Callable[..., Da
     """The kernel goes on swapping to it, and shows no path to it any more."""
     daemon = make_daemon(swap__size="128MiB", swap__priority=32767).start()
     assert daemon.ctl("attach", "--unsafe").returncode == 0
-    area = swap_area(daemon)
-    with swapped(daemon, corpus) as workload:
-        workload.fill()
-        subprocess.run(["umount", "--lazy", daemon.mount_point], check=True)
-        assert swap_area(daemon).loop_device == area.loop_device
-        workload.verify()
-        workload.group.set_limit(ENOUGH)
-        result = daemon.ctl("detach")
-        assert result.returncode == 0, result.stderr
-        assert area.loop_device not in [one.path for one in swapdev.read_swaps()]
-        workload.verify()
+    device = swap_area(daemon).loop_device
+    try:
+        with swapped(daemon, corpus) as workload:
+            workload.fill()
+            subprocess.run(["umount", "--lazy", daemon.mount_point], check=True)
+            assert swap_area(daemon).loop_device == device
+            workload.verify()
+            workload.group.set_limit(ENOUGH)
+            result = daemon.ctl("detach")
+            assert result.returncode == 0, result.stderr
+            assert device not in [area.path for area in swapdev.read_swaps()]
+            workload.verify()
+    finally:
+        # If it was not found, neither will it be by whoever tidies up.
+        if device in [area.path for area in swapdev.read_swaps()]:
+            subprocess.run(["swapoff", device], check=True)
+            subprocess.run(["losetup", "--detach", device], check=True)
     # Nothing holds the file system any more: it is gone, and its pager with it.
     assert daemon.wait() == 1
     daemon.start_again()
