@@ -108,7 +108,9 @@ fuzz:
 	export CFLAGS="-fsanitize=address -fno-sanitize-address-use-after-scope"
 	for target in $$(cargo +nightly fuzz list); do
 	    echo "zswapd: fuzzing $$target for $(FUZZ_SECONDS) s"
-	    cargo +nightly fuzz run "$$target" -- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
+	    # Without a line for every input that is kept.
+	    cargo +nightly fuzz run "$$target" -- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 2>&1 |
+	        grep --line-buffered -vE '^(#[0-9]+[[:space:]]+(NEW|REDUCE)|[[:space:]]+NEW_FUNC|")'
 	done
 
 lint: build
