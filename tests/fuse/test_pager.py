@@ -8,6 +8,7 @@ import select
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,17 @@ def test_without_descriptors_it_goes_on(daemon: Daemon) -> None:
     """The pages are in it."""
     pid = daemon.server_pid
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (0, limits[1]))
+    descriptors = Path(f"/proc/{pid}/fd")
+
+    def quiet() -> bool:
+        with suppress(FileNotFoundError):
+            # The listener's two, and the relay's.
+            return sum(os.readlink(fd).startswith("socket:") for fd in descriptors.iterdir()) == 3
+        return False
+
+    wait_until(quiet, "no connection")
+    taken = {int(fd.name) for fd in descriptors.iterdir()}
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(len(taken) + 1)) - taken), limits[1]))
     with connection(daemon) as waiting:
         waiting.send(b"status")
         daemon.wait_for_log("control socket: Too many open files")

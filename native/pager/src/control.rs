@@ -24,6 +24,7 @@ use crate::socket::{Connection, Listener};
 use crate::Shared;
 use std::collections::VecDeque;
 use std::fs::OpenOptions;
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 use zswapd_core::codec::{Algorithm, Compression};
@@ -61,7 +62,13 @@ pub fn serve(listener: &Listener, shared: &Shared) {
     // One at a time, in the order in which they came.
     let mut jobs: VecDeque<(Connection, Job)> = VecDeque::new();
     loop {
-        let (accept, speaking) = listener.poll(&silent, jobs.is_empty());
+        let (accept, speaking) = match listener.poll(&silent, jobs.is_empty()) {
+            Ok(found) => found,
+            Err(error) => {
+                pause_after(&error);
+                continue;
+            }
+        };
         // The last one first: taking one out moves those behind it.
         for at in (0..speaking.len()).rev().filter(|&at| speaking[at]) {
             let Some(connection) = silent.remove(at) else { continue };
@@ -76,11 +83,7 @@ pub fn serve(listener: &Listener, shared: &Shared) {
             match listener.accept() {
                 Ok(Some(connection)) => silent.push_back(connection),
                 Ok(None) => return,
-                // The machine is short of something. No reason to end: the pages are here.
-                Err(error) => {
-                    eprintln!("zswapd-pager: control socket: {error}");
-                    std::thread::sleep(Duration::from_secs(1));
-                }
+                Err(error) => pause_after(&error),
             }
             if silent.len() > SILENT {
                 silent.pop_front();
@@ -94,6 +97,12 @@ pub fn serve(listener: &Listener, shared: &Shared) {
             }
         }
     }
+}
+
+/// The machine is short of something. No reason to end: the pages are here.
+fn pause_after(error: &io::Error) {
+    eprintln!("zswapd-pager: control socket: {error}");
+    std::thread::sleep(Duration::from_secs(1));
 }
 
 /// Sends the reply to a command that is done. True if the pager is to stop. Who asked may be gone: what was done stays

@@ -67,13 +67,15 @@ impl Listener {
 
     /// Whether there is something to accept, and which of `connections` have something to receive (or have hung up).
     /// Waits until there is anything, or not at all.
-    pub fn poll(&self, connections: &VecDeque<Connection>, wait: bool) -> (bool, Vec<bool>) {
+    pub fn poll(&self, connections: &VecDeque<Connection>, wait: bool) -> io::Result<(bool, Vec<bool>)> {
         let readable = |fd: RawFd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         let connections = connections.iter().map(|connection| connection.0.as_raw_fd());
         let mut all: Vec<_> = std::iter::once(self.socket.as_raw_fd()).chain(connections).map(readable).collect();
-        // SAFETY: so many pollfds. Interrupted, it has found nothing, and is called again.
-        unsafe { libc::poll(all.as_mut_ptr(), all.len() as libc::nfds_t, if wait { -1 } else { 0 }) };
-        (all[0].revents != 0, all[1..].iter().map(|one| one.revents != 0).collect())
+        // SAFETY: so many pollfds.
+        if unsafe { libc::poll(all.as_mut_ptr(), all.len() as libc::nfds_t, if wait { -1 } else { 0 }) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok((all[0].revents != 0, all[1..].iter().map(|one| one.revents != 0).collect()))
     }
 }
 
