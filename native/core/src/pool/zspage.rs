@@ -19,8 +19,9 @@ const FULL: usize = GROUPS - 1;
 
 /// Descriptor of one arena page. All but `used` and `back` mean something for the first page of a zspage only.
 ///
-/// Relaxed atomics: the fields change under the lock of the class, which also orders them. `class` and `back` are
-/// also read without it. They stay as they are while the zspage has an object in use; who has none there may find a
+/// Relaxed atomics: the fields change under the lock of the class, which also orders them. `used`, `class` and `back`
+/// are also read without it, and change with Release order: who reads with Acquire order that an object is no more also
+/// finds where it was moved. They stay as they are while the zspage has an object in use; who has none there may find a
 /// zspage that is being freed, or another one in its place, and looks again under a lock ([`zspage_of`]).
 ///
 /// Invariant: a descriptor outlives every reader. The table is unmapped with the pool, never before, so that a zspage
@@ -55,12 +56,12 @@ pub type Descriptors = ZeroedTable<PageDesc>;
 pub fn zspage_of(descriptors: &Descriptors, page: u32) -> Option<(u32, usize)> {
     let back = u32::from(descriptors.get(page as usize)?.back.load(Acquire));
     let first = page.checked_sub(back.checked_sub(1)?)?;
-    Some((first, usize::from(descriptors[first as usize].class.load(Relaxed))))
+    Some((first, usize::from(descriptors[first as usize].class.load(Acquire))))
 }
 
 /// Whether an object of a zspage is in use. Exact for who owns the object, else a hint.
 pub fn is_used(descriptors: &Descriptors, first: u32, object: usize) -> bool {
-    descriptors[first as usize + object / 64].used.load(Relaxed) >> (object % 64) & 1 == 1
+    descriptors[first as usize + object / 64].used.load(Acquire) >> (object % 64) & 1 == 1
 }
 
 /// The zspages of one class by fullness. Protected by the lock of the class.
@@ -79,11 +80,11 @@ impl ClassLists {
     pub fn insert_zspage(&mut self, descriptors: &Descriptors, first: u32, class: usize, geometry: &Geometry) {
         let desc = &descriptors[first as usize];
         desc.in_use.store(0, Relaxed);
-        desc.class.store(class as u8, Relaxed);
+        desc.class.store(class as u8, Release);
         self.link(descriptors, first, 0);
         for n in 0..geometry.pages {
             let page = &descriptors[first as usize + n];
-            page.used.store(0, Relaxed);
+            page.used.store(0, Release);
             page.back.store(n as u8 + 1, Release);
         }
     }
@@ -102,7 +103,7 @@ impl ClassLists {
             Some(n * 64 + free).filter(|&object| free < 64 && object < geometry.objects)
         })?;
         let word = &descriptors[first as usize + object / 64].used;
-        word.store(word.load(Relaxed) | 1 << (object % 64), Relaxed);
+        word.store(word.load(Relaxed) | 1 << (object % 64), Release);
         self.change_in_use(descriptors, first, geometry, 1);
         Some((first, object))
     }
@@ -117,7 +118,7 @@ impl ClassLists {
     pub fn put_object(&mut self, descriptors: &Descriptors, geometry: &Geometry, first: u32, object: usize) -> bool {
         assert!(is_used(descriptors, first, object), "object {object} of zspage {first} freed twice");
         let word = &descriptors[first as usize + object / 64].used;
-        word.store(word.load(Relaxed) & !(1 << (object % 64)), Relaxed);
+        word.store(word.load(Relaxed) & !(1 << (object % 64)), Release);
         let empty = self.change_in_use(descriptors, first, geometry, -1) == 0;
         if empty {
             self.unlink(descriptors, first, 0);
