@@ -13,12 +13,18 @@ pub mod engine;
 pub mod error;
 pub mod gate;
 pub mod locks;
+#[cfg_attr(any(loom, shuttle), path = "models/standin/memory.rs")]
 pub mod memory;
 pub mod metrics;
 pub mod object;
 pub mod page;
 pub mod pool;
 pub mod slots;
+#[cfg_attr(any(loom, shuttle), path = "models/standin/state.rs")]
 pub mod state;
 pub mod store;
+#[cfg_attr(any(loom, shuttle), path = "models/standin/sync.rs")]
 mod sync;
+
+#[cfg(all(test, any(loom, shuttle)))]
+mod models;

@@ -100,11 +100,12 @@ impl<T> DerefMut for Guard<'_, T> {
 #[cfg(debug_assertions)]
 mod debug {
     use super::Rank;
+    use crate::sync::thread_local;
     use std::cell::Cell;
 
     thread_local! {
         /// Bit n is set while this thread holds a lock of rank n.
-        static HELD: Cell<u8> = const { Cell::new(0) };
+        static HELD: Cell<u8> = Cell::default();
     }
 
     pub struct Held(Rank);

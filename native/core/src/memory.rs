@@ -119,11 +119,11 @@ pub fn status_of(file: BorrowedFd<'_>) -> Result<libc::stat> {
     Ok(status)
 }
 
-/// A type whose value with all bytes zero is valid.
+/// A type whose default value is all bytes zero.
 ///
 /// # Safety
-/// All-zero bytes must be a valid value of the type, and it must need no drop.
-pub unsafe trait Zeroable {}
+/// All-zero bytes must be a valid value of the type, the one that `Default` gives, and it must need no drop.
+pub unsafe trait Zeroable: Default {}
 
 // SAFETY: zero is a number.
 unsafe impl Zeroable for u8 {}

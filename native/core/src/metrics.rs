@@ -5,9 +5,10 @@
 
 use crate::error::{Error, Result};
 use crate::memory::{length_of, memory_file, Backing, Zeroable, ZeroedTable};
-use crate::sync::{AtomicU64, Ordering::Relaxed};
 use std::ops::Deref;
 use std::os::fd::{BorrowedFd, OwnedFd};
+// Not those of `sync`: counting orders nothing.
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -153,7 +154,14 @@ pub struct Metrics {
 /// Changes with every change of [`Metrics`], so that nobody reads one layout as another.
 pub const LAYOUT: u64 = 3;
 
-// SAFETY: atomics of integers, valid when zero, no drop.
+impl Default for Metrics {
+    fn default() -> Metrics {
+        // SAFETY: atomics of integers, valid when zero.
+        unsafe { std::mem::zeroed() }
+    }
+}
+
+// SAFETY: all zero as defined, and no drop.
 unsafe impl Zeroable for Metrics {}
 
 /// A [`Metrics`] block that several parts of a process, or several processes, share.

@@ -19,6 +19,7 @@ use crate::locks::{Guard, Rank, Ranked};
 use crate::pool::Location;
 use crate::state::State;
 use crate::sync::Ordering::{AcqRel, Acquire};
+use crate::sync::MODEL;
 use std::sync::Arc;
 
 const CHECK_SHIFT: u32 = 60;
@@ -85,7 +86,7 @@ fn fold(word: u64) -> u64 {
 }
 
 /// More stripes than threads by far, so that two pages rarely meet in one.
-const STRIPES: usize = 1024;
+const STRIPES: usize = if MODEL { 4 } else { 1024 };
 
 /// The slot words of the state file, and the locks that guard them (rank `Slot`).
 pub struct SlotTable {

@@ -114,11 +114,18 @@ impl State {
         status_of(self.file.as_fd()).map_or(0, |status| status.st_blocks as u64 * 512)
     }
 
-    /// Address of a byte of the arena. Panics if it is outside.
-    pub fn arena(&self, offset: usize) -> *mut u8 {
-        assert!(offset < self.arena_pages as usize * PAGE_SIZE, "offset {offset} is outside the arena");
+    /// Bytes of the arena, to be read: valid as long as the state. Panics if they are outside.
+    pub fn bytes(&self, offset: usize, length: usize) -> *const [u8] {
+        self.bytes_mut(offset, length)
+    }
+
+    /// Bytes of the arena, to be written: see [`State::bytes`].
+    pub fn bytes_mut(&self, offset: usize, length: usize) -> *mut [u8] {
+        let end = self.arena_pages as usize * PAGE_SIZE;
+        assert!(offset < end && length <= end - offset, "{length} bytes at {offset} are not inside the arena");
         // SAFETY: the mapping reaches `arena_pages` pages beyond `arena_start`.
-        unsafe { self.mapping.start().as_ptr().add(self.arena_start + offset) }
+        let start = unsafe { self.mapping.start().as_ptr().add(self.arena_start + offset) };
+        std::ptr::slice_from_raw_parts_mut(start, length)
     }
 
     /// Takes memory for arena pages from the system and maps it: touching them then faults no more.
@@ -168,10 +175,11 @@ mod tests {
     #[test]
     fn punched_pages_read_zeros() {
         let state = State::create(1, 512, None).expect("state");
-        // SAFETY: the page is inside the arena and no one else uses it.
-        unsafe { state.arena(5 * PAGE_SIZE).write(7) };
+        let page = state.bytes_mut(5 * PAGE_SIZE, PAGE_SIZE);
+        // SAFETY: no one else uses the page.
+        unsafe { (*page).fill(7) };
         state.punch(5, 1).expect("punched");
         // SAFETY: as above.
-        assert_eq!(unsafe { state.arena(5 * PAGE_SIZE).read() }, 0);
+        assert_eq!(unsafe { &*page }, [0; PAGE_SIZE]);
     }
 }

@@ -1,8 +1,13 @@
-//! The one seam through which the core takes its atomics and locks, so that a model checker can stand in.
+//! The one seam through which the core takes its atomics and locks, so that a model checker can stand in
+//! (`models/standin/sync.rs`).
 
 pub use std::hint::spin_loop;
 pub use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
 pub use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+pub use std::thread_local;
+
+/// Whether a model checker runs the core: every schedule of something tiny tells more than a few of something large.
+pub const MODEL: bool = false;
 
 /// Sleeps while the word has this value; may wake for no reason (futex(2), FUTEX_WAIT).
 pub fn futex_wait(word: &AtomicU32, value: u32) {

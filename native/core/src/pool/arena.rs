@@ -11,22 +11,26 @@ use crate::memory::{Zeroable, ZeroedTable};
 use crate::metrics::{Metrics, SharedMetrics};
 use crate::page::PAGE_SIZE;
 use crate::state::State;
+use crate::sync::MODEL;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 use std::thread::Thread;
 
 /// Pages of a region.
-pub const REGION_PAGES: u32 = 512;
+pub const REGION_PAGES: u32 = if MODEL { 8 } else { 512 };
 /// Free regions are added below this many: at full speed a fill uses one up in about 8 ms, and the thread that adds
 /// them may have to wait for a processor.
-const RESERVE_LOW: u64 = 4;
+const RESERVE_LOW: u64 = if MODEL { 1 } else { 4 };
 /// They are given back above this many.
-pub const RESERVE_HIGH: u64 = 6;
+pub const RESERVE_HIGH: u64 = if MODEL { 1 } else { 6 };
 
-const WORDS: usize = REGION_PAGES as usize / 64;
+const WORDS: usize = REGION_PAGES.div_ceil(64) as usize;
+/// The bits of a word that stand for pages.
+const PAGE_BITS: u64 = if REGION_PAGES < 64 { (1 << REGION_PAGES) - 1 } else { u64::MAX };
 type Bitmap = [u64; WORDS];
 
 /// Zeroed is "nothing used, not backed".
+#[derive(Default)]
 struct Region {
     /// Bit n is set while page n belongs to a zspage.
     used: Bitmap,
@@ -327,7 +331,7 @@ impl Arena {
 
 /// Bit n of the result is set if a run of `length` free pages begins at page n.
 fn free_runs(used: &Bitmap, length: usize) -> Bitmap {
-    let mut runs = used.map(|word| !word);
+    let mut runs = used.map(|word| !word & PAGE_BITS);
     for _ in 1..length {
         for i in 0..WORDS {
             let above = runs.get(i + 1).map_or(0, |word| word << 63);
@@ -408,7 +412,7 @@ mod tests {
         }
 
         #[test]
-        fn the_first_free_run_is_found(used in prop::array::uniform8(any::<u64>()), length in 1..=MAX_CHAIN) {
+        fn the_first_free_run_is_found(used in prop::array::UniformArrayStrategy::<_, Bitmap>::new(any::<u64>()), length in 1..=MAX_CHAIN) {
             let is_free = |page: usize| used[page / 64] >> (page % 64) & 1 == 0;
             let slow = (0..=REGION_PAGES as usize - length).find(|&at| (at..at + length).all(is_free));
             prop_assert_eq!(first_free_run(&used, length), slow);

@@ -6,14 +6,15 @@
 
 use crate::object::HEADER_SIZE;
 use crate::page::PAGE_SIZE;
+use crate::sync::MODEL;
 
 /// Step between size classes, and the unit of a location.
 pub const UNIT: usize = 16;
 /// Small enough for any real page; a zspage then has at most 64 objects per page, one bitmap word.
-pub const MIN_SIZE: usize = 64;
+pub const MIN_SIZE: usize = if MODEL { 2048 } else { 64 };
 pub const MAX_SIZE: usize = (PAGE_SIZE + HEADER_SIZE).next_multiple_of(UNIT);
 /// The longest chain of pages that make up a zspage.
-pub const MAX_CHAIN: usize = 8;
+pub const MAX_CHAIN: usize = if MODEL { 2 } else { 8 };
 
 const SIZES: usize = (MAX_SIZE - MIN_SIZE) / UNIT + 1;
 

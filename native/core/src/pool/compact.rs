@@ -16,13 +16,13 @@ use super::zspage::{objects_in_use, zspage_of, ClassLists};
 use super::{location_of, Location, Pool};
 use crate::locks::Guard;
 use crate::page::PAGE_SIZE;
-use crate::sync::Ordering::Relaxed;
+use crate::sync::{Ordering::Relaxed, MODEL};
 use std::ops::Range;
 
 /// Objects that a step moves at most: readers of the zspage, and who allocates in its class, wait so long.
-const BATCH: usize = 8;
+const BATCH: usize = if MODEL { 1 } else { 8 };
 /// Steps in vain at one zspage before it is left for another time.
-const PATIENCE: usize = 16;
+const PATIENCE: usize = if MODEL { 2 } else { 16 };
 /// Frees between two looks at whether there is something to compact.
 const FREES: u32 = 1024;
 /// Compaction by itself begins where it frees at least this share of the pool, and this much.
@@ -204,14 +204,13 @@ impl Pool {
 
     /// Copies the bytes of an object, and returns the copy's.
     fn copy(&self, from: Location, to: Location, size: usize) -> &[u8] {
-        let (from, to) = (self.state.arena(from.offset()), self.state.arena(to.offset()));
         // SAFETY: both objects lie inside the arena, and they are two. Nobody writes to the source: its zspage is
         // locked by us, and objects are written only while pinned. Nobody knows the copy: it was free until now, and
         // the lock of its class is ours.
-        unsafe {
-            std::ptr::copy_nonoverlapping(from, to, size);
-            std::slice::from_raw_parts(to, size)
-        }
+        let (from, to) =
+            unsafe { (&*self.state.bytes(from.offset(), size), &mut *self.state.bytes_mut(to.offset(), size)) };
+        to.copy_from_slice(from);
+        to
     }
 }
 

@@ -13,14 +13,14 @@
 //! more: who has it looks again whether it is the right one.
 
 use crate::sync::Ordering::{Acquire, Relaxed, Release};
-use crate::sync::{futex_wait, futex_wake_all, spin_loop, AtomicU32};
+use crate::sync::{futex_wait, futex_wake_all, spin_loop, AtomicU32, MODEL};
 
 /// A mover has it.
 const MOVER: u32 = 1 << 31;
 /// Readers sleep until the mover unlocks. Only ever set together with [`MOVER`].
 const SLEEPERS: u32 = 1 << 30;
 /// A mover needs some 10 µs for what it does under the lock: longer only if it was preempted.
-const SPINS: u32 = 200;
+const SPINS: u32 = if MODEL { 0 } else { 200 };
 
 /// Zeroed is unlocked. Otherwise: the number of readers, or [`MOVER`].
 #[derive(Default)]

@@ -7,7 +7,7 @@
 mod arena;
 mod class;
 mod compact;
-mod lock;
+pub(crate) mod lock;
 mod zspage;
 
 use crate::error::{Error, Result};
@@ -80,10 +80,9 @@ impl Pinned<'_> {
     /// # Safety
     /// A slot that the caller has locked must have named the location after it was pinned: nobody frees it then.
     pub unsafe fn bytes(&self) -> &[u8] {
-        let offset = self.location.offset();
         // SAFETY: a live object lies inside the arena; by the caller's promise it stays live, as it is pinned it stays
         // in its place, and objects are written only before their location is known.
-        unsafe { std::slice::from_raw_parts(self.pool.state.arena(offset), self.size) }
+        unsafe { &*self.pool.state.bytes(self.location.offset(), self.size) }
     }
 }
 
@@ -147,7 +146,7 @@ impl Pool {
         let pinned = Pinned { pool: self, location, first, size: geometry.size, _held: hold(Rank::Zspage) };
         // SAFETY: the object lies inside its zspage, which lies inside the arena. It was free until now and its
         // location is known to nobody else, so that this is the only reference to these bytes.
-        write(unsafe { std::slice::from_raw_parts_mut(self.state.arena(location.offset()), geometry.size) });
+        write(unsafe { &mut *self.state.bytes_mut(location.offset(), geometry.size) });
         Ok(pinned)
     }
 
@@ -215,7 +214,7 @@ impl Pool {
         let size = self.table.classes()[found.class].size;
         // SAFETY: a live object lies inside the arena; by the caller's promise it stays, and objects are written only
         // before their location is known.
-        Some(read(unsafe { std::slice::from_raw_parts(self.state.arena(found.offset), size) }))
+        Some(read(unsafe { &*self.state.bytes(found.offset, size) }))
     }
 
     /// Frees an object. In a pool without an adjuster, memory may go back to the system (a system call).
@@ -265,7 +264,7 @@ impl Pool {
     /// Address of a live object's bytes, for tests that damage them.
     #[cfg(test)]
     pub fn address(&self, location: Location) -> Option<*mut u8> {
-        Some(self.state.arena(self.find(location)?.offset))
+        Some(self.state.bytes_mut(self.find(location)?.offset, UNIT).cast())
     }
 
     /// Makes the calling thread the one that keeps the reserve of memory filled: from now on nobody else waits for
@@ -302,9 +301,9 @@ impl Pool {
             };
             let geometry = &self.table.classes()[class];
             for object in zspage::objects_in_use(&self.descriptors, first, geometry.pages) {
-                let address = self.state.arena(location_of(first, object, geometry).offset());
+                let offset = location_of(first, object, geometry).offset();
                 // SAFETY: inside the arena; by the caller's promise and ours nobody writes or frees it any more.
-                leaked(geometry.size, unsafe { std::slice::from_raw_parts(address, geometry.size) });
+                leaked(geometry.size, unsafe { &*self.state.bytes(offset, geometry.size) });
             }
         }
         0

@@ -1,0 +1,108 @@
+//! The core under model checkers: its own code, whose atomics and locks are the checker's (`standin/`).
+//!
+//! loom runs each of the `races` through every schedule with at most so many preemptions, and through every value that
+//! a load may return under the memory model of C11. shuttle runs whole `flows` through many random schedules.
+//! `tests/mutants` holds the proof that they see something: each mutant brings a bug back, and its model fails.
+
+#[cfg(shuttle)]
+mod flows;
+#[cfg(loom)]
+mod races;
+
+use crate::codec::{Algorithm, Compression, Scratch};
+use crate::error::Result;
+use crate::page::{Page, PAGE_SIZE};
+use crate::store::{Detached, Files, Store};
+use std::cell::RefCell;
+use std::ops::Deref;
+use std::time::Duration;
+
+/// The checkers' clocks stand still: who waits so long waits until it is woken.
+const FOREVER: Duration = Duration::from_secs(1 << 30);
+
+/// The size of what a page becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Two objects share a zspage of one page.
+    Small,
+    /// One object takes a zspage of two pages: noise, which does not get smaller.
+    Large,
+}
+
+/// A page that can be told from every other one.
+fn page(kind: Kind, stamp: u8) -> Page {
+    let mut noise = u32::from(stamp) + 1;
+    let mut next = || {
+        noise ^= noise << 13;
+        noise ^= noise >> 17;
+        noise ^= noise << 5;
+        noise as u8
+    };
+    let pattern: [u8; 8] = std::array::from_fn(|_| next());
+    let mut page: Page = std::array::from_fn(|n| if kind == Kind::Small { pattern[n % 8] } else { next() });
+    page[0] = stamp;
+    page
+}
+
+/// A store of a few slots, with what a model does to it.
+struct Swap(Store);
+
+impl Deref for Swap {
+    type Target = Store;
+    fn deref(&self) -> &Store {
+        &self.0
+    }
+}
+
+impl Swap {
+    fn new(slots: u64) -> Swap {
+        Swap(Store::new(slots, 1 << 20, Files::default()).expect("a store"))
+    }
+
+    fn write(&self, slot: u32, kind: Kind, stamp: u8) {
+        let with = Compression { algorithm: Algorithm::Lz4, zstd_level: 1 };
+        with_scratch(|scratch| self.store(slot, &page(kind, stamp), with, scratch)).expect("room");
+    }
+
+    /// Reads a page that has to be one of these, or empty (0), and returns which.
+    fn read(&self, slot: u32, kind: Kind, stamps: &[u8]) -> u8 {
+        let mut bytes = [0xff; PAGE_SIZE];
+        let read: Result<()> = with_scratch(|scratch| self.load(slot, &mut bytes, scratch));
+        read.unwrap_or_else(|error| panic!("slot {slot}: {error}"));
+        let stamp = bytes[0];
+        assert!(stamps.contains(&stamp), "slot {slot} reads page {stamp}, not one of {stamps:?}");
+        let whole = if stamp == 0 { [0; PAGE_SIZE] } else { page(kind, stamp) };
+        assert!(bytes == whole, "slot {slot} is torn");
+        stamp
+    }
+
+    fn free(&self, slot: u32) {
+        self.discard(u64::from(slot)..u64::from(slot) + 1, &mut Detached::with_capacity(0));
+    }
+
+    /// Ends the store, and checks that nothing was lost, left or counted twice.
+    fn end(&self) {
+        assert_eq!(self.destroy(FOREVER).expect("nobody is moving"), vec![]);
+        self.assert_nothing_left();
+    }
+
+    fn assert_nothing_left(&self) {
+        let metrics = self.metrics();
+        let pages = [&metrics.pages_lz4, &metrics.pages_incompressible, &metrics.pages_lost, &metrics.compressed_bytes];
+        assert!(pages.iter().all(|gauge| gauge.get() == 0), "pages are counted that are no more");
+        assert_eq!(metrics.pool_bytes.get(), 0, "pages of the arena were not given back");
+        assert!(metrics.classes.iter().all(|class| (class.objects.get(), class.zspages.get()) == (0, 0)));
+    }
+}
+
+/// Lends a scratch that no other thread of the model has now: one is too dear to be made for every schedule.
+fn with_scratch<R>(use_it: impl FnOnce(&mut Scratch) -> R) -> R {
+    thread_local! {
+        static IDLE: RefCell<Vec<Scratch>> = const { RefCell::new(Vec::new()) };
+    }
+    let idle = IDLE.with(|idle| idle.borrow_mut().pop());
+    let mut scratch = idle.unwrap_or_else(|| Scratch::new().expect("a scratch"));
+    let result = use_it(&mut scratch);
+    IDLE.with(|idle| idle.borrow_mut().push(scratch));
+    result
+}

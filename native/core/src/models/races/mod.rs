@@ -1,0 +1,39 @@
+//! One file for each subject, one test for each race.
+
+mod gate;
+mod moving;
+mod zspage_lock;
+
+use loom::thread::{Builder, JoinHandle};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::Arc;
+
+/// Of a thread of a model, in words: the checker's own choice is too little for a page and a codec.
+const STACK: usize = 1 << 15;
+
+/// LOOM_MAX_PREEMPTIONS asks for more. With 3 the models take seconds, with 5 minutes.
+const PREEMPTIONS: usize = 3;
+
+/// Runs a model through all schedules with at most so many preemptions, and says how many they were.
+fn explore(model: impl Fn() + Send + Sync + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound.get_or_insert(PREEMPTIONS);
+    builder.max_branches = 100_000;
+    let schedules: &AtomicU64 = Box::leak(Box::default());
+    let model = Arc::new(model);
+    builder.check(move || {
+        schedules.fetch_add(1, Relaxed);
+        let model = model.clone();
+        join(spawn(move || model()));
+    });
+    let name = std::thread::current().name().unwrap_or("a model").to_string();
+    println!("{name}: {} schedules", schedules.load(Relaxed));
+}
+
+fn spawn<T: Send + 'static>(thread: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    Builder::new().stack_size(STACK).spawn(thread).expect("a thread")
+}
+
+fn join<T>(thread: JoinHandle<T>) -> T {
+    thread.join().expect("a thread that does not panic")
+}

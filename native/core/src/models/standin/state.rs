@@ -1,0 +1,92 @@
+//! Stands in for `state.rs` under a model checker: no file, the slot words are the checker's atomics, and each access
+//! to the bytes of the arena is noted.
+
+use crate::error::Result;
+use crate::page::PAGE_SIZE;
+use crate::sync::{AtomicU64, Shadow};
+use std::cell::UnsafeCell;
+use std::os::fd::OwnedFd;
+
+pub const MAX_ARENA_PAGES: u64 = 1 << 29;
+
+/// Bytes that one shadow stands for: the smallest size class of a model. Classes of which two objects would share one
+/// must not be used in models (2720 bytes).
+const SHADOWED: usize = PAGE_SIZE / 2;
+
+pub struct State {
+    words: Box<[AtomicU64]>,
+    arena: UnsafeCell<Box<[u8]>>,
+    arena_pages: u32,
+    shadows: Box<[Shadow]>,
+}
+
+// SAFETY: as of the real one: who dereferences the addresses that it gives out answers for the sharing.
+unsafe impl Sync for State {}
+
+impl State {
+    pub fn create(slots: u64, arena_pages: u32, _file: Option<OwnedFd>) -> Result<State> {
+        let bytes = arena_pages as usize * PAGE_SIZE;
+        Ok(State {
+            words: (0..slots).map(|_| AtomicU64::default()).collect(),
+            arena: UnsafeCell::new(vec![0; bytes].into()),
+            arena_pages,
+            shadows: (0..bytes / SHADOWED).map(|_| Shadow::default()).collect(),
+        })
+    }
+
+    pub fn slots(&self) -> u64 {
+        self.words.len() as u64
+    }
+
+    pub fn arena_pages(&self) -> u32 {
+        self.arena_pages
+    }
+
+    pub fn words(&self) -> &[AtomicU64] {
+        &self.words
+    }
+
+    pub fn touched_slots(&self, slot: u64) -> Option<(u64, u64)> {
+        (slot < self.slots()).then(|| (slot, self.slots()))
+    }
+
+    pub fn resident_bytes(&self) -> u64 {
+        0
+    }
+
+    fn shadows(&self, offset: usize, length: usize) -> impl Iterator<Item = &Shadow> {
+        self.shadows[offset / SHADOWED..(offset + length).div_ceil(SHADOWED)].iter()
+    }
+
+    fn address(&self, offset: usize, length: usize) -> *mut [u8] {
+        assert!(offset + length <= self.arena_pages as usize * PAGE_SIZE);
+        // SAFETY: the box is never replaced; its bytes are only ever reached through this address, and inside it.
+        let start = unsafe { (&raw mut **self.arena.get()).cast::<u8>().add(offset) };
+        std::ptr::slice_from_raw_parts_mut(start, length)
+    }
+
+    pub fn bytes(&self, offset: usize, length: usize) -> *const [u8] {
+        self.shadows(offset, length).for_each(Shadow::read);
+        self.address(offset, length)
+    }
+
+    pub fn bytes_mut(&self, offset: usize, length: usize) -> *mut [u8] {
+        self.shadows(offset, length).for_each(Shadow::write);
+        self.address(offset, length)
+    }
+
+    pub fn populate(&self, _page: u32, _pages: u32) -> Result<()> {
+        Ok(())
+    }
+
+    pub fn populate_words(&self) -> Result<()> {
+        Ok(())
+    }
+
+    pub fn punch(&self, page: u32, pages: u32) -> Result<()> {
+        let bytes = self.bytes_mut(page as usize * PAGE_SIZE, pages as usize * PAGE_SIZE);
+        // SAFETY: as of the real one, the caller owns these pages; the checker has just seen whether that is so.
+        unsafe { (*bytes).fill(0) };
+        Ok(())
+    }
+}
