@@ -24,14 +24,14 @@ OTHER_UNITS = re.compile(r"_(ms|us|ns|milliseconds|microseconds|kb|kib|mb|mib|pe
 @pytest.fixture
 def engine() -> EmbeddedEngine:
     """One that has seen a little of everything."""
-    engine = EmbeddedEngine(size_bytes=32 * PAGE, mem_limit=20 * PAGE, algorithm="lz4", zstd_level=3)
+    engine = EmbeddedEngine(size_bytes=64 * PAGE, mem_limit=40 * PAGE, algorithm="lz4", zstd_level=3)
     engine.write(0, b"text " * PAGE)  # lz4, two pages and a part
     engine.set_compression("zstd", 3)
     engine.write(8 * PAGE, (b"more text " * PAGE)[:PAGE])
     engine.write(9 * PAGE, b"\xaa" * PAGE)
     engine.write(10 * PAGE, noise(1))
     engine.read(0, 3 * PAGE)
-    for page in range(16, 32):
+    for page in range(16, 64):
         try:
             engine.write(page * PAGE, noise(page))
         except OSError:
@@ -41,7 +41,7 @@ def engine() -> EmbeddedEngine:
     with pytest.raises(OSError, match="lost"):
         engine.read(page * PAGE, PAGE)
     with pytest.raises(OSError, match="outside"):
-        engine.write(32 * PAGE, b"x")
+        engine.write(64 * PAGE, b"x")
     engine.discard(8 * PAGE, PAGE)
     return engine
 

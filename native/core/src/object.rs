@@ -4,14 +4,13 @@
 //! 0..4    index of the slot that the object belongs to
 //! 4..8    checksum: xxh3 of the payload, seeded with all other fields
 //! 8..10   codec (top 3 bits) and payload length (0..=4096)
-//! 10..12  zero
 //! ```
 
 use crate::codec::Codec;
 use crate::page::PAGE_SIZE;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-pub const HEADER_SIZE: usize = 12;
+pub const HEADER_SIZE: usize = 10;
 
 const LENGTH_BITS: u32 = 13;
 
@@ -21,7 +20,6 @@ pub fn write(object: &mut [u8], slot: u32, codec: Codec, payload: &[u8]) {
     object[..4].copy_from_slice(&slot.to_le_bytes());
     object[4..8].copy_from_slice(&checksum(slot, kind, payload).to_le_bytes());
     object[8..10].copy_from_slice(&kind.to_le_bytes());
-    object[10..12].fill(0);
     object[HEADER_SIZE..HEADER_SIZE + payload.len()].copy_from_slice(payload);
 }
 
@@ -48,9 +46,7 @@ pub fn verify(object: &[u8], slot: u32) -> Option<(Codec, &[u8])> {
     let (codec, length) = peek(object)?;
     let payload = &object[HEADER_SIZE..HEADER_SIZE + length];
     let kind = (codec as u16) << LENGTH_BITS | length as u16;
-    let intact = belongs_to(object, slot)
-        && object[4..8] == checksum(slot, kind, payload).to_le_bytes()
-        && object[10..12] == [0; 2];
+    let intact = belongs_to(object, slot) && object[4..8] == checksum(slot, kind, payload).to_le_bytes();
     intact.then_some((codec, payload))
 }
 

@@ -1,4 +1,4 @@
-//! The arena: runs of 1 to 8 neighbouring pages for zspages, lowest address first, in regions of 2 MiB.
+//! The arena: runs of up to 32 neighbouring pages for zspages, lowest address first, in regions of 2 MiB.
 //!
 //! Memory comes from the system, and goes back to it, by the region. A page is only handed out from a region that is
 //! backed by memory, so that neither handing it out nor touching it waits for the system. A few wholly free regions
@@ -109,7 +109,7 @@ impl Arena {
         Ok(arena)
     }
 
-    /// Takes `pages` (1..=8) neighbouring pages of one region and returns the first; their contents are undefined.
+    /// Takes `pages` (1..=32) neighbouring pages of one region and returns the first; their contents are undefined.
     ///
     /// Errors: [`Error::PoolFull`] at the limit; [`Error::NoRegion`] if no backed region has room: `adjust` may help.
     pub fn alloc(&self, pages: usize) -> Result<u32> {
@@ -329,27 +329,25 @@ impl Arena {
     }
 }
 
-/// Bit n of the result is set if a run of `length` free pages begins at page n.
-fn free_runs(used: &Bitmap, length: usize) -> Bitmap {
-    let mut runs = used.map(|word| !word & PAGE_BITS);
-    for _ in 1..length {
-        for i in 0..WORDS {
-            let above = runs.get(i + 1).map_or(0, |word| word << 63);
-            runs[i] &= runs[i] >> 1 | above;
-        }
-    }
-    runs
+/// Per length from 1 on, where runs of so many free pages begin: the bits that are set. Ends before there are none.
+fn free_runs(used: &Bitmap) -> impl Iterator<Item = Bitmap> {
+    let some = |runs: Bitmap| Some(runs).filter(|runs| runs.iter().any(|&word| word != 0));
+    std::iter::successors(some(used.map(|word| !word & PAGE_BITS)), move |shorter| {
+        some(std::array::from_fn(|i| {
+            let above = shorter.get(i + 1).map_or(0, |word| word << 63);
+            shorter[i] & (shorter[i] >> 1 | above)
+        }))
+    })
 }
 
 fn first_free_run(used: &Bitmap, length: usize) -> Option<usize> {
-    let runs = free_runs(used, length);
+    let runs = free_runs(used).nth(length - 1)?;
     let word = runs.iter().position(|&word| word != 0)?;
     Some(word * 64 + runs[word].trailing_zeros() as usize)
 }
 
 fn longest_free_run(used: &Bitmap) -> u8 {
-    let longest = (1..=MAX_CHAIN).rev().find(|&length| free_runs(used, length).iter().any(|&word| word != 0));
-    longest.unwrap_or(0) as u8
+    free_runs(used).take(MAX_CHAIN).count() as u8
 }
 
 #[cfg(test)]

@@ -323,7 +323,8 @@ mod tests {
     fn a_pinned_object_stays_and_so_does_one_that_no_slot_names() {
         let pool = pool(4);
         let named = Named::default();
-        named.fill(&pool, 64, |_| 1000);
+        // Four objects a zspage.
+        named.fill(&pool, 64, |_| 1024);
         named.free(&pool, |name| name % 4 != 0);
         let all: Vec<Location> = named.0.borrow().values().copied().collect();
         let pins: Vec<_> = all.iter().map(|&location| pool.find(location).expect("an object").first).collect();

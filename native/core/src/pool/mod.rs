@@ -26,7 +26,7 @@ use std::thread::Thread;
 use std::time::{Duration, Instant};
 use zspage::{ClassLists, Descriptors, PageDesc};
 
-/// Where an object lies in the arena, in units of 16 bytes.
+/// Where an object lies in the arena, in units of 8 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Location(u64);
 
@@ -49,7 +49,7 @@ impl Location {
 pub struct Pool {
     state: Arc<State>,
     arena: Arena,
-    table: ClassTable,
+    table: &'static ClassTable,
     classes: Box<[Ranked<ClassLists>]>,
     descriptors: Descriptors,
     metrics: SharedMetrics,
@@ -106,14 +106,14 @@ impl Pool {
     pub fn arena_pages_for(slots: u64) -> u32 {
         // At worst a whole page and its header, which take less than two pages; and a zspage in each class that is
         // not full. Address space costs nothing, so this is generous.
-        let partly_filled = (ClassTable::new().classes().len() * MAX_CHAIN) as u64;
+        let partly_filled = (ClassTable::get().classes().len() * MAX_CHAIN) as u64;
         let pages = (slots * 2 + partly_filled).min(MAX_ARENA_PAGES);
         pages.next_multiple_of(u64::from(REGION_PAGES)) as u32
     }
 
     /// An empty pool. Errors: [`Error::System`] if its tables cannot be mapped.
     pub fn new(state: Arc<State>, limit_bytes: u64, metrics: SharedMetrics) -> Result<Pool> {
-        let table = ClassTable::new();
+        let table = ClassTable::get();
         for (class, counters) in table.classes().iter().zip(&metrics.classes) {
             counters.size_bytes.set(class.size as u64);
             counters.pages_per_zspage.set(class.pages as u64);

@@ -1,6 +1,6 @@
 //! Zspages: their descriptors, and the fullness lists of one size class.
 //!
-//! A zspage is 1 to 8 neighbouring arena pages that hold objects of one class. Its descriptor is that of its first
+//! A zspage is 1 to 32 neighbouring arena pages that hold objects of one class. Its descriptor is that of its first
 //! page, in a table with one entry per arena page; it is known by that page's number, never by a pointer. Which
 //! objects are in use stands in a bitmap here, not in links inside free objects: damage to the arena's bytes can then
 //! spoil pages, but never the allocator.

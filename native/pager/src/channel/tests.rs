@@ -134,17 +134,17 @@ fn nothing_can_be_written_and_read() {
 
 #[test]
 fn a_full_pool_refuses_a_write_whole_and_keeps_no_old_page() {
-    let kernel = Kernel::with(16 * PAGE_SIZE as u64, u64::MAX);
-    let (old, new) = (noise(6, 8), noise(7, 32));
+    let kernel = Kernel::with(48 * PAGE_SIZE as u64, u64::MAX);
+    let (old, new) = (noise(6, 8), noise(7, 64));
     assert_eq!(kernel.write(0, &old), Ok(old.len() as u32));
     assert_eq!(kernel.write(0, &new), Err(libc::ENOSPC));
-    let pages: Vec<_> = (0..32).map(|n| kernel.read(n * 4096, 4096)).collect();
+    let pages: Vec<_> = (0..64).map(|n| kernel.read(n * 4096, 4096)).collect();
     for (page, new) in pages.iter().zip(new.chunks(4096)) {
         assert!(*page == Ok(new.to_vec()) || *page == Err(libc::EIO), "neither what was written nor an error");
     }
     assert!(pages.iter().any(Result::is_ok) && pages.iter().any(Result::is_err));
     // A page that needs no memory, and one that gives its own back, still find room.
-    assert_eq!(kernel.write(31 * 4096, &[7; 4096]), Ok(4096));
+    assert_eq!(kernel.write(63 * 4096, &[7; 4096]), Ok(4096));
     let stored = pages.iter().position(Result::is_ok).expect("a page was stored") as u64;
     assert_eq!(kernel.write(stored * 4096, &noise(8, 1)), Ok(4096));
     kernel.expect_quiet();
