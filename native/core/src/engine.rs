@@ -65,12 +65,12 @@ impl Engine {
     pub fn read(&self, offset: u64, buffer: &mut [u8], scratch: &mut Scratch) -> Result<usize> {
         let rest = usize::try_from(self.size().saturating_sub(offset)).unwrap_or(usize::MAX);
         let length = buffer.len().min(rest);
-        let mut page: Page = [0; PAGE_SIZE];
         for part in parts(offset, length) {
             let to = &mut buffer[part.from..part.from + part.length];
             match <&mut Page>::try_from(&mut *to) {
                 Ok(whole) => self.store.load(part.slot, whole, scratch)?,
                 Err(_) => {
+                    let mut page: Page = [0; PAGE_SIZE];
                     self.store.load(part.slot, &mut page, scratch)?;
                     to.copy_from_slice(&page[part.at..part.at + part.length]);
                 }
@@ -124,7 +124,8 @@ impl Engine {
         self.store.discard(0..self.store.slots(), &mut Detached::with_capacity(0));
     }
 
-    fn check_range(&self, offset: u64, length: u64) -> Result<()> {
+    /// Errors: [`Error::OutOfRange`], counted, if any of the range is outside the file.
+    pub fn check_range(&self, offset: u64, length: u64) -> Result<()> {
         let size = self.size();
         if offset.checked_add(length).is_some_and(|end| end <= size) {
             return Ok(());

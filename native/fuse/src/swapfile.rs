@@ -4,6 +4,7 @@
 
 use crate::init::MAX_TRANSFER;
 use crate::wire::Operation;
+use std::task::Poll;
 use zswapd_core::codec::Scratch;
 use zswapd_core::engine::Engine;
 use zswapd_core::page::PAGE_SIZE;
@@ -28,57 +29,92 @@ const ATTR_OUT: usize = 104;
 /// Bytes of `struct fuse_statfs_out`.
 const STATFS_OUT: usize = 80;
 
+/// A WRITE is stored in parts, which end where this divides the offset: about 60 µs of work with lz4.
+const PART: u64 = 8 * PAGE_SIZE as u64;
+
+/// What a worker answers with, besides the engine.
+pub struct Tools {
+    pub scratch: Scratch,
+    /// What punches have emptied, to be freed after the reply.
+    pub detached: Detached,
+    /// How many bytes of the WRITE at hand are stored, and the first error.
+    stored: usize,
+    result: Result<(), i32>,
+}
+
+impl Tools {
+    pub fn new(scratch: Scratch, detached: Detached) -> Tools {
+        Tools { scratch, detached, stored: 0, result: Ok(()) }
+    }
+
+    fn store_part(&mut self, engine: &Engine, offset: u64, data: &[u8]) -> Poll<Result<(), i32>> {
+        if self.stored == 0 {
+            engine.check_range(offset, data.len() as u64).map_err(|error| error.errno())?;
+        }
+        let from = offset + self.stored as u64;
+        let length = (data.len() - self.stored).min((PART - from % PART) as usize);
+        let part = engine.write(from, &data[self.stored..][..length], &mut self.scratch);
+        self.result = self.result.and(part.map_err(|error| error.errno()));
+        self.stored += length;
+        if self.stored < data.len() {
+            return Poll::Pending;
+        }
+        self.stored = 0;
+        Poll::Ready(std::mem::replace(&mut self.result, Ok(())))
+    }
+}
+
 /// Answers an operation: the payload of the reply, written to `out`, or an errno.
 ///
-/// A READ is answered in full (less only at the end of the file), a WRITE whole or with an error, never short. What a
-/// punch has emptied goes to `detached`, to be freed after the reply. Does not block, allocate or touch disk.
+/// Pending: a part of a WRITE is stored. The same is to be passed again until it is ready; READs may come between.
+/// A READ is answered in full (less only at the end of the file), a WRITE whole or with an error, never short. Does not
+/// block, allocate or touch disk.
 pub fn answer<'a>(
     engine: &Engine,
     operation: Operation<'_>,
     out: &'a mut [u8],
-    detached: &mut Detached,
-    scratch: &mut Scratch,
-) -> Result<&'a [u8], i32> {
-    match operation {
+    tools: &mut Tools,
+) -> Poll<Result<&'a [u8], i32>> {
+    let payload: &[u8] = match operation {
         Operation::Read { offset, size } => {
             // More than was agreed on: refused, since less than asked for would pass for the end of the file.
             let out = out.get_mut(..size as usize).filter(|out| out.len() <= MAX_TRANSFER).ok_or(libc::EINVAL)?;
-            let read = engine.read(offset, out, scratch).map_err(|error| error.errno())?;
-            Ok(&out[..read])
+            let read = engine.read(offset, out, &mut tools.scratch).map_err(|error| error.errno())?;
+            &out[..read]
         }
         Operation::Write { offset, data } => {
-            engine.write(offset, data, scratch).map_err(|error| error.errno())?;
-            Ok(written(out, data.len()))
+            return tools.store_part(engine, offset, data).map_ok(|()| written(out, data.len()));
         }
         Operation::Fallocate { offset, length, mode } => {
-            fallocate(engine, offset, length, mode as i32, detached, scratch)?;
-            Ok(&[])
+            fallocate(engine, offset, length, mode as i32, tools)?;
+            &[]
         }
         Operation::Lseek { offset, whence } => {
             let found = lseek(engine.size(), offset, whence as i32)?;
-            Ok(put(out, &[&found.to_ne_bytes()]))
+            put(out, &[&found.to_ne_bytes()])
         }
         Operation::Setattr { valid, size } => {
             let resized = valid & FATTR_SIZE != 0 && size != engine.size();
             if resized || valid & (FATTR_MODE | FATTR_UID | FATTR_GID) != 0 {
-                return Err(libc::EPERM);
+                return Poll::Ready(Err(libc::EPERM));
             }
-            Ok(attributes(engine, out))
+            attributes(engine, out)
         }
-        Operation::Getattr => Ok(attributes(engine, out)),
-        Operation::Statfs => Ok(file_system(engine, out)),
+        Operation::Getattr => attributes(engine, out),
+        Operation::Statfs => file_system(engine, out),
         // The kernel would take the file to be empty from then on, and not even ask for its pages.
-        Operation::Open { flags } if flags & libc::O_TRUNC as u32 != 0 => Err(libc::EPERM),
+        Operation::Open { flags } if flags & libc::O_TRUNC as u32 != 0 => return Poll::Ready(Err(libc::EPERM)),
         Operation::Open { .. } => {
             // struct fuse_open_out: fh, open_flags, padding.
             let flags = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES;
-            Ok(put(out, &[&1u64.to_ne_bytes(), &flags.to_ne_bytes(), &[0; 4]]))
+            put(out, &[&1u64.to_ne_bytes(), &flags.to_ne_bytes(), &[0; 4]])
         }
         // A page is stored when its write is answered: there is nothing to sync or flush.
-        Operation::Release | Operation::Flush | Operation::Fsync => Ok(&[]),
+        Operation::Release | Operation::Flush | Operation::Fsync => &[],
         // The kernel does not ask again, and does without.
-        Operation::Other => Err(libc::ENOSYS),
-    }
+        Operation::Other => return Poll::Ready(Err(libc::ENOSYS)),
+    };
+    Poll::Ready(Ok(payload))
 }
 
 /// `struct fuse_write_out`: size, padding.
@@ -87,14 +123,7 @@ pub fn written(out: &mut [u8], length: usize) -> &[u8] {
 }
 
 /// Punches holes and zeroes ranges; both read zeros afterwards. Allocating in advance is not offered.
-fn fallocate(
-    engine: &Engine,
-    offset: u64,
-    length: u64,
-    mode: i32,
-    detached: &mut Detached,
-    scratch: &mut Scratch,
-) -> Result<(), i32> {
+fn fallocate(engine: &Engine, offset: u64, length: u64, mode: i32, tools: &mut Tools) -> Result<(), i32> {
     const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     const ZERO_KEEP: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
     if !matches!(mode, PUNCH | ZERO_KEEP | libc::FALLOC_FL_ZERO_RANGE) {
@@ -109,7 +138,7 @@ fn fallocate(
     if within == 0 {
         return Ok(());
     }
-    engine.discard(offset, within, detached, scratch).map_err(|error| error.errno())
+    engine.discard(offset, within, &mut tools.detached, &mut tools.scratch).map_err(|error| error.errno())
 }
 
 /// The whole file counts as data.
@@ -170,8 +199,7 @@ mod tests {
     struct Fixture {
         engine: Engine,
         out: Vec<u8>,
-        detached: Detached,
-        scratch: Scratch,
+        tools: Tools,
     }
 
     impl Fixture {
@@ -180,13 +208,17 @@ mod tests {
             Fixture {
                 engine: Engine::new(SIZE, 64 << 20, compression, Files::default()).expect("engine"),
                 out: vec![0xee; MAX_TRANSFER],
-                detached: Detached::with_capacity(8),
-                scratch: Scratch::new().expect("scratch"),
+                tools: Tools::new(Scratch::new().expect("scratch"), Detached::with_capacity(8)),
             }
         }
 
         fn answer(&mut self, operation: Operation<'_>) -> Result<Vec<u8>, i32> {
-            answer(&self.engine, operation, &mut self.out, &mut self.detached, &mut self.scratch).map(<[u8]>::to_vec)
+            loop {
+                match answer(&self.engine, operation, &mut self.out, &mut self.tools) {
+                    Poll::Ready(payload) => return payload.map(<[u8]>::to_vec),
+                    Poll::Pending => {}
+                }
+            }
         }
     }
 
@@ -218,6 +250,59 @@ mod tests {
         }
         fixture.out.truncate(4095);
         assert_eq!(fixture.answer(Operation::Read { offset: 0, size: 4096 }), Err(libc::EINVAL));
+    }
+
+    #[test]
+    fn a_write_is_stored_in_parts_between_which_others_read() {
+        let mut fixture = Fixture::new();
+        let data = vec![7; 20 * PAGE_SIZE];
+        let offset = 3 * PAGE_SIZE as u64;
+        let mut written = |out: &mut [u8]| {
+            let write = Operation::Write { offset, data: &data };
+            answer(&fixture.engine, write, out, &mut fixture.tools).map_ok(<[u8]>::to_vec)
+        };
+        let read = |page: u64| {
+            let mut bytes = vec![0xee; PAGE_SIZE];
+            let mut scratch = Scratch::new().expect("scratch");
+            fixture.engine.read(page << 12, &mut bytes, &mut scratch).expect("read");
+            bytes[0]
+        };
+        // Pages 3 to 7, 8 to 15 and 16 to 22.
+        for (last, next) in [(7, 8), (15, 16)] {
+            assert!(written(&mut fixture.out).is_pending());
+            assert_eq!((read(last), read(next)), (7, 0));
+        }
+        assert!(matches!(written(&mut fixture.out), Poll::Ready(Ok(_))));
+        assert_eq!((read(2), read(22), read(23)), (0, 7, 0));
+    }
+
+    #[test]
+    fn a_write_that_ends_outside_the_file_leaves_it_alone() {
+        let mut fixture = Fixture::new();
+        let offset = SIZE - 20 * PAGE_SIZE as u64;
+        let data = vec![7; 20 * PAGE_SIZE + 1];
+        assert_eq!(fixture.answer(Operation::Write { offset, data: &data }), Err(libc::EFBIG));
+        assert_eq!(fixture.answer(Operation::Read { offset, size: 4096 }), Ok(vec![0; 4096]));
+    }
+
+    #[test]
+    fn a_write_fails_if_any_part_does_and_the_next_one_starts_anew() {
+        let mut fixture = Fixture::new();
+        let noise = {
+            let mut x = 1u64;
+            let mut next = || {
+                x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                (x >> 56) as u8
+            };
+            (0..8 * PAGE_SIZE).map(|_| next()).collect::<Vec<u8>>()
+        };
+        fixture.engine.store().pool().set_limit_bytes(4 << 12);
+        assert_eq!(
+            fixture.answer(Operation::Write { offset: 0, data: &[noise, vec![0; 12 * PAGE_SIZE]].concat() }),
+            Err(libc::ENOSPC)
+        );
+        assert!(fixture.answer(Operation::Write { offset: 0, data: &[0; 20 * PAGE_SIZE] }).is_ok());
+        assert_eq!(fixture.answer(Operation::Read { offset: 0, size: 4096 }), Ok(vec![0; 4096]));
     }
 
     #[test]

@@ -8,12 +8,13 @@ use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use std::cell::RefCell;
 use std::ops::Range;
+use std::task::Poll;
 use zswapd_core::codec::{Algorithm, Compression, Scratch};
 use zswapd_core::engine::Engine;
 use zswapd_core::page::PAGE_SIZE;
 use zswapd_core::store::{Detached, Files};
 use zswapd_fuse::init::MAX_TRANSFER;
-use zswapd_fuse::swapfile;
+use zswapd_fuse::swapfile::{self, Tools};
 use zswapd_fuse::wire::{opcode, Malformed, Operation, Request, IN_HEADER, WRITE_IN};
 use zswapd_fuzz::Contents;
 
@@ -126,8 +127,7 @@ fuzz_target!(|steps: Vec<Step<'_>>| FIXTURE.with_borrow_mut(|fixture| {
 /// The engine, and what it must hold.
 struct Fixture {
     engine: Engine,
-    scratch: Scratch,
-    detached: Detached,
+    tools: Tools,
     out: Vec<u8>,
     file: Vec<u8>,
     /// Pages whose last write was refused: EIO until they are written whole or punched.
@@ -140,8 +140,7 @@ impl Fixture {
     fn new() -> Fixture {
         Fixture {
             engine: Engine::new(SIZE as u64, UNLIMITED, lz4(), Files::default()).expect("engine"),
-            scratch: Scratch::new().expect("scratch"),
-            detached: Detached::with_capacity(3),
+            tools: Tools::new(Scratch::new().expect("scratch"), Detached::with_capacity(3)),
             out: vec![0; MAX_TRANSFER + PAGE_SIZE],
             file: vec![0; SIZE],
             lost: [false; PAGES],
@@ -300,13 +299,17 @@ impl Fixture {
     /// As the worker does it: what is read goes into the large buffer, all else into a small one.
     fn answer(&mut self, operation: Operation<'_>) -> Result<Vec<u8>, i32> {
         let mut small = [0; 128];
-        let out = match operation {
-            Operation::Read { .. } => &mut self.out[..],
-            _ => &mut small,
+        let answer = loop {
+            let out = match operation {
+                Operation::Read { .. } => &mut self.out[..],
+                _ => &mut small,
+            };
+            match swapfile::answer(&self.engine, operation, out, &mut self.tools).map_ok(<[u8]>::to_vec) {
+                Poll::Pending => assert!(matches!(operation, Operation::Write { .. })),
+                Poll::Ready(answer) => break answer,
+            }
         };
-        let answer = swapfile::answer(&self.engine, operation, out, &mut self.detached, &mut self.scratch);
-        let answer = answer.map(<[u8]>::to_vec);
-        self.engine.store().free_detached(&mut self.detached);
+        self.engine.store().free_detached(&mut self.tools.detached);
         answer
     }
 }

@@ -14,7 +14,7 @@ pub struct Args {
     pub zstd_level: i32,
     /// Threads that read requests.
     pub workers: usize,
-    /// How long a worker looks for the next request before it sleeps.
+    /// How long a worker looks for the next request before it sleeps, at most.
     pub spin: Duration,
     /// What is stored of the swap file: all of it, but for measuring what the rest costs.
     pub stored: u64,

@@ -14,6 +14,8 @@ mod args;
 mod channel;
 mod control;
 mod gate;
+mod idle;
+mod inbox;
 mod no_alloc;
 mod process;
 mod relay;
