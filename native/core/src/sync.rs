@@ -4,6 +4,7 @@
 pub use std::hint::spin_loop;
 pub use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
 pub use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+#[cfg(debug_assertions)]
 pub use std::thread_local;
 
 /// Whether a model checker runs the core: every schedule of something tiny tells more than a few of something large.

@@ -7,8 +7,8 @@ use zswapd_fuse::init::MAX_TRANSFER;
 
 /// What the kernel wants to find for any request: room for the largest, with its header.
 pub const ROOM: usize = MAX_TRANSFER + 4096;
-/// A few WRITEs of the largest size, or all that a loop device has outstanding (128) of the usual ones.
-const MEMORY: usize = 8 * ROOM;
+/// A few WRITEs of the usual size. It is most of the pager's own memory, which is to stay below 8 MiB.
+const MEMORY: usize = 5 * ROOM / 2;
 const REQUESTS: usize = 128;
 
 pub struct Inbox {
