@@ -22,7 +22,10 @@ impl Inbox {
     pub fn new() -> Inbox {
         let mut memory = vec![0; MEMORY];
         touch(&mut memory);
-        Inbox { memory, waiting: VecDeque::with_capacity(REQUESTS) }
+        // Written, and so resident, before it is empty.
+        let mut waiting = VecDeque::from(vec![0..1; REQUESTS]);
+        waiting.clear();
+        Inbox { memory, waiting }
     }
 
     /// Where [`ROOM`] bytes are free for the next request. None: the oldest has to go first.
