@@ -5,7 +5,7 @@ from zswapd.engine import EngineStats
 class Engine:
     """A swap file of fixed size over a compressed pool in memory. Thread-safe; gives up the GIL while it works."""
 
-    def __init__(self, *, size_bytes: int, mem_limit: int, algorithm: str, zstd_level: int) -> None:
+    def __init__(self, *, size_bytes: int, allocator: str, mem_limit: int, algorithm: str, zstd_level: int) -> None:
         """An empty swap file. `size_bytes`: whole pages, up to 16 TiB; `mem_limit`: bytes that the pool may take."""
 
     def read(self, offset: int, length: int) -> bytes:

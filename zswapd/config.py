@@ -124,6 +124,7 @@ class Swap(_Section):
 
 
 class Pool(_Section):
+    allocator: Annotated[Literal["zsmalloc", "z3fold"], Field(description="zsmalloc or z3fold")] = "zsmalloc"
     mem_limit: Annotated[
         int | str,
         BeforeValidator(_share_or_size),

@@ -117,6 +117,7 @@ async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:
     try:
         engine = EmbeddedEngine(
             size_bytes=config.swap.size,
+            allocator=config.pool.allocator,
             mem_limit=config.pool.mem_limit_bytes,
             algorithm=config.compression.algorithm,
             zstd_level=config.compression.zstd_level,

@@ -36,6 +36,7 @@ class EngineStats(TypedDict):
     """What the engine counts. Pages and bytes: as of now; the rest: since the start."""
 
     algorithm: str
+    allocator: str
     zstd_level: int
     swap_size_bytes: int
     page_size_bytes: int

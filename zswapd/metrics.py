@@ -37,6 +37,11 @@ class EngineCollector(Collector):
         )
         algorithm.add_metric([stats["algorithm"], str(stats["zstd_level"])], 1)
         yield algorithm
+        allocator = GaugeMetricFamily(
+            "zswapd_pool_info", "How the pool lays out objects; always 1.", labels=["allocator"]
+        )
+        allocator.add_metric([stats["allocator"]], 1)
+        yield allocator
 
         for name, value, text in (
             ("swap_size", stats["swap_size_bytes"], "Size of the swap file."),
@@ -46,12 +51,12 @@ class EngineCollector(Collector):
                 stats["compressed_bytes"],
                 "Size of the stored pages after compression, without headers.",
             ),
-            ("pool", stats["pool_bytes"], "Memory that the pool's zspages take."),
-            ("pool_peak", stats["pool_peak_bytes"], "The most memory that the pool's zspages ever took."),
+            ("pool", stats["pool_bytes"], "Memory that the pool's objects lie on."),
+            ("pool_peak", stats["pool_peak_bytes"], "The most memory that the pool's objects ever lay on."),
             (
                 "pool_reserve",
                 stats["pool_reserve_bytes"],
-                "Free memory that the pool keeps for its next zspages.",
+                "Free memory that the pool keeps for its next objects.",
             ),
             ("pool_limit", stats["pool_limit_bytes"], "Limit of the pool's memory."),
             ("metadata", stats["metadata_bytes"], "Memory for slot words and descriptors beside the pool."),

@@ -50,6 +50,7 @@ class Pager:
             "mount-point": swap.mount_point,
             "control": socket_path(swap.mount_point),
             "size": swap.size,
+            "allocator": config.pool.allocator,
             "mem-limit": config.pool.mem_limit_bytes,
             "algorithm": compression.algorithm,
             "zstd-level": compression.zstd_level,

@@ -96,7 +96,7 @@ def render(stats: dict[str, Any], attachment: Attachment | None) -> RenderableTy
     table.add_row(
         "memory",
         f"{format_size(stats['original_bytes'])} stored as {format_size(stats['compressed_bytes'])}, "
-        f"in a pool of {format_size(stats['pool_bytes'])}"
+        f"in a {stats['allocator']} pool of {format_size(stats['pool_bytes'])}"
         + (f" (effective ratio {ratio:.2f})" if ratio is not None else ""),
     )
     table.add_row(

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import urllib.request
+from collections.abc import Callable
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -117,6 +118,20 @@ def test_compact(daemon: Daemon, swapfile: int) -> None:
         assert os.pread(swapfile, PAGE, n * PAGE) == (bytes(PAGE) if n % 4 else noise(n))
 
 
+def test_the_other_allocator(make_daemon: Callable[..., Daemon], data_path: str) -> None:
+    daemon = make_daemon(swap__data_path=data_path, pool__allocator="z3fold").start()
+    pages = [noise(0), *((f"page {n} ".encode() * PAGE)[:PAGE] for n in range(1, 7))]
+    with daemon.opened() as fd:
+        for n, page in enumerate(pages):
+            os.pwrite(fd, page, n * PAGE)
+        stats = daemon.stats()
+        # Three to a page, but for one that is not compressed.
+        assert (stats["allocator"], stats["pool_bytes"]) == ("z3fold", 4 * PAGE)
+        assert sum(entry["zspages"] * entry["pages_per_zspage"] for entry in stats["classes"]) == 4
+        assert [os.pread(fd, PAGE, n * PAGE) for n in range(7)] == pages
+    assert "z3fold" in daemon.ctl("status").stdout
+
+
 def test_shell_redirection_works(daemon: Daemon) -> None:
     """echo >, which opens with O_TRUNC, and >>."""
     for mode in ("w", "a"):
@@ -134,6 +149,7 @@ SCHEMA = {
     "swap_size_bytes": int,
     "page_size_bytes": int,
     "algorithm": str,
+    "allocator": str,
     "zstd_level": int,
     "pages": dict.fromkeys(("lz4", "zstd", "same_filled", "incompressible", "lost"), int),
     "original_bytes": int,

@@ -22,9 +22,9 @@ from zswapd import swapdev
 pytestmark = pytest.mark.usefixtures("_swap")
 
 
-@pytest.mark.parametrize("algorithm", ["lz4", "zstd"])
-def test_every_page_comes_back(attached: Callable[..., Daemon], corpus: int, algorithm: str) -> None:
-    daemon = attached(compression__algorithm=algorithm, swap__priority=32766)
+@pytest.mark.parametrize(("algorithm", "allocator"), [("lz4", "zsmalloc"), ("zstd", "zsmalloc"), ("lz4", "z3fold")])
+def test_every_page_comes_back(attached: Callable[..., Daemon], corpus: int, algorithm: str, allocator: str) -> None:
+    daemon = attached(compression__algorithm=algorithm, pool__allocator=allocator, swap__priority=32766)
     area = swap_area(daemon)
     assert (area.priority, area.direct_io) == (32766, True)
     with swapped(daemon, corpus) as workload:

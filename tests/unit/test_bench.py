@@ -344,14 +344,19 @@ def test_a_plot_without_matplotlib_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     "row",
-    ["zswapd-lz4", "zswapd-zstd", "zswapd-pyfuse3-lz4", "zswapd-pyfuse3-zstd", "zram-lzo", "zswap-lzo", "file", "null"],
+    [
+        *("zswapd-lz4", "zswapd-zstd", "zswapd-lz4-z3fold", "zswapd-pyfuse3-lz4", "zswapd-pyfuse3-zstd"),
+        *("zram-lzo", "zswap-lzo", "file", "null"),
+    ],
 )
 def test_rows_are_devices_of_that_name_and_only_null_forgets(row: str, tmp_path: Path) -> None:
     assert device(row, tmp_path, PAGE).name == row
     assert device(row, tmp_path, PAGE).forgets == (row == "null")
 
 
-@pytest.mark.parametrize("row", ["", "zswapd", "zswapd-lzo", "zswapd-pyfuse3", "zswapd-lz4-pyfuse3", "zram", "null-1"])
+@pytest.mark.parametrize(
+    "row", ["", "zswapd", "zswapd-lzo", "zswapd-pyfuse3", "zswapd-lz4-pyfuse3", "zswapd-z3fold", "zram", "null-1"]
+)
 def test_other_rows_are_refused(row: str, tmp_path: Path) -> None:
     with pytest.raises(ZswapdError, match="no row is called"):
         device(row, tmp_path, PAGE)

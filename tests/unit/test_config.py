@@ -108,6 +108,7 @@ def test_the_file_comes_from_the_option_then_the_environment_then_the_system(
         "pool.mem_limit=1.5%",
         "pool.mem_limit=%",
         "pool.mem_limit=0",
+        "pool.allocator=zbud",
         "compression.algorithm=lzo",
         "compression.algorithm=1",
         "compression.zstd_level=0",

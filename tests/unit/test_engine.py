@@ -17,10 +17,19 @@ PAGES = 40  # of noise, 31 fill a zspage of 32 pages
 SIZE = PAGES * PAGE
 
 
+ALLOCATORS = ["zsmalloc", "z3fold"]
+
+
 def make_engine(
-    mem_limit: int = 1 << 20, algorithm: str = "lz4", size_bytes: int = SIZE, zstd_level: int = 3
+    mem_limit: int = 1 << 20,
+    algorithm: str = "lz4",
+    size_bytes: int = SIZE,
+    zstd_level: int = 3,
+    allocator: str = "zsmalloc",
 ) -> EmbeddedEngine:
-    return EmbeddedEngine(size_bytes=size_bytes, mem_limit=mem_limit, algorithm=algorithm, zstd_level=zstd_level)
+    return EmbeddedEngine(
+        size_bytes=size_bytes, allocator=allocator, mem_limit=mem_limit, algorithm=algorithm, zstd_level=zstd_level
+    )
 
 
 ranges = st.tuples(st.integers(0, SIZE), st.integers(0, 3 * PAGE)).map(lambda r: (r[0], min(r[1], SIZE - r[0])))
@@ -37,9 +46,11 @@ steps = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(steps=steps, algorithm=st.sampled_from(["lz4", "zstd"]))
-def test_it_reads_as_it_was_written(steps: list[tuple[str, tuple[int, int], int]], algorithm: str) -> None:
-    engine, model = make_engine(algorithm=algorithm), bytearray(SIZE)
+@given(steps=steps, algorithm=st.sampled_from(["lz4", "zstd"]), allocator=st.sampled_from(ALLOCATORS))
+def test_it_reads_as_it_was_written(
+    steps: list[tuple[str, tuple[int, int], int]], algorithm: str, allocator: str
+) -> None:
+    engine, model = make_engine(algorithm=algorithm, allocator=allocator), bytearray(SIZE)
     for step, (offset, length), seed in steps:
         end = offset + length
         if step in ("write", "noise"):
@@ -57,8 +68,9 @@ def test_it_reads_as_it_was_written(steps: list[tuple[str, tuple[int, int], int]
     assert engine.stats()["pages"]["lost"] == 0
 
 
-def test_a_full_pool_leaves_every_other_page_intact() -> None:
-    engine = make_engine(mem_limit=32 * PAGE)
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_a_full_pool_leaves_every_other_page_intact(allocator: str) -> None:
+    engine = make_engine(mem_limit=32 * PAGE, allocator=allocator)
     stored = []
     for page in range(PAGES):
         with suppress(OSError):
@@ -85,8 +97,9 @@ def test_a_full_pool_leaves_every_other_page_intact() -> None:
     assert engine.read(min(lost) * PAGE, PAGE) == noise("again")
 
 
-def test_a_lowered_limit_refuses_growth_and_keeps_what_is_stored() -> None:
-    engine = make_engine()
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_a_lowered_limit_refuses_growth_and_keeps_what_is_stored(allocator: str) -> None:
+    engine = make_engine(allocator=allocator)
     for page in range(8):
         engine.write(page * PAGE, noise(page))
     engine.set_mem_limit(PAGE)
@@ -134,6 +147,8 @@ def test_bad_settings_change_nothing() -> None:
             engine.set_compression(algorithm, level)
         with pytest.raises(ValueError, match=r"lz4 or zstd|1 to 22"):
             make_engine(algorithm=algorithm, zstd_level=level)
+    with pytest.raises(ValueError, match="zsmalloc or z3fold"):
+        make_engine(allocator="zbud")
     with pytest.raises(OverflowError):
         engine.set_mem_limit(2**64)
     with pytest.raises(OverflowError):
@@ -152,9 +167,10 @@ def test_pages_stay_readable_when_the_algorithm_changes() -> None:
     assert (engine.stats()["pages"]["lz4"], engine.stats()["pages"]["zstd"]) == (2, 1)
 
 
-def test_threads_never_see_a_torn_page() -> None:
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_threads_never_see_a_torn_page(allocator: str) -> None:
     """All on the same few pages, whose contents name themselves: any mix of two writes would show."""
-    engine = make_engine(size_bytes=4 * PAGE)
+    engine = make_engine(size_bytes=4 * PAGE, allocator=allocator)
 
     def content(page: int, seed: int) -> bytes:
         head = page.to_bytes(2) + seed.to_bytes(2)

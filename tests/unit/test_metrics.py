@@ -24,7 +24,9 @@ OTHER_UNITS = re.compile(r"_(ms|us|ns|milliseconds|microseconds|kb|kib|mb|mib|pe
 @pytest.fixture
 def engine() -> EmbeddedEngine:
     """One that has seen a little of everything."""
-    engine = EmbeddedEngine(size_bytes=64 * PAGE, mem_limit=40 * PAGE, algorithm="lz4", zstd_level=3)
+    engine = EmbeddedEngine(
+        size_bytes=64 * PAGE, allocator="zsmalloc", mem_limit=40 * PAGE, algorithm="lz4", zstd_level=3
+    )
     engine.write(0, b"text " * PAGE)  # lz4, two pages and a part
     engine.set_compression("zstd", 3)
     engine.write(8 * PAGE, (b"more text " * PAGE)[:PAGE])
@@ -94,6 +96,7 @@ def test_values_are_those_of_the_statistics(engine: EmbeddedEngine) -> None:
     assert stats["rejected_stores"] == {"pool_full": 1, "no_memory": 0, "out_of_range": 1}
     assert stats["errors"] == {"lost": 1, "corrupt": 0}
     assert values["zswapd_compression_info", "zstd,3"] == 1
+    assert values["zswapd_pool_info", "zsmalloc"] == 1
     assert sum(value for (name, _), value in values.items() if name == "zswapd_class_objects") == sum(
         stats["pages"][kind] for kind in ("lz4", "zstd", "incompressible")
     )

@@ -20,6 +20,7 @@ def stats(**changes: Any) -> dict[str, Any]:
         "pid": 42,
         "swap_size_bytes": 1 << 30,
         "algorithm": "zstd",
+        "allocator": "z3fold",
         "zstd_level": 5,
         "pages": {"lz4": 1000, "zstd": 24, "same_filled": 7, "incompressible": 3, "lost": 0},
         "original_bytes": 12 * MIB,
@@ -73,7 +74,7 @@ def test_the_state_is_shown() -> None:
     text = shown(stats(), Attachment("/dev/loop5", True, True, 1 << 30, MIB, 100))
     assert "/dev/loop5, 1.0 MiB of 1.0 GiB used, priority 100" in text
     assert "1,034 (lz4 1,000, zstd 24, same-filled 7, incompressible 3)" in text
-    assert "12.0 MiB stored as 3.0 MiB, in a pool of 4.0 MiB (effective ratio 2.00)" in text
+    assert "12.0 MiB stored as 3.0 MiB, in a z3fold pool of 4.0 MiB (effective ratio 2.00)" in text
     assert "50.0% of 8.0 MiB used, peak 5.0 MiB" in text
     assert "100, p50 1.5 ms, p99 2.0 ms" in text
     assert "zstd level 5" in text

@@ -40,7 +40,9 @@ def measure(screen: Screen, corpus: Corpus, size: int, seed: int) -> None:
     assert corpus.mapping
     half = random.Random(seed).sample(range(size // PAGE), size // PAGE // 2)
     for algorithm in ALGORITHMS:
-        engine = EmbeddedEngine(size_bytes=size, mem_limit=2 * size, algorithm=algorithm, zstd_level=3)
+        engine = EmbeddedEngine(
+            size_bytes=size, allocator="zsmalloc", mem_limit=2 * size, algorithm=algorithm, zstd_level=3
+        )
         for at in range(0, size, CHUNK):
             engine.write(at, corpus.mapping[at : at + CHUNK])
         lines = [_engine_line(engine)]

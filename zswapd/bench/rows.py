@@ -8,7 +8,9 @@ from zswapd.errors import ZswapdError
 
 #: The pager that stores nothing: what everything but the storing costs.
 NULL = "null"
-KNOWN = "zswapd-ALGORITHM, zswapd-pyfuse3-ALGORITHM, zram-ALGORITHM, zswap-COMPRESSOR, file, null"
+KNOWN = (
+    "zswapd-ALGORITHM, zswapd-ALGORITHM-z3fold, zswapd-pyfuse3-ALGORITHM, zram-ALGORITHM, zswap-COMPRESSOR, file, null"
+)
 
 
 def device(row: str, directory: Path, size: int) -> Device:
@@ -20,6 +22,8 @@ def device(row: str, directory: Path, size: int) -> Device:
             return Zswapd(row, directory, size, portable, swap__data_path="pyfuse3")
         if algorithm in ("lz4", "zstd"):
             return Zswapd(row, directory, size, algorithm)
+        if portable == "z3fold" and path in ("lz4", "zstd"):
+            return Zswapd(row, directory, size, path, pool__allocator=portable)
     if kind == "zram" and algorithm:
         return Zram(algorithm, size)
     if kind == "zswap" and algorithm:
@@ -38,4 +42,4 @@ async def offered() -> list[str]:
     except ZswapdError:
         zram = []
     zswap = [f"zswap-{compressor}" for compressor in Zswap.compressors()[:1]]
-    return ["zswapd-lz4", "zswapd-zstd", "zswapd-pyfuse3-lz4", *zram, *zswap, "file"]
+    return ["zswapd-lz4", "zswapd-zstd", "zswapd-lz4-z3fold", "zswapd-pyfuse3-lz4", *zram, *zswap, "file"]

@@ -92,7 +92,9 @@ class Embedded:
         from zswapd.engine import EmbeddedEngine
 
         size = pages * PAGE
-        self.engine = EmbeddedEngine(size_bytes=size, mem_limit=2 * size, algorithm="lz4", zstd_level=3)
+        self.engine = EmbeddedEngine(
+            size_bytes=size, allocator="zsmalloc", mem_limit=2 * size, algorithm="lz4", zstd_level=3
+        )
 
     def write(self, page: int, content: bytes) -> None:
         self.engine.write(page * PAGE, content)

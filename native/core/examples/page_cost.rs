@@ -14,6 +14,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 use zswapd_core::codec::{Codec, Compression, Scratch};
 use zswapd_core::engine::Engine;
 use zswapd_core::page::{same_filled, Page, PAGE_SIZE};
+use zswapd_core::pool::Allocator;
 use zswapd_core::store::Files;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -31,7 +32,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
 
     let size = (pages.len() * PAGE_SIZE) as u64;
-    let engine = Engine::new(size, 2 * size, with, Files::default())?;
+    let engine = Engine::new(size, Allocator::Zsmalloc, 2 * size, with, Files::default())?;
     for (slot, &page) in pages.iter().enumerate() {
         engine_store(&engine, slot, page, &mut scratch);
     }

@@ -3,6 +3,7 @@
 use crate::codec::{Algorithm, Compression, Scratch};
 use crate::error::{Error, Result};
 use crate::page::{Page, PAGE_SIZE};
+use crate::pool::Allocator;
 use crate::store::{Detached, Files, Store};
 use crate::sync::{AtomicU32, Ordering::Relaxed};
 
@@ -21,13 +22,19 @@ impl Engine {
     /// An empty swap file of `size` bytes whose pool takes at most `mem_limit` bytes of memory.
     ///
     /// Errors: [`Error::Invalid`] for a size that is 0, not whole pages or above 16 TiB; [`Error::System`].
-    pub fn new(size: u64, mem_limit: u64, compression: Compression, files: Files) -> Result<Engine> {
+    pub fn new(
+        size: u64,
+        allocator: Allocator,
+        mem_limit: u64,
+        compression: Compression,
+        files: Files,
+    ) -> Result<Engine> {
         if size == 0 || size % PAGE_SIZE as u64 != 0 || size > MAX_SIZE_BYTES {
             return Err(Error::Invalid(format!(
                 "the swap file cannot have {size} bytes: use whole pages of {PAGE_SIZE} bytes, from one page to 16 TiB"
             )));
         }
-        let store = Store::new(size / PAGE_SIZE as u64, mem_limit, files)?;
+        let store = Store::new(size / PAGE_SIZE as u64, allocator, mem_limit, files)?;
         let engine = Engine { store, compression: AtomicU32::new(0) };
         engine.store.metrics().swap_size_bytes.set(size);
         engine.set_compression(compression);

@@ -1,7 +1,7 @@
 //! The page store of zswapd: it knows neither Python nor FUSE.
 //!
 //! A page comes in through [`engine::Engine`] (byte ranges), goes to [`store::Store`] (one page, one slot),
-//! through [`codec`] into the zsmalloc [`pool`], and is committed by one 64-bit word in [`slots`].
+//! through [`codec`] into the [`pool`], and is committed by one 64-bit word in [`slots`].
 //! Dependencies point one way:
 //!
 //! ```text

@@ -6,11 +6,12 @@
 //! | --- | --- | --- |
 //! | `Slot` | a stripe of the slot table | the slot word, and the life of the object that it names |
 //! | `Zspage` | a zspage, shared (`pool/lock.rs`) | where the objects are whose bytes are read or written |
-//! | `Class` | one size class | its fullness lists and the descriptors of its zspages |
+//! | `Class` | one size class, or all of z3fold | its lists and the descriptors of their zspages |
 //! | `Adjust` | the arena's reserve | who takes memory from the system, or gives it back |
 //! | `Arena` | the arena | which of its pages are in use, and which are resident |
 //!
-//! Who moves objects takes `Zspage` exclusively under `Class`, against the order: it only tries, and so waits for nobody.
+//! Who moves objects or allocates takes `Zspage` under `Class`, against the order: it only tries, or knows that no mover
+//! has it, and so waits for nobody.
 //!
 //! `Adjust` may be held while waiting for memory, the others only for bounded work. In the pager only the thread that
 //! keeps the reserve filled takes it, and holds nothing else then; without such a thread (an embedded engine) a store

@@ -112,6 +112,8 @@ pub struct Metrics {
     /// [`LAYOUT`].
     pub layout: Counter,
     pub swap_size_bytes: Counter,
+    /// 0: zsmalloc, 1: z3fold.
+    pub allocator: Counter,
     /// 0: lz4, 1: zstd.
     pub algorithm: Counter,
     pub zstd_level: Counter,
@@ -123,7 +125,7 @@ pub struct Metrics {
     pub pages_lost: Counter,
     /// Bytes of all stored objects without their headers.
     pub compressed_bytes: Counter,
-    /// Bytes of the pages that zspages take, now and at most, and their limit.
+    /// Bytes of the pages that objects lie on, now and at most, and their limit.
     pub pool_bytes: Counter,
     pub pool_peak_bytes: Counter,
     pub pool_limit_bytes: Counter,
@@ -152,7 +154,7 @@ pub struct Metrics {
 }
 
 /// Changes with every change of [`Metrics`], so that nobody reads one layout as another.
-pub const LAYOUT: u64 = 3;
+pub const LAYOUT: u64 = 4;
 
 impl Default for Metrics {
     fn default() -> Metrics {

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::metrics::{Counter, Metrics, SharedMetrics};
 use crate::object::{self, HEADER_SIZE};
 use crate::page::{self, Page};
-use crate::pool::{Location, Pinned, Pool};
+use crate::pool::{Allocator, Location, Pinned, Pool};
 use crate::slots::{Entry, Slot, SlotTable};
 use crate::state::State;
 use std::ops::Range;
@@ -68,12 +68,12 @@ impl Store {
     /// An empty store of `slots` pages whose pool takes at most `limit_bytes`.
     ///
     /// Errors: [`Error::System`] if the memory file or its mappings cannot be made.
-    pub fn new(slots: u64, limit_bytes: u64, files: Files) -> Result<Store> {
+    pub fn new(slots: u64, allocator: Allocator, limit_bytes: u64, files: Files) -> Result<Store> {
         let metrics = SharedMetrics::new(files.counters.as_ref().map(AsFd::as_fd))?;
         let state = Arc::new(State::create(slots, Pool::arena_pages_for(slots), files.state)?);
         Ok(Store {
             slots: SlotTable::new(state.clone()),
-            pool: Pool::new(state.clone(), limit_bytes, metrics.clone())?,
+            pool: Pool::new(state.clone(), allocator, limit_bytes, metrics.clone())?,
             state,
             metrics,
         })

@@ -192,6 +192,7 @@ fn put<'a>(out: &'a mut [u8], parts: &[&[u8]]) -> &'a [u8] {
 mod tests {
     use super::*;
     use zswapd_core::codec::{Algorithm, Compression};
+    use zswapd_core::pool::Allocator;
     use zswapd_core::store::Files;
 
     const SIZE: u64 = 64 << 12;
@@ -206,7 +207,8 @@ mod tests {
         fn new() -> Fixture {
             let compression = Compression::new(Algorithm::Lz4, 3).expect("level");
             Fixture {
-                engine: Engine::new(SIZE, 64 << 20, compression, Files::default()).expect("engine"),
+                engine: Engine::new(SIZE, Allocator::Zsmalloc, 64 << 20, compression, Files::default())
+                    .expect("engine"),
                 out: vec![0xee; MAX_TRANSFER],
                 tools: Tools::new(Scratch::new().expect("scratch"), Detached::with_capacity(8)),
             }
@@ -239,7 +241,7 @@ mod tests {
         let compression = Compression::new(Algorithm::Lz4, 3).expect("level");
         let size = 2 * MAX_TRANSFER as u64;
         let mut fixture = Fixture {
-            engine: Engine::new(size, 64 << 20, compression, Files::default()).expect("engine"),
+            engine: Engine::new(size, Allocator::Zsmalloc, 64 << 20, compression, Files::default()).expect("engine"),
             ..Fixture::new()
         };
         fixture.out.push(0xee);

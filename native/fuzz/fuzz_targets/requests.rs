@@ -12,6 +12,7 @@ use std::task::Poll;
 use zswapd_core::codec::{Algorithm, Compression, Scratch};
 use zswapd_core::engine::Engine;
 use zswapd_core::page::PAGE_SIZE;
+use zswapd_core::pool::Allocator;
 use zswapd_core::store::{Detached, Files};
 use zswapd_fuse::init::MAX_TRANSFER;
 use zswapd_fuse::swapfile::{self, Tools};
@@ -139,7 +140,7 @@ struct Fixture {
 impl Fixture {
     fn new() -> Fixture {
         Fixture {
-            engine: Engine::new(SIZE as u64, UNLIMITED, lz4(), Files::default()).expect("engine"),
+            engine: Engine::new(SIZE as u64, Allocator::Zsmalloc, UNLIMITED, lz4(), Files::default()).expect("engine"),
             tools: Tools::new(Scratch::new().expect("scratch"), Detached::with_capacity(3)),
             out: vec![0; MAX_TRANSFER + PAGE_SIZE],
             file: vec![0; SIZE],

@@ -13,6 +13,7 @@ use zswapd_core::codec::{Algorithm, Compression, Scratch};
 use zswapd_core::engine::Engine;
 use zswapd_core::memory::memory_file;
 use zswapd_core::page::PAGE_SIZE;
+use zswapd_core::pool::Allocator;
 use zswapd_core::store::{Detached, Files};
 use zswapd_fuzz::Contents;
 
@@ -77,9 +78,10 @@ struct Fixture {
     arena_flips: usize,
 }
 
-fuzz_target!(|input: (bool, Vec<Step<'_>>)| {
-    let (zstd, steps) = input;
-    let mut fixture = Fixture::new(if zstd { Algorithm::Zstd } else { Algorithm::Lz4 });
+fuzz_target!(|input: (bool, bool, Vec<Step<'_>>)| {
+    let (z3fold, zstd, steps) = input;
+    let allocator = if z3fold { Allocator::Z3fold } else { Allocator::Zsmalloc };
+    let mut fixture = Fixture::new(allocator, if zstd { Algorithm::Zstd } else { Algorithm::Lz4 });
     steps.into_iter().for_each(|step| fixture.take(step));
     (0..PAGES).for_each(|page| fixture.read(page));
     // Whatever it was: written anew, a page is what was written.
@@ -91,12 +93,12 @@ fuzz_target!(|input: (bool, Vec<Step<'_>>)| {
 });
 
 impl Fixture {
-    fn new(algorithm: Algorithm) -> Fixture {
+    fn new(allocator: Allocator, algorithm: Algorithm) -> Fixture {
         let state = memory_file(c"state", 0).expect("memory file");
         let compression = Compression::new(algorithm, 1).expect("in range");
         let files = Files { state: Some(state.try_clone().expect("descriptor")), counters: None };
         Fixture {
-            engine: Engine::new((PAGES * PAGE_SIZE) as u64, 1 << 30, compression, files).expect("engine"),
+            engine: Engine::new((PAGES * PAGE_SIZE) as u64, allocator, 1 << 30, compression, files).expect("engine"),
             scratch: Scratch::new().expect("scratch"),
             detached: Detached::with_capacity(3),
             state: state.into(),

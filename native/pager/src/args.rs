@@ -4,12 +4,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 use zswapd_core::codec::Algorithm;
+use zswapd_core::pool::Allocator;
 
 pub struct Args {
     pub mount_point: PathBuf,
     pub control: PathBuf,
     pub size: u64,
     pub mem_limit: u64,
+    pub allocator: Allocator,
     pub algorithm: Algorithm,
     pub zstd_level: i32,
     /// Threads that read requests.
@@ -42,6 +44,7 @@ pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Args, String> {
         control: required("--control", text("--control"))?,
         size: required("--size", text("--size"))?,
         mem_limit: required("--mem-limit", text("--mem-limit"))?,
+        allocator: required("--allocator", text("--allocator"))?,
         algorithm: required("--algorithm", text("--algorithm"))?,
         zstd_level: required("--zstd-level", text("--zstd-level"))?,
         workers: required("--workers", text("--workers").or(Some("1".into())))?,

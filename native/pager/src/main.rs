@@ -71,7 +71,8 @@ fn run() -> Result<(), String> {
         counters: Some(counters.try_clone().map_err(|error| failed("counters")(&error))?),
     };
     let compression = Compression::new(args.algorithm, args.zstd_level).map_err(|error| error.to_string())?;
-    let engine = Engine::new(args.size, args.mem_limit, compression, files).map_err(|error| error.to_string())?;
+    let engine = Engine::new(args.size, args.allocator, args.mem_limit, compression, files)
+        .map_err(|error| error.to_string())?;
     engine.store().populate_slots().map_err(|error| error.to_string())?;
 
     let device = mount::mount(&args.mount_point).map_err(|error| failed("cannot mount")(&error))?;

@@ -11,6 +11,7 @@ use zswapd_core::codec::{Algorithm, Compression};
 use zswapd_core::engine::Engine;
 use zswapd_core::metrics::SharedMetrics;
 use zswapd_core::page::PAGE_SIZE;
+use zswapd_core::pool::Allocator;
 use zswapd_core::store::Files;
 use zswapd_fuse::swapfile;
 use zswapd_fuse::wire::{opcode, u32_at, u64_at};
@@ -49,7 +50,7 @@ impl Kernel {
         let compression = Compression::new(Algorithm::Lz4, 1).expect("in range");
         let listener = socket::Listener::bind(&socket_path()).expect("control socket");
         let shared = Arc::new(Shared {
-            engine: Engine::new(SIZE, mem_limit, compression, Files::default()).expect("engine"),
+            engine: Engine::new(SIZE, Allocator::Zsmalloc, mem_limit, compression, Files::default()).expect("engine"),
             relay: relay::Relay::new(device.clone()),
             counters: SharedMetrics::file().expect("counters").into(),
             gate: gate::Gate::default(),
@@ -59,7 +60,7 @@ impl Kernel {
             stored,
         });
         let words = format!(
-            "--mount-point / --control / --size {SIZE} --mem-limit {mem_limit} --algorithm lz4 --zstd-level 1 --spin-us 0"
+            "--mount-point / --control / --size {SIZE} --allocator zsmalloc --mem-limit {mem_limit} --algorithm lz4 --zstd-level 1 --spin-us 0"
         );
         let args = args::parse(words.split(' ').map(String::from)).expect("arguments");
         relay::spawn(&shared).expect("threads");

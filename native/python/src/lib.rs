@@ -12,6 +12,7 @@ use zswapd_core::engine::Engine as CoreEngine;
 use zswapd_core::error::Error;
 use zswapd_core::metrics::{HistogramSnapshot, Metrics, SharedMetrics, LATENCY_BOUNDS_NS};
 use zswapd_core::page::{Page, PAGE_SIZE};
+use zswapd_core::pool::Allocator;
 use zswapd_core::store::{Detached, Files};
 
 /// The one place where an error of the core becomes a Python exception: ValueError for a bad argument, else OSError
@@ -48,10 +49,12 @@ impl Engine {
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (*, size_bytes, mem_limit, algorithm, zstd_level))]
-    fn new(size_bytes: u64, mem_limit: u64, algorithm: &str, zstd_level: i32) -> PyResult<Self> {
+    #[pyo3(signature = (*, size_bytes, allocator, mem_limit, algorithm, zstd_level))]
+    fn new(size_bytes: u64, allocator: &str, mem_limit: u64, algorithm: &str, zstd_level: i32) -> PyResult<Self> {
+        let allocator = allocator.parse().map_err(to_python)?;
         let compression = compression(algorithm, zstd_level)?;
-        let core = CoreEngine::new(size_bytes, mem_limit, compression, Files::default()).map_err(to_python)?;
+        let core =
+            CoreEngine::new(size_bytes, allocator, mem_limit, compression, Files::default()).map_err(to_python)?;
         Ok(Engine { core, scratches: Mutex::default() })
     }
 
@@ -154,6 +157,8 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
     )?;
     let algorithm = if metrics.algorithm.get() == 0 { Algorithm::Lz4 } else { Algorithm::Zstd };
     stats.set_item("algorithm", algorithm.name())?;
+    let allocator = if metrics.allocator.get() == 0 { Allocator::Zsmalloc } else { Allocator::Z3fold };
+    stats.set_item("allocator", allocator.name())?;
     stats.set_item("pages", counts(py, &pages)?)?;
     let rejected = [
         ("pool_full", metrics.rejected_pool_full.get()),

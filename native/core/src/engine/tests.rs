@@ -9,9 +9,14 @@ use std::time::Duration;
 const PAGES: usize = 24;
 const SIZE: usize = PAGES * PAGE_SIZE;
 
-fn engine(algorithm: Algorithm, mem_limit_pages: u64) -> Engine {
+fn engine(allocator: Allocator, algorithm: Algorithm, mem_limit_pages: u64) -> Engine {
     let compression = Compression::new(algorithm, 3).expect("level");
-    Engine::new(SIZE as u64, mem_limit_pages * PAGE_SIZE as u64, compression, Files::default()).expect("engine")
+    let mem_limit = mem_limit_pages * PAGE_SIZE as u64;
+    Engine::new(SIZE as u64, allocator, mem_limit, compression, Files::default()).expect("engine")
+}
+
+fn allocators() -> impl Strategy<Value = Allocator> {
+    prop::sample::select(&Allocator::ALL)
 }
 
 fn discard(engine: &Engine, offset: u64, length: u64, scratch: &mut Scratch) -> Result<()> {
@@ -122,8 +127,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(if cfg!(debug_assertions) { 200 } else { 4000 }))]
 
     #[test]
-    fn the_file_reads_as_it_was_written(steps in steps(), limit in 0u64..40) {
-        let engine = engine(Algorithm::Lz4, limit);
+    fn the_file_reads_as_it_was_written(allocator in allocators(), steps in steps(), limit in 0u64..40) {
+        let engine = engine(allocator, Algorithm::Lz4, limit);
         let mut scratch = Scratch::new().expect("scratch");
         let mut model = Model(vec![Some(vec![0; PAGE_SIZE]); PAGES]);
         for step in steps {
@@ -183,8 +188,10 @@ proptest! {
     }
 
     #[test]
-    fn a_flipped_bit_is_an_error_and_never_a_wrong_page(kind in 1u8..3, zstd: bool, seed: u64, bit: usize) {
-        let engine = engine(if zstd { Algorithm::Zstd } else { Algorithm::Lz4 }, 1000);
+    fn a_flipped_bit_is_an_error_and_never_a_wrong_page(
+        allocator in allocators(), kind in 1u8..3, zstd: bool, seed: u64, bit: usize,
+    ) {
+        let engine = engine(allocator, if zstd { Algorithm::Zstd } else { Algorithm::Lz4 }, 1000);
         let mut scratch = Scratch::new().expect("scratch");
         let (damaged, neighbour) = (contents(kind, seed, PAGE_SIZE), contents(kind, !seed, PAGE_SIZE));
         engine.write(0, &damaged, &mut scratch).expect("room");
@@ -208,73 +215,77 @@ proptest! {
 #[test]
 fn a_full_pool_keeps_every_other_page() {
     // Pages of which two fit into one: noise would fill a long zspage at once.
-    let engine = engine(Algorithm::Lz4, 8);
-    let mut scratch = Scratch::new().expect("scratch");
-    let page = |n: u64| [noise(n + 1, PAGE_SIZE / 2 - 60), vec![0; PAGE_SIZE / 2 + 60]].concat();
-    let stored: Vec<u64> =
-        (0..PAGES as u64).filter(|&n| engine.write(n * PAGE_SIZE as u64, &page(n), &mut scratch).is_ok()).collect();
-    assert!(!stored.is_empty() && stored.len() < PAGES);
-    let refused = engine.write((PAGES as u64 - 1) * PAGE_SIZE as u64, &page(99), &mut scratch).expect_err("full");
-    assert_eq!(refused.errno(), libc::ENOSPC);
-    // Overwriting goes on in a full pool: the old page makes room for the new one.
-    for &n in &stored {
-        engine.write(n * PAGE_SIZE as u64, &page(n + 50), &mut scratch).expect("its own room");
-    }
-    let mut bytes = vec![0; PAGE_SIZE];
-    for &n in &stored {
-        engine.read(n * PAGE_SIZE as u64, &mut bytes, &mut scratch).expect("stored");
-        assert!(bytes == page(n + 50));
+    for engine in Allocator::ALL.map(|allocator| engine(allocator, Algorithm::Lz4, 8)) {
+        let mut scratch = Scratch::new().expect("scratch");
+        let page = |n: u64| [noise(n + 1, PAGE_SIZE / 2 - 60), vec![0; PAGE_SIZE / 2 + 60]].concat();
+        let stored: Vec<u64> =
+            (0..PAGES as u64).filter(|&n| engine.write(n * PAGE_SIZE as u64, &page(n), &mut scratch).is_ok()).collect();
+        assert!(!stored.is_empty() && stored.len() < PAGES);
+        let refused = engine.write((PAGES as u64 - 1) * PAGE_SIZE as u64, &page(99), &mut scratch).expect_err("full");
+        assert_eq!(refused.errno(), libc::ENOSPC);
+        // Overwriting goes on in a full pool: the old page makes room for the new one.
+        for &n in &stored {
+            engine.write(n * PAGE_SIZE as u64, &page(n + 50), &mut scratch).expect("its own room");
+        }
+        let mut bytes = vec![0; PAGE_SIZE];
+        for &n in &stored {
+            engine.read(n * PAGE_SIZE as u64, &mut bytes, &mut scratch).expect("stored");
+            assert!(bytes == page(n + 50));
+        }
     }
 }
 
 #[test]
 fn a_punched_cluster_can_be_used_again_while_its_objects_wait_to_be_freed() {
-    let engine = engine(Algorithm::Lz4, 1000);
-    let mut scratch = Scratch::new().expect("scratch");
-    let (old, new) = (contents(1, 1, SIZE), contents(2, 2, SIZE));
-    engine.write(0, &old, &mut scratch).expect("room");
-    let mut detached = Detached::with_capacity(PAGES);
-    engine.discard(0, SIZE as u64, &mut detached, &mut scratch).expect("in range");
-    assert!(!detached.is_empty());
-    let mut bytes = vec![0xee; SIZE];
-    engine.read(0, &mut bytes, &mut scratch).expect("empty");
-    assert!(bytes.iter().all(|&byte| byte == 0), "a punched page still reads what it held");
-    engine.write(0, &new, &mut scratch).expect("room");
-    engine.store().free_detached(&mut detached);
-    engine.read(0, &mut bytes, &mut scratch).expect("written");
-    assert!(bytes == new);
-    engine.reset();
-    assert_eq!(engine.store().metrics().pool_bytes.get(), 0);
-    assert_eq!(engine.store().metrics().compressed_bytes.get(), 0);
+    for engine in Allocator::ALL.map(|allocator| engine(allocator, Algorithm::Lz4, 1000)) {
+        let mut scratch = Scratch::new().expect("scratch");
+        let (old, new) = (contents(1, 1, SIZE), contents(2, 2, SIZE));
+        engine.write(0, &old, &mut scratch).expect("room");
+        let mut detached = Detached::with_capacity(PAGES);
+        engine.discard(0, SIZE as u64, &mut detached, &mut scratch).expect("in range");
+        assert!(!detached.is_empty());
+        let mut bytes = vec![0xee; SIZE];
+        engine.read(0, &mut bytes, &mut scratch).expect("empty");
+        assert!(bytes.iter().all(|&byte| byte == 0), "a punched page still reads what it held");
+        engine.write(0, &new, &mut scratch).expect("room");
+        engine.store().free_detached(&mut detached);
+        engine.read(0, &mut bytes, &mut scratch).expect("written");
+        assert!(bytes == new);
+        engine.reset();
+        assert_eq!(engine.store().metrics().pool_bytes.get(), 0);
+        assert_eq!(engine.store().metrics().compressed_bytes.get(), 0);
+    }
 }
 
 /// A damaged slot word names an object, which is freed; what its slot stores next may come to lie in the same place.
 #[test]
 fn a_page_that_is_stored_where_a_damaged_word_pointed_stays() {
-    let state: File = memory_file(c"state", 0).expect("memory file").into();
-    let files = Files { state: Some(state.try_clone().expect("descriptor").into()), counters: None };
-    let compression = Compression::new(Algorithm::Lz4, 3).expect("level");
-    let engine = Engine::new(SIZE as u64, 1 << 20, compression, files).expect("engine");
-    let mut scratch = Scratch::new().expect("scratch");
-    let word_at = |slot: usize| (PAGE_SIZE + slot * 8) as u64;
+    for allocator in Allocator::ALL {
+        let state: File = memory_file(c"state", 0).expect("memory file").into();
+        let files = Files { state: Some(state.try_clone().expect("descriptor").into()), counters: None };
+        let compression = Compression::new(Algorithm::Lz4, 3).expect("level");
+        let engine = Engine::new(SIZE as u64, allocator, 1 << 20, compression, files).expect("engine");
+        let mut scratch = Scratch::new().expect("scratch");
+        let word_at = |slot: usize| (PAGE_SIZE + slot * 8) as u64;
 
-    engine.write(0, &noise(1, PAGE_SIZE), &mut scratch).expect("room");
-    let mut word = [0; 8];
-    state.read_exact_at(&mut word, word_at(0)).expect("read");
-    state.write_all_at(&word, word_at(1)).expect("written");
-    for slot in 0..2 {
-        engine.write((slot * PAGE_SIZE) as u64, &noise(2 + slot as u64, PAGE_SIZE), &mut scratch).expect("room");
-    }
-    for slot in 0..2 {
-        let mut page = vec![0; PAGE_SIZE];
-        engine.read((slot * PAGE_SIZE) as u64, &mut page, &mut scratch).expect("stored");
-        assert!(page == noise(2 + slot as u64, PAGE_SIZE));
+        engine.write(0, &noise(1, PAGE_SIZE), &mut scratch).expect("room");
+        let mut word = [0; 8];
+        state.read_exact_at(&mut word, word_at(0)).expect("read");
+        state.write_all_at(&word, word_at(1)).expect("written");
+        for slot in 0..2 {
+            engine.write((slot * PAGE_SIZE) as u64, &noise(2 + slot as u64, PAGE_SIZE), &mut scratch).expect("room");
+        }
+        for slot in 0..2 {
+            let mut page = vec![0; PAGE_SIZE];
+            engine.read((slot * PAGE_SIZE) as u64, &mut page, &mut scratch).expect("stored");
+            assert!(page == noise(2 + slot as u64, PAGE_SIZE));
+        }
     }
 }
 
 #[test]
 fn ranges_outside_the_file_are_refused_and_counted() {
-    let engine = engine(Algorithm::Lz4, 100);
+    let engine = engine(Allocator::Zsmalloc, Algorithm::Lz4, 100);
     let mut scratch = Scratch::new().expect("scratch");
     let end = SIZE as u64;
     for (offset, length) in [(end, 1), (end - 1, 2), (u64::MAX, 1), (u64::MAX - 10, 100)] {
@@ -293,7 +304,13 @@ fn ranges_outside_the_file_are_refused_and_counted() {
 fn sizes_that_make_no_swap_file_are_refused() {
     for size in [0, 1, PAGE_SIZE as u64 + 1, MAX_SIZE_BYTES + PAGE_SIZE as u64, u64::MAX] {
         let compression = Compression::new(Algorithm::Lz4, 3).expect("level");
-        assert!(matches!(Engine::new(size, 1 << 20, compression, Files::default()), Err(Error::Invalid(_))), "{size}");
+        assert!(
+            matches!(
+                Engine::new(size, Allocator::Zsmalloc, 1 << 20, compression, Files::default()),
+                Err(Error::Invalid(_))
+            ),
+            "{size}"
+        );
     }
 }
 
@@ -301,11 +318,16 @@ fn sizes_that_make_no_swap_file_are_refused() {
 /// without a pause. A page that is torn, of another slot, or of a freed object would not fit its own stamp.
 #[test]
 fn concurrent_calls_never_tear_a_page() {
+    Allocator::ALL.into_iter().for_each(concurrent_calls);
+}
+
+fn concurrent_calls(allocator: Allocator) {
     const SLOTS: u64 = 200;
     let compression = Compression::new(Algorithm::Lz4, 3).expect("level");
     // Too little for all of them, if they are noise.
     let limit = SLOTS * PAGE_SIZE as u64 * 2 / 3;
-    let engine = Engine::new(SLOTS * PAGE_SIZE as u64, limit, compression, Files::default()).expect("engine");
+    let engine =
+        Engine::new(SLOTS * PAGE_SIZE as u64, allocator, limit, compression, Files::default()).expect("engine");
     let stop = AtomicBool::new(false);
     let stamp = |slot: u64, round: u64, kind: u8| {
         let mut page = contents(kind, slot << 32 | round, PAGE_SIZE);

@@ -12,6 +12,7 @@ mod races;
 use crate::codec::{Algorithm, Compression, Scratch};
 use crate::error::Result;
 use crate::page::{Page, PAGE_SIZE};
+use crate::pool::Allocator;
 use crate::store::{Detached, Files, Store};
 use std::cell::RefCell;
 use std::ops::Deref;
@@ -55,8 +56,8 @@ impl Deref for Swap {
 }
 
 impl Swap {
-    fn new(slots: u64) -> Swap {
-        Swap(Store::new(slots, 1 << 20, Files::default()).expect("a store"))
+    fn new(allocator: Allocator, slots: u64) -> Swap {
+        Swap(Store::new(slots, allocator, 1 << 20, Files::default()).expect("a store"))
     }
 
     fn write(&self, slot: u32, kind: Kind, stamp: u8) {

@@ -150,8 +150,8 @@ impl Arena {
         Ok(index as u32 * REGION_PAGES + first as u32)
     }
 
-    /// Takes back what [`Arena::alloc`] handed out. Returns true if [`Arena::adjust`] has something to give back.
-    pub fn free(&self, first: u32, pages: usize) -> bool {
+    /// Takes back what [`Arena::alloc`] handed out.
+    pub fn free(&self, first: u32, pages: usize) {
         let mut guard = self.inner.lock();
         let inner = &mut *guard;
         let index = (first / REGION_PAGES) as usize;
@@ -173,7 +173,11 @@ impl Arena {
         if high {
             self.wake_adjuster();
         }
-        high
+    }
+
+    /// Whether [`Arena::adjust`] has something to give back.
+    pub fn has_too_much(&self) -> bool {
+        self.inner.lock().free_regions > RESERVE_HIGH
     }
 
     /// Waits until there is a free region, taking memory for one if need be. Returns false if the arena has no more.
@@ -376,7 +380,8 @@ mod tests {
     }
 
     fn free(arena: &Arena, first: u32, pages: usize) {
-        if arena.free(first, pages) {
+        arena.free(first, pages);
+        if arena.has_too_much() {
             arena.adjust(no_preparation).expect("punched");
         }
     }

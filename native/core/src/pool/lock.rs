@@ -4,8 +4,9 @@
 //!
 //! - Readers may sleep, and be preempted, while they hold it (a page is decompressed under it). They never block each
 //!   other, and may wait for a mover.
-//! - A mover only tries. It never waits for the lock, does neither I/O nor long work under it, and holds the lock of
-//!   the class from before it tries until after it has unlocked. A try that fails leaves no mark.
+//! - A mover only tries. It never waits for the lock, and does neither I/O nor long work under it. From before it tries
+//!   until after it has unlocked, the zspage cannot go: zsmalloc holds the lock of the class, z3fold a reference. A try
+//!   that fails leaves no mark.
 //!
 //! In the kernel a mover cannot be preempted, and readers spin. Here it can: a reader spins for a while, then sleeps.
 //!

@@ -1,30 +1,72 @@
-//! The pool: objects of 64 to 4112 bytes in size classes, after the kernel's zsmalloc.
+//! The pool: compressed pages as objects of up to 4106 bytes, laid out by an allocator on pages of the arena.
 //!
 //! An object is known by its [`Location`] in the arena, which is what the slot word holds: there is no table of
-//! handles. Allocation takes the lock of the class, and that of the arena when the class has to grow. Objects are moved
-//! while others read and write ([`compact`]): whoever touches an object's bytes has it pinned.
+//! handles. Which [`Allocator`] lays the objects out is chosen when the pool is made; here is what both have in common.
+//! Objects are moved while others read and write: whoever touches an object's bytes has it pinned.
 
 mod arena;
 mod class;
 mod compact;
+mod driver;
 pub(crate) mod lock;
+mod z3fold;
+mod zsmalloc;
 mod zspage;
 
 use crate::error::{Error, Result};
 use crate::gate::Gate;
-use crate::locks::{hold, Held, Rank, Ranked};
+use crate::locks::{hold, Held, Rank};
 use crate::metrics::SharedMetrics;
 use crate::page::PAGE_SIZE;
 use crate::state::{State, MAX_ARENA_PAGES};
-use crate::sync::{AtomicBool, AtomicU32};
-use arena::Arena;
-use arena::REGION_PAGES;
-use class::{ClassTable, Geometry, MAX_CHAIN, UNIT};
-use std::ops::Range;
+use crate::sync::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use arena::{Arena, REGION_PAGES};
+use class::{ClassTable, MAX_CHAIN, UNIT};
+pub use driver::Commit;
+use driver::{Base, Driver, Object};
+use lock::ZspageLock;
+use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
-use zspage::{ClassLists, Descriptors, PageDesc};
+use z3fold::Z3fold;
+use zsmalloc::Zsmalloc;
+
+/// Frees between two looks at whether there is something to compact.
+const FREES: u32 = 1024;
+/// Compaction by itself begins where it frees at least this share of the pool, and this much.
+const WORTH_SHARE: u64 = 16;
+const WORTH_PAGES: u64 = 256;
+
+/// How a pool lays out its objects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocator {
+    /// In size classes: the least memory.
+    Zsmalloc,
+    /// Up to three a page.
+    Z3fold,
+}
+
+impl Allocator {
+    pub const ALL: [Allocator; 2] = [Allocator::Zsmalloc, Allocator::Z3fold];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Allocator::Zsmalloc => "zsmalloc",
+            Allocator::Z3fold => "z3fold",
+        }
+    }
+}
+
+impl FromStr for Allocator {
+    type Err = Error;
+    fn from_str(name: &str) -> Result<Allocator> {
+        Allocator::ALL
+            .into_iter()
+            .find(|allocator| allocator.name() == name)
+            .ok_or_else(|| Error::Invalid(format!("unknown allocator {name:?}: use zsmalloc or z3fold")))
+    }
+}
 
 /// Where an object lies in the arena, in units of 8 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,22 +81,16 @@ impl Location {
         self.0
     }
 
-    /// In bytes from the arena's start.
-    fn offset(self) -> usize {
-        self.0 as usize * UNIT
+    /// In bytes from the arena's start; None beyond what can be counted.
+    fn offset(self) -> Option<usize> {
+        usize::try_from(self.0).ok()?.checked_mul(UNIT)
     }
 }
 
-/// A zsmalloc pool over the arena of a state file.
+/// A pool over the arena of a state file.
 pub struct Pool {
-    state: Arc<State>,
-    arena: Arena,
-    table: &'static ClassTable,
-    classes: Box<[Ranked<ClassLists>]>,
-    descriptors: Descriptors,
-    metrics: SharedMetrics,
-    /// Who moves objects is inside; closed by [`Pool::destroy`].
-    movers: Gate,
+    base: Arc<Base>,
+    allocator: Box<dyn Driver>,
     /// Is woken when there may be something to compact.
     compactor: OnceLock<Thread>,
     compaction_asked: AtomicBool,
@@ -63,70 +99,56 @@ pub struct Pool {
 
 /// An object whose bytes stay where they are while this lives: its zspage is locked, shared (rank `Zspage`).
 pub struct Pinned<'a> {
-    pool: &'a Pool,
-    location: Location,
-    first: u32,
-    size: usize,
+    base: &'a Base,
+    lock: &'a ZspageLock,
+    object: Object,
     _held: Held,
 }
 
 impl Pinned<'_> {
     pub fn location(&self) -> Location {
-        self.location
+        self.object.location()
     }
 
-    /// The object's bytes, up to the size of its class.
+    /// The object's bytes, of which there may be more than it was made with.
     ///
     /// # Safety
     /// A slot that the caller has locked must have named the location after it was pinned: nobody frees it then.
     pub unsafe fn bytes(&self) -> &[u8] {
         // SAFETY: a live object lies inside the arena; by the caller's promise it stays live, as it is pinned it stays
         // in its place, and objects are written only before their location is known.
-        unsafe { &*self.pool.state.bytes(self.location.offset(), self.size) }
+        unsafe { &*self.base.bytes(&self.object) }
     }
 }
 
 impl Drop for Pinned<'_> {
     fn drop(&mut self) {
-        self.pool.descriptors[self.first as usize].lock.unlock_read();
+        self.lock.unlock_read();
     }
-}
-
-/// A live object, found through its location.
-#[derive(PartialEq)]
-struct Found {
-    class: usize,
-    first: u32,
-    object: usize,
-    offset: usize,
 }
 
 impl Pool {
     /// Arena pages that hold `slots` pages even if none can be compressed, up to the largest possible arena.
     pub fn arena_pages_for(slots: u64) -> u32 {
-        // At worst a whole page and its header, which take less than two pages; and a zspage in each class that is
-        // not full. Address space costs nothing, so this is generous.
+        // At worst a whole page and its header, which take two pages at most; and a zspage in each class that is not
+        // full. Address space costs nothing, so this is generous.
         let partly_filled = (ClassTable::get().classes().len() * MAX_CHAIN) as u64;
         let pages = (slots * 2 + partly_filled).min(MAX_ARENA_PAGES);
         pages.next_multiple_of(u64::from(REGION_PAGES)) as u32
     }
 
     /// An empty pool. Errors: [`Error::System`] if its tables cannot be mapped.
-    pub fn new(state: Arc<State>, limit_bytes: u64, metrics: SharedMetrics) -> Result<Pool> {
-        let table = ClassTable::get();
-        for (class, counters) in table.classes().iter().zip(&metrics.classes) {
-            counters.size_bytes.set(class.size as u64);
-            counters.pages_per_zspage.set(class.pages as u64);
-            counters.objects_per_zspage.set(class.objects as u64);
-        }
+    pub fn new(state: Arc<State>, allocator: Allocator, limit_bytes: u64, metrics: SharedMetrics) -> Result<Pool> {
+        let arena = Arena::new(state.clone(), limit_bytes / PAGE_SIZE as u64, metrics.clone())?;
+        let base = Arc::new(Base { state, arena, metrics, movers: Gate::new() });
+        base.metrics.allocator.set(allocator as u64);
+        let allocator: Box<dyn Driver> = match allocator {
+            Allocator::Zsmalloc => Box::new(Zsmalloc::new(base.clone())?),
+            Allocator::Z3fold => Box::new(Z3fold::new(base.clone())?),
+        };
         Ok(Pool {
-            arena: Arena::new(state.clone(), limit_bytes / PAGE_SIZE as u64, metrics.clone())?,
-            classes: table.classes().iter().map(|_| Ranked::new(Rank::Class, ClassLists::new())).collect(),
-            descriptors: Descriptors::new(state.arena_pages() as usize)?,
-            table,
-            state,
-            metrics,
-            movers: Gate::new(),
+            base,
+            allocator,
             compactor: OnceLock::new(),
             compaction_asked: AtomicBool::new(false),
             frees: AtomicU32::new(0),
@@ -139,15 +161,24 @@ impl Pool {
     /// moves it. Errors: [`Error::PoolFull`], or [`Error::NoRegion`] when the reserve is used up, with nothing changed.
     /// Waits for memory only in a pool without an adjuster.
     pub fn insert(&self, length: usize, write: impl FnOnce(&mut [u8])) -> Result<Pinned<'_>> {
-        let class = self.table.index_for(length);
-        let geometry = &self.table.classes()[class];
-        let (first, object) = self.take_object(class, geometry)?;
-        let location = location_of(first, object, geometry);
-        let pinned = Pinned { pool: self, location, first, size: geometry.size, _held: hold(Rank::Zspage) };
-        // SAFETY: the object lies inside its zspage, which lies inside the arena. It was free until now and its
-        // location is known to nobody else, so that this is the only reference to these bytes.
-        write(unsafe { &mut *self.state.bytes_mut(location.offset(), geometry.size) });
+        let object = self.take(length)?;
+        let pinned = self.pinned(object, hold(Rank::Zspage));
+        // SAFETY: the object lies inside the arena. It was free until now and its location is known to nobody else, so
+        // that this is the only reference to these bytes.
+        write(unsafe { &mut *self.base.bytes_mut(&object) });
         Ok(pinned)
+    }
+
+    fn take(&self, length: usize) -> Result<Object> {
+        loop {
+            match self.allocator.take(length) {
+                // Without a thread that keeps the reserve filled, we take memory ourselves, and wait for it.
+                Err(Error::NoRegion)
+                    if !self.base.arena.has_adjuster()
+                        && self.base.arena.ensure_region(|pages| self.allocator.prepare(pages))? => {}
+                result => return result,
+            }
+        }
     }
 
     /// Pins the object at a location, so that it is not moved. None if no object lives there (any more).
@@ -155,254 +186,149 @@ impl Pool {
     /// Waits for who is moving objects of its zspage. Who has found the location in a slot word looks at the word again
     /// afterwards: until it was pinned, the object may have been moved away.
     pub fn pin(&self, location: Location) -> Option<Pinned<'_>> {
-        let found = self.find(location)?;
+        let object = self.allocator.find(location)?;
         let held = hold(Rank::Zspage);
-        let lock = &self.descriptors[found.first as usize].lock;
+        let lock = self.allocator.lock(object.first);
         if !lock.try_read() {
             let start = Instant::now();
             lock.read();
-            self.metrics.mover_waits.record_since(start);
+            self.base.metrics.mover_waits.record_since(start);
         }
-        let size = self.table.classes()[found.class].size;
-        let pinned = Pinned { pool: self, location, first: found.first, size, _held: held };
+        let pinned = self.pinned(object, held);
         // Before the lock, the zspage may have been freed and another one made there: then we hold the wrong lock.
-        (self.find(location) == Some(found)).then_some(pinned)
+        (self.allocator.find(location) == Some(object)).then_some(pinned)
     }
 
-    fn take_object(&self, class: usize, geometry: &Geometry) -> Result<(u32, usize)> {
-        loop {
-            match self.try_take_object(class, geometry) {
-                // Without a thread that keeps the reserve filled, we take memory ourselves, and wait for it.
-                Err(Error::NoRegion)
-                    if !self.arena.has_adjuster() && self.arena.ensure_region(|pages| self.prepare(pages))? => {}
-                result => return result,
-            }
-        }
+    /// An object whose zspage is locked.
+    fn pinned(&self, object: Object, held: Held) -> Pinned<'_> {
+        Pinned { base: &self.base, lock: self.allocator.lock(object.first), object, _held: held }
     }
 
-    fn try_take_object(&self, class: usize, geometry: &Geometry) -> Result<(u32, usize)> {
-        let counters = &self.metrics.classes[class];
-        let mut lists = self.classes[class].lock();
-        let taken = match lists.take_object(&self.descriptors, geometry, |_| false) {
-            Some(taken) => taken,
-            None => {
-                let first = self.arena.alloc(geometry.pages)?;
-                self.grow(&mut lists, class, first).ok_or(Error::PoolFull)?
-            }
-        };
-        counters.objects.add(1);
-        // Pinned before anyone can see the object. There is no mover to wait for: it would hold the lock of the class.
-        self.descriptors[taken.0 as usize].lock.read();
-        Ok(taken)
-    }
-
-    /// Makes a zspage of pages from the arena, and takes an object of it. It has one, or it would not be a class.
-    fn grow(&self, lists: &mut ClassLists, class: usize, first: u32) -> Option<(u32, usize)> {
-        let geometry = &self.table.classes()[class];
-        lists.insert_zspage(&self.descriptors, first, class, geometry);
-        self.metrics.classes[class].zspages.add(1);
-        lists.take_object(&self.descriptors, geometry, |zspage| zspage != first)
-    }
-
-    /// Lets `read` see the bytes of an object that no slot names (up to the size of its class). None if no object lives
-    /// there.
+    /// Lets `read` see the bytes of an object that no slot names (it may be longer than it was made). None if no object
+    /// lives there.
     ///
     /// # Safety
     /// The object must be the caller's: it is not freed meanwhile, and is not moved, as no slot names it.
     pub unsafe fn with_object<R>(&self, location: Location, read: impl FnOnce(&[u8]) -> R) -> Option<R> {
-        let found = self.find(location)?;
-        let size = self.table.classes()[found.class].size;
+        let object = self.allocator.find(location)?;
         // SAFETY: a live object lies inside the arena; by the caller's promise it stays, and objects are written only
         // before their location is known.
-        Some(read(unsafe { &*self.state.bytes(found.offset, size) }))
+        Some(read(unsafe { &*self.base.bytes(&object) }))
     }
 
     /// Frees an object. In a pool without an adjuster, memory may go back to the system (a system call).
     ///
     /// A location where no object lives (a damaged slot word) is left alone.
     pub fn free(&self, location: Location) {
-        let Some(found) = self.find(location) else { return };
-        let geometry = &self.table.classes()[found.class];
-        let mut lists = self.classes[found.class].lock();
-        let empty = self.put(&mut lists, found.class, found.first, found.object);
-        self.metrics.classes[found.class].objects.sub(1);
-        drop(lists);
-        if empty {
-            self.free_pages(found.first, geometry.pages);
+        let Some(object) = self.allocator.find(location) else { return };
+        self.allocator.free(&object);
+        self.give_back();
+        // Frees are what fragments a pool.
+        if self.frees.fetch_add(1, Relaxed) % FREES == FREES - 1 {
+            self.wake_compactor();
         }
-        self.wake_compactor_now_and_then();
-    }
-
-    /// Takes an object out of its zspage. Returns true if the zspage is no more: its pages are then the caller's.
-    fn put(&self, lists: &mut ClassLists, class: usize, first: u32, object: usize) -> bool {
-        let empty = lists.put_object(&self.descriptors, &self.table.classes()[class], first, object);
-        self.metrics.classes[class].zspages.sub(u64::from(empty));
-        empty
-    }
-
-    /// Gives the pages of a zspage that is no more back to the arena.
-    fn free_pages(&self, first: u32, pages: usize) {
-        if self.arena.free(first, pages) && !self.arena.has_adjuster() {
-            // A region that cannot be given back stays in reserve.
-            let _ = self.adjust();
-        }
-    }
-
-    fn find(&self, location: Location) -> Option<Found> {
-        let offset = usize::try_from(location.0).ok()?.checked_mul(UNIT)?;
-        let page = u32::try_from(offset / PAGE_SIZE).ok()?;
-        let (first, class) = zspage::zspage_of(&self.descriptors, page)?;
-        let geometry = self.table.classes().get(class)?;
-        let within = offset - first as usize * PAGE_SIZE;
-        let object = within / geometry.size;
-        let exists = within % geometry.size == 0
-            && object < geometry.objects
-            && zspage::is_used(&self.descriptors, first, object);
-        exists.then_some(Found { class, first, object, offset })
     }
 
     /// Address of a live object's bytes, for tests that damage them.
     #[cfg(test)]
     pub fn address(&self, location: Location) -> Option<*mut u8> {
-        Some(self.state.bytes_mut(self.find(location)?.offset, UNIT).cast())
+        Some(self.base.bytes_mut(&self.allocator.find(location)?).cast())
     }
 
     /// Makes the calling thread the one that keeps the reserve of memory filled: from now on nobody else waits for
     /// memory. It calls [`Pool::adjust`] until that returns false, and again whenever it is unparked.
     pub fn become_adjuster(&self) {
-        self.arena.set_adjuster(std::thread::current());
+        self.base.arena.set_adjuster(std::thread::current());
     }
 
     /// Takes a region of memory from the system, or gives one back, if the reserve needs it: see [`Arena::adjust`].
     pub fn adjust(&self) -> Result<bool> {
-        self.arena.adjust(|pages| self.prepare(pages))
+        self.base.arena.adjust(|pages| self.allocator.prepare(pages))
     }
 
-    /// Takes memory for the descriptors of pages, so that using them faults no more.
-    fn prepare(&self, pages: Range<u32>) -> Result<()> {
-        self.descriptors.populate(pages.start as usize..pages.end as usize)
+    /// In a pool without an adjuster, gives the system back what the arena has too much.
+    fn give_back(&self) {
+        let arena = &self.base.arena;
+        // A region that cannot be given back stays in reserve.
+        while !arena.has_adjuster() && arena.has_too_much() && matches!(self.adjust(), Ok(true)) {}
     }
 
-    /// Ends all moving of objects, and shows `leaked` each object that still lives (the size of its class, its bytes).
+    /// Moves objects together: frees the zspages that the allocator can do without, then the regions that the arena can
+    /// do without. Returns how many pages it has freed.
+    ///
+    /// Takes locks for short steps only; page operations go on meanwhile. Allocates no memory, touches no disk. Ends
+    /// early when the pool is being destroyed.
+    pub fn compact(&self, commit: &Commit<'_>) -> u64 {
+        let pages = self.allocator.compact(commit);
+        while let Some(region) = self.base.arena.isolate_sparsest() {
+            self.allocator.evacuate(region, commit);
+            if !self.base.arena.putback() {
+                break;
+            }
+        }
+        self.give_back();
+        self.base.metrics.pages_compacted.add(pages);
+        pages
+    }
+
+    /// Makes the calling thread the one that compacts: it is unparked when it is to look at [`Pool::wants_compaction`].
+    pub fn become_compactor(&self) {
+        let _only_the_first_counts = self.compactor.set(std::thread::current());
+    }
+
+    /// Wakes the compactor to compact in any case.
+    pub fn ask_for_compaction(&self) {
+        self.compaction_asked.store(true, Relaxed);
+        self.wake_compactor();
+    }
+
+    /// Whether somebody has asked for compaction since the last time, or it is worth its while.
+    pub fn wants_compaction(&self) -> bool {
+        let spare = self.allocator.pages_to_spare() + self.base.arena.pages_to_spare();
+        let used = self.base.metrics.pool_bytes.get() / PAGE_SIZE as u64;
+        self.compaction_asked.swap(false, Relaxed) || spare >= WORTH_PAGES.max(used / WORTH_SHARE)
+    }
+
+    fn wake_compactor(&self) {
+        if let Some(thread) = self.compactor.get() {
+            thread.unpark();
+        }
+    }
+
+    /// Ends all moving of objects, and shows `leaked` each object that still lives (its size in the pool, its bytes).
     ///
     /// To be called when no page operation is in flight, and none will come. Waits, for `patience` at most, for those
     /// who are moving objects; they finish the step that they are at. What their step has freed is back in the arena by
     /// then: a mover leaves the gate last. Returns how many were still there: the pool may not be dropped then.
     pub fn destroy(&self, patience: Duration, mut leaked: impl FnMut(usize, &[u8])) -> u32 {
-        self.movers.close();
-        let inside = self.movers.wait(patience);
+        self.base.movers.close();
+        let inside = self.base.movers.wait(patience);
         if inside > 0 {
             return inside;
         }
-        for page in 0..self.arena.touched_pages() {
-            let Some((first, class)) = zspage::zspage_of(&self.descriptors, page).filter(|&(first, _)| first == page)
-            else {
-                continue;
-            };
-            let geometry = &self.table.classes()[class];
-            for object in zspage::objects_in_use(&self.descriptors, first, geometry.pages) {
-                let offset = location_of(first, object, geometry).offset();
+        for page in 0..self.base.arena.touched_pages() {
+            self.allocator.visit(page, &mut |object| {
                 // SAFETY: inside the arena; by the caller's promise and ours nobody writes or frees it any more.
-                leaked(geometry.size, unsafe { &*self.state.bytes(offset, geometry.size) });
-            }
+                leaked(object.size, unsafe { &*self.base.bytes(object) });
+            });
         }
         0
     }
 
     pub fn limit_bytes(&self) -> u64 {
-        self.arena.limit() * PAGE_SIZE as u64
+        self.base.arena.limit() * PAGE_SIZE as u64
     }
 
     /// Changes the limit, rounded down to pages. Below what is in use, inserts fail until enough is freed.
     pub fn set_limit_bytes(&self, bytes: u64) {
-        self.arena.set_limit(bytes / PAGE_SIZE as u64);
+        self.base.arena.set_limit(bytes / PAGE_SIZE as u64);
     }
 
     /// Bytes of descriptors for the pages that were ever in use, and of the locks.
     pub fn metadata_bytes(&self) -> u64 {
-        let pages = self.metrics.pool_peak_bytes.get() / PAGE_SIZE as u64;
-        pages * size_of::<PageDesc>() as u64 + (self.classes.len() * size_of::<Ranked<ClassLists>>()) as u64
+        self.allocator.metadata_bytes(self.base.metrics.pool_peak_bytes.get() / PAGE_SIZE as u64)
     }
-}
-
-fn location_of(first: u32, object: usize, geometry: &Geometry) -> Location {
-    Location(((first as usize * PAGE_SIZE + object * geometry.size) / UNIT) as u64)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::pool::class::MAX_SIZE;
-    use proptest::prelude::*;
-
-    fn pool(limit_pages: u64) -> Pool {
-        let state = State::create(1, REGION_PAGES * 4, None).expect("state");
-        let metrics = SharedMetrics::new(None).expect("metrics");
-        Pool::new(Arc::new(state), limit_pages * PAGE_SIZE as u64, metrics).expect("pool")
-    }
-
-    fn used_pages(pool: &Pool) -> u64 {
-        pool.metrics.pool_bytes.get() / PAGE_SIZE as u64
-    }
-
-    proptest! {
-        /// Against a list of what every object was filled with: nothing overlaps, counts and pages are exact.
-        #[test]
-        fn objects_keep_their_bytes(
-            steps in prop::collection::vec((0u8..3, 1..=MAX_SIZE, any::<prop::sample::Index>()), 1..800), limit in 50u64..1500,
-        ) {
-            let pool = pool(limit);
-            let mut live: Vec<(Location, usize, u8)> = Vec::new();
-            for (n, (step, length, which)) in steps.into_iter().enumerate() {
-                let stamp = n as u8;
-                if step > 0 {
-                    match pool.insert(length, |object| object.fill(stamp)) {
-                        Ok(object) => live.push((object.location(), length, stamp)),
-                        Err(error) => {
-                            prop_assert!(matches!(error, Error::PoolFull));
-                            prop_assert!(used_pages(&pool) + MAX_CHAIN as u64 > limit);
-                        }
-                    }
-                } else if !live.is_empty() {
-                    let (location, length, stamp) = live.swap_remove(which.index(live.len()));
-                    // SAFETY: one thread, and the object is live.
-                    let whole = unsafe { pool.with_object(location, |object| object.len() >= length && object.iter().all(|&b| b == stamp)) };
-                    prop_assert_eq!(whole, Some(true));
-                    pool.free(location);
-                }
-            }
-            for &(location, _, stamp) in &live {
-                // SAFETY: as above.
-                prop_assert_eq!(unsafe { pool.with_object(location, |object| object.iter().all(|&b| b == stamp)) }, Some(true));
-            }
-            let classes = &pool.metrics.classes;
-            prop_assert_eq!(classes.iter().map(|class| class.objects.get()).sum::<u64>(), live.len() as u64);
-            let pages = classes.iter().map(|class| class.zspages.get() * class.pages_per_zspage.get());
-            prop_assert_eq!(pages.sum::<u64>(), used_pages(&pool));
-            live.into_iter().for_each(|(location, _, _)| pool.free(location));
-            prop_assert_eq!(used_pages(&pool), 0);
-        }
-    }
-
-    #[test]
-    fn a_wrong_location_finds_nothing() {
-        let pool = pool(100);
-        let location = pool.insert(1000, |_| ()).expect("room").location();
-        for wrong in [location.0 + 1, location.0 + 10_000, u64::MAX >> 27, u64::MAX] {
-            assert!(pool.find(Location(wrong)).is_none());
-            pool.free(Location(wrong));
-        }
-        pool.free(location);
-        assert!(pool.find(location).is_none());
-        assert_eq!(used_pages(&pool), 0);
-    }
-
-    #[test]
-    fn the_arena_is_large_enough_for_noise() {
-        for slots in [1, 1000, 1 << 18, 1 << 32] {
-            let pages = Pool::arena_pages_for(slots);
-            assert_eq!(pages % REGION_PAGES, 0);
-            assert!(u64::from(pages) >= (slots * 2).min(MAX_ARENA_PAGES));
-        }
-    }
-}
+mod tests;

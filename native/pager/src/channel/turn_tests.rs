@@ -8,6 +8,7 @@ use std::fs::File;
 use std::os::fd::FromRawFd;
 use zswapd_core::codec::{Algorithm, Compression};
 use zswapd_core::engine::Engine;
+use zswapd_core::pool::Allocator;
 use zswapd_core::store::Files;
 use zswapd_fuse::reply::OUT_HEADER;
 use zswapd_fuse::wire::u64_at;
@@ -27,7 +28,7 @@ fn worker() -> (Worker, File) {
     let path = std::env::temp_dir().join(format!("zswapd-test-{}-{}.sock", std::process::id(), ends[0]));
     let compression = Compression::new(Algorithm::Lz4, 3).expect("level");
     let shared = Shared {
-        engine: Engine::new(1 << 20, 64 << 20, compression, Files::default()).expect("engine"),
+        engine: Engine::new(1 << 20, Allocator::Zsmalloc, 64 << 20, compression, Files::default()).expect("engine"),
         relay: Relay::new(Arc::new(device.try_clone().expect("device"))),
         counters: File::open("/dev/null").expect("null"),
         gate: Gate::default(),

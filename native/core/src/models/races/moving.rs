@@ -4,6 +4,7 @@ use super::{explore, join, spawn};
 use crate::metrics::SharedMetrics;
 use crate::models::Kind::{self, Large, Small};
 use crate::models::{Swap, FOREVER};
+use crate::pool::Allocator::Zsmalloc;
 use crate::pool::{Location, Pool};
 use crate::state::State;
 use crate::sync::{AtomicBool, Ordering::Relaxed};
@@ -12,7 +13,7 @@ use std::sync::Arc;
 /// Two zspages, of slots 0 and 1 and of slots 2 and 3, with one small object left in each: compaction moves that of the
 /// second one.
 fn sparse_class(freed: [u32; 2]) -> Arc<Swap> {
-    let swap = Swap::new(5);
+    let swap = Swap::new(Zsmalloc, 5);
     (0..4).for_each(|slot| swap.write(slot, Small, slot as u8 + 1));
     freed.into_iter().for_each(|slot| swap.free(slot));
     Arc::new(swap)
@@ -20,7 +21,7 @@ fn sparse_class(freed: [u32; 2]) -> Arc<Swap> {
 
 /// Two regions with one large object each: migration moves that of slot 0 to the region of slot 4.
 fn sparse_regions() -> Arc<Swap> {
-    let swap = Swap::new(5);
+    let swap = Swap::new(Zsmalloc, 5);
     (0..5).for_each(|slot| swap.write(slot, Large, slot as u8 + 1));
     (1..4).for_each(|slot| swap.free(slot));
     Arc::new(swap)
@@ -202,7 +203,7 @@ fn destroy_while_moving(swap: Arc<Swap>) {
 /// A pool without a store: two zspages with one object each, at these locations.
 fn sparse_pool() -> (Arc<Pool>, [Location; 2]) {
     let state = Arc::new(State::create(1, 24, None).expect("state"));
-    let pool = Pool::new(state, 1 << 20, SharedMetrics::new(None).expect("metrics")).expect("a pool");
+    let pool = Pool::new(state, Zsmalloc, 1 << 20, SharedMetrics::new(None).expect("metrics")).expect("a pool");
     let objects = [0; 4].map(|_| pool.insert(100, |object| object.fill(1)).expect("room").location());
     pool.free(objects[1]);
     pool.free(objects[3]);

@@ -1,0 +1,195 @@
+//! The pool with objects that come, go and move.
+
+use super::*;
+use crate::pool::arena::RESERVE_HIGH;
+use crate::pool::class::MAX_SIZE;
+use proptest::prelude::*;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+fn pool(allocator: Allocator, regions: u32, limit_pages: u64) -> Pool {
+    let state = State::create(1, regions * REGION_PAGES, None).expect("state");
+    let metrics = SharedMetrics::new(None).expect("metrics");
+    Pool::new(Arc::new(state), allocator, limit_pages * PAGE_SIZE as u64, metrics).expect("pool")
+}
+
+/// A limit that is never reached.
+const NO_LIMIT: u64 = 1 << 40;
+
+fn used_pages(pool: &Pool) -> u64 {
+    pool.base.metrics.pool_bytes.get() / PAGE_SIZE as u64
+}
+
+proptest! {
+    /// Against a list of what every object was filled with: nothing overlaps, counts and pages are exact.
+    #[test]
+    fn objects_keep_their_bytes(
+        allocator in prop::sample::select(&Allocator::ALL),
+        steps in prop::collection::vec((0u8..3, 1..=MAX_SIZE, any::<prop::sample::Index>()), 1..800),
+        limit in 50u64..1500,
+    ) {
+        let pool = pool(allocator, 4, limit);
+        let mut live: Vec<(Location, usize, u8)> = Vec::new();
+        for (n, (step, length, which)) in steps.into_iter().enumerate() {
+            let stamp = n as u8;
+            if step > 0 {
+                match pool.insert(length, |object| object.fill(stamp)) {
+                    Ok(object) => live.push((object.location(), length, stamp)),
+                    Err(error) => {
+                        prop_assert!(matches!(error, Error::PoolFull));
+                        prop_assert!(used_pages(&pool) + MAX_CHAIN as u64 > limit);
+                    }
+                }
+            } else if !live.is_empty() {
+                let (location, length, stamp) = live.swap_remove(which.index(live.len()));
+                // SAFETY: one thread, and the object is live.
+                let whole = unsafe { pool.with_object(location, |object| object.len() >= length && object.iter().all(|&b| b == stamp)) };
+                prop_assert_eq!(whole, Some(true));
+                pool.free(location);
+            }
+        }
+        for &(location, _, stamp) in &live {
+            // SAFETY: as above.
+            prop_assert_eq!(unsafe { pool.with_object(location, |object| object.iter().all(|&b| b == stamp)) }, Some(true));
+        }
+        let classes = &pool.base.metrics.classes;
+        prop_assert_eq!(classes.iter().map(|class| class.objects.get()).sum::<u64>(), live.len() as u64);
+        let pages = classes.iter().map(|class| class.zspages.get() * class.pages_per_zspage.get());
+        prop_assert_eq!(pages.sum::<u64>(), used_pages(&pool));
+        live.into_iter().for_each(|(location, _, _)| pool.free(location));
+        prop_assert_eq!(used_pages(&pool), 0);
+    }
+}
+
+#[test]
+fn a_wrong_location_finds_nothing() {
+    for pool in Allocator::ALL.map(|allocator| pool(allocator, 4, 100)) {
+        let location = pool.insert(1000, |_| ()).expect("room").location();
+        for wrong in [location.0 + 1, location.0 + 10_000, u64::MAX >> 27, u64::MAX] {
+            assert!(pool.allocator.find(Location(wrong)).is_none());
+            pool.free(Location(wrong));
+        }
+        pool.free(location);
+        assert!(pool.allocator.find(location).is_none());
+        assert_eq!(used_pages(&pool), 0);
+    }
+}
+
+#[test]
+fn the_arena_is_large_enough_for_noise() {
+    for slots in [1, 1000, 1 << 18, 1 << 32] {
+        let pages = Pool::arena_pages_for(slots);
+        assert_eq!(pages % REGION_PAGES, 0);
+        assert!(u64::from(pages) >= (slots * 2).min(MAX_ARENA_PAGES));
+    }
+}
+
+/// Objects by name, as a slot table would have them: the first four bytes say which slot it is.
+#[derive(Default)]
+struct Named(RefCell<BTreeMap<u32, Location>>);
+
+impl Named {
+    fn fill(&self, pool: &Pool, objects: u32, length: impl Fn(u32) -> usize) {
+        for name in 0..objects {
+            let object = pool
+                .insert(length(name), |object| {
+                    object.fill(name as u8);
+                    object[..4].copy_from_slice(&name.to_le_bytes());
+                })
+                .expect("room");
+            self.0.borrow_mut().insert(name, object.location());
+        }
+    }
+
+    fn free(&self, pool: &Pool, which: impl Fn(u32) -> bool) {
+        self.0.borrow_mut().retain(|&name, &mut location| {
+            if which(name) {
+                pool.free(location);
+            }
+            !which(name)
+        });
+    }
+
+    fn commit(&self, copy: &[u8], from: Location, to: Location) -> bool {
+        let name = u32::from_le_bytes(copy[..4].try_into().expect("four bytes"));
+        let mut named = self.0.borrow_mut();
+        let is_named = named.get(&name) == Some(&from);
+        if is_named {
+            named.insert(name, to);
+        }
+        is_named
+    }
+
+    fn verify(&self, pool: &Pool) {
+        for (&name, &location) in self.0.borrow().iter() {
+            let object = pool.pin(location).expect("an object");
+            // SAFETY: one thread, and the object is named.
+            let bytes = unsafe { object.bytes() };
+            assert_eq!(bytes[..4], name.to_le_bytes());
+            assert!(bytes[4..].iter().all(|&byte| byte == name as u8));
+        }
+    }
+}
+
+#[test]
+fn compaction_needs_no_more_pages_than_a_fresh_pool() {
+    for allocator in Allocator::ALL {
+        let (sparse, fresh) = (pool(allocator, 16, NO_LIMIT), pool(allocator, 16, NO_LIMIT));
+        let (named, again) = (Named::default(), Named::default());
+        let length = |name: u32| 100 + name as usize * 7 % 4000;
+        named.fill(&sparse, 8000, length);
+        named.free(&sparse, |name| name % 3 != 0);
+        let before = used_pages(&sparse);
+        let freed = sparse.compact(&|copy: &[u8], from, to| named.commit(copy, from, to));
+        named.verify(&sparse);
+        again.fill(&fresh, 8000 / 3, |name| length(name * 3));
+        assert_eq!(before - used_pages(&sparse), freed);
+        assert!(
+            used_pages(&sparse) <= used_pages(&fresh) + 8,
+            "{} against {}",
+            used_pages(&sparse),
+            used_pages(&fresh)
+        );
+        named.free(&sparse, |_| true);
+        assert_eq!(used_pages(&sparse), 0);
+    }
+}
+
+#[test]
+fn sparse_regions_go_back_to_the_system() {
+    for pool in Allocator::ALL.map(|allocator| pool(allocator, 64, NO_LIMIT)) {
+        let named = Named::default();
+        // One object a page: only whole pages become free, all over the arena.
+        named.fill(&pool, 30_000, |_| 4000);
+        named.free(&pool, |name| name % 4 != 0);
+        let backed = || pool.base.metrics.backed_bytes.get() / PAGE_SIZE as u64;
+        let in_reserve = RESERVE_HIGH * u64::from(REGION_PAGES);
+        assert!(backed() >= used_pages(&pool) * 3 + in_reserve, "nothing is fragmented");
+        pool.compact(&|copy: &[u8], from, to| named.commit(copy, from, to));
+        named.verify(&pool);
+        while pool.adjust().expect("memory given back") {}
+        let needed = used_pages(&pool).next_multiple_of(u64::from(REGION_PAGES)) + in_reserve;
+        assert!(backed() <= needed + u64::from(REGION_PAGES), "{} pages, {needed} needed", backed());
+    }
+}
+
+#[test]
+fn a_pinned_object_stays_and_so_does_one_that_no_slot_names() {
+    for pool in Allocator::ALL.map(|allocator| pool(allocator, 4, NO_LIMIT)) {
+        let named = Named::default();
+        // Four objects a zspage; z3fold takes three of 1024 bytes to a page.
+        named.fill(&pool, 64, |_| 1024);
+        named.free(&pool, |name| name % 4 != 0);
+        let all: Vec<Location> = named.0.borrow().values().copied().collect();
+        let pins: Vec<_> =
+            all.iter().map(|&location| pool.allocator.find(location).expect("an object").first).collect();
+        pins.iter().for_each(|&first| pool.allocator.lock(first).read());
+        assert_eq!(pool.compact(&|copy: &[u8], from, to| named.commit(copy, from, to)), 0);
+        pins.iter().for_each(|&first| pool.allocator.lock(first).unlock_read());
+        assert_eq!(pool.compact(&|_: &[u8], _, _| false), 0);
+        named.verify(&pool);
+        assert_eq!(pool.base.metrics.classes.iter().map(|class| class.objects.get()).sum::<u64>(), 16);
+        assert!(pool.compact(&|copy: &[u8], from, to| named.commit(copy, from, to)) > 0);
+        named.verify(&pool);
+    }
+}
