@@ -2,6 +2,7 @@
 # make demo    real pages through a real swap device, every one checked
 # make test    all tests (needs root for the swap device; says what it skips)
 # make fuzz    all that parses bytes from outside, under cargo-fuzz: each target for FUZZ_SECONDS (60)
+# make bench-pool   how fast the pool is, how long it makes readers wait, how densely it packs (some minutes)
 # make lint    formatting, lints, types
 # make lock    choose the newest Python packages: rewrites requirements*.lock, which pin them with hashes
 # make clean   remove what the above have made here
@@ -10,7 +11,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: build demo test fuzz lint lock clean system
+.PHONY: build demo test fuzz bench-pool lint lock clean system
 
 PYTHON := .venv/bin/python
 NATIVE := zswapd/_native.abi3.so
@@ -112,6 +113,10 @@ fuzz:
 	    cargo +nightly fuzz run "$$target" -- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 2>&1 |
 	        grep --line-buffered -vE '^(#[0-9]+[[:space:]]+(NEW|REDUCE)|[[:space:]]+NEW_FUNC|")'
 	done
+
+bench-pool: build
+	cargo bench --manifest-path native/Cargo.toml --locked --package zswapd-core --bench pool --bench pauses
+	$(PYTHON) -m zswapd.bench.density
 
 lint: build
 	$(PYTHON) -m ruff format --check

@@ -21,6 +21,7 @@ use crate::page::PAGE_SIZE;
 use crate::state::{State, MAX_ARENA_PAGES};
 use crate::sync::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use arena::{Arena, REGION_PAGES};
+pub use class::LENGTHS;
 use class::{ClassTable, MAX_CHAIN, UNIT};
 pub use driver::Commit;
 use driver::{Base, Driver, Object};
