@@ -110,14 +110,19 @@ def detach(config: Config, force: bool, as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--classes", is_flag=True, help="Show instead how full the pool's size classes are, and what they waste.")
 @_json
 @click.pass_obj
-def status(config: Config, as_json: bool) -> None:
+def status(config: Config, classes: bool, as_json: bool) -> None:
     """Show what is attached, what is stored and what it costs."""
     mount_point = config.swap.mount_point
     attachment = swapdev.discover(mount_point)
     stats = stats_view.read_stats(mount_point)
-    if as_json:
+    if classes and as_json:
+        _print_json(stats["classes"])
+    elif classes:
+        _print(stats_view.render_classes(stats))
+    elif as_json:
         _print_json({**stats, "attachment": attachment and dataclasses.asdict(attachment)})
     else:
         _print(stats_view.render(stats, attachment))

@@ -23,13 +23,19 @@ class LatencyStats(TypedDict):
 
 
 class ClassStats(TypedDict):
-    """Occupancy of one size class of the pool."""
+    """Occupancy of one size class of the pool.
+
+    `zspages_by_fullness`: the empty (which do not stay), those with less than 10 % of their objects in use, … less than
+    100 %, the full. `waste_bytes`: what zspages take beyond their objects in use.
+    """
 
     size_bytes: int
     pages_per_zspage: int
     objects_per_zspage: int
     zspages: int
     objects: int
+    zspages_by_fullness: list[int]
+    waste_bytes: int
 
 
 class EngineStats(TypedDict):

@@ -95,8 +95,22 @@ class EngineCollector(Collector):
                 {k: v["objects"] for k, v in classes.items()},
             ),
             ("zswapd_class_zspages", "Zspages by size class.", {k: v["zspages"] for k, v in classes.items()}),
+            (
+                "zswapd_class_waste_bytes",
+                "Memory of zspages beyond their objects in use, by size class.",
+                {k: v["waste_bytes"] for k, v in classes.items()},
+            ),
         ):
             yield _labelled_gauge(name, text, "size_bytes", values)
+        # By fullness and class there would be some two thousand series: `zswapctl status --classes` has them.
+        groups = zip(*(entry["zspages_by_fullness"][1:] for entry in stats["classes"]), strict=True)
+        bounds = [*(f"{tenths / 10}" for tenths in range(1, 11)), "full"]
+        yield _labelled_gauge(
+            "zswapd_zspages",
+            "Zspages by the share of their objects that is in use: below this, or full.",
+            "fullness",
+            dict(zip(bounds, map(sum, groups), strict=True)),
+        )
 
 
 def _labelled_gauge(name: str, text: str, label: str, values: dict[str, int]) -> GaugeMetricFamily:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from zswapd import __version__
@@ -112,6 +112,27 @@ def render(stats: dict[str, Any], attachment: Attachment | None) -> RenderableTy
         table.add_row(f"{operation}s", f"{stats[f'{operation}s']:,}{_latency(stats[f'{operation}_latency'])}")
     table.add_row("discards", f"{stats['discards']:,}")
     return Group(table, *_errors(stats))
+
+
+def render_classes(stats: dict[str, Any]) -> RenderableType:
+    """The size classes that have zspages, for people."""
+    columns = ("size", "pages", "objects", "in use", "zspages", "< 30 %", "< 70 %", "< 100 %", "full", "waste")
+    table = Table(*(Column(name, justify="right") for name in columns), box=None, show_footer=True)
+    used = [entry for entry in stats["classes"] if entry["zspages"]]
+    totals = [0] * 6 + [sum(entry["waste_bytes"] for entry in used)]
+    for entry in used:
+        groups = entry["zspages_by_fullness"]
+        counts = [entry["objects"], entry["zspages"], sum(groups[:4]), sum(groups[4:8]), sum(groups[8:11]), groups[11]]
+        totals[:6] = (total + count for total, count in zip(totals, counts, strict=False))
+        table.add_row(
+            *(str(entry[key]) for key in ("size_bytes", "pages_per_zspage", "objects_per_zspage")),
+            *(f"{count:,}" for count in counts),
+            format_size(entry["waste_bytes"]),
+        )
+    footer = ["all", "", "", *(f"{total:,}" for total in totals[:6]), format_size(totals[6])]
+    for column, text in zip(table.columns, footer, strict=True):
+        column.footer = text
+    return table
 
 
 def _server(stats: dict[str, Any]) -> str:

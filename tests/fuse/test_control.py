@@ -170,7 +170,10 @@ SCHEMA = {
     "mover_waits": HISTOGRAM,
     "classes": list,
 }
-CLASS = dict.fromkeys(("size_bytes", "pages_per_zspage", "objects_per_zspage", "zspages", "objects"), int)
+CLASS = {
+    **dict.fromkeys(("size_bytes", "pages_per_zspage", "objects_per_zspage", "zspages", "objects", "waste_bytes"), int),
+    "zspages_by_fullness": list,
+}
 
 
 def shape(value: object, schema: object) -> object:
@@ -193,6 +196,9 @@ def test_stats_json(daemon: Daemon, swapfile: int) -> None:
     classes = stats["classes"]
     assert sum(entry["objects"] for entry in classes) == 2
     assert sum(entry["zspages"] * entry["pages_per_zspage"] for entry in classes) * PAGE == stats["pool_bytes"]
+    for entry in classes:
+        assert sum(entry["zspages_by_fullness"]) == entry["zspages"]
+        assert entry["waste_bytes"] % PAGE == -entry["objects"] * entry["size_bytes"] % PAGE
     for what in ("load", "store"):
         latency = stats[f"{what}_latency"]
         assert len(latency["counts"]) == len(latency["bounds_seconds"]) + 1

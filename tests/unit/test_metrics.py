@@ -100,6 +100,12 @@ def test_values_are_those_of_the_statistics(engine: EmbeddedEngine) -> None:
     assert sum(value for (name, _), value in values.items() if name == "zswapd_class_objects") == sum(
         stats["pages"][kind] for kind in ("lz4", "zstd", "incompressible")
     )
+    by_size = {size: value for (name, size), value in values.items() if name == "zswapd_class_zspages"}
+    by_fullness = [value for (name, _), value in values.items() if name == "zswapd_zspages"]
+    assert sum(by_fullness) == sum(by_size.values()) > 0
+    in_use = sum(entry["objects"] * entry["size_bytes"] for entry in stats["classes"])
+    waste = sum(value for (name, _), value in values.items() if name == "zswapd_class_waste_bytes")
+    assert waste == stats["pool_bytes"] - in_use
 
 
 @pytest.mark.parametrize("what", ["load", "store"])

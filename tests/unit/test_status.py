@@ -81,6 +81,34 @@ def test_the_state_is_shown() -> None:
     assert "\x1b[1;31m" not in text
 
 
+def test_classes_are_shown_with_their_sum() -> None:
+    def entry(size: int, zspages_by_fullness: list[int], objects: int, waste_bytes: int) -> dict[str, Any]:
+        return {
+            "size_bytes": size,
+            "pages_per_zspage": 3,
+            "objects_per_zspage": 10,
+            "zspages": sum(zspages_by_fullness),
+            "objects": objects,
+            "zspages_by_fullness": zspages_by_fullness,
+            "waste_bytes": waste_bytes,
+        }
+
+    classes = [
+        entry(64, [0] * 12, 0, 0),
+        entry(1024, [0, 1, 0, 2, 4, 0, 0, 8, 16, 0, 32, 1000], 10456, 2048),
+        entry(2048, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1], 10, 1024),
+    ]
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(status.render_classes({"classes": classes}))
+    rows = [line.split() for line in capture.get().splitlines()[1:]]
+    assert rows == [
+        ["1024", "3", "10", "10,456", "1,063", "3", "12", "48", "1,000", "2.0", "KiB"],
+        ["2048", "3", "10", "10", "1", "0", "0", "0", "1", "1.0", "KiB"],
+        ["all", "10,466", "1,064", "3", "12", "48", "1,001", "3.0", "KiB"],
+    ]
+
+
 def test_what_is_not_attached_says_so() -> None:
     assert "not attached" in shown(stats())
     half = shown(stats(), Attachment("/dev/loop5", False, True, 1 << 30, 0, 0))

@@ -182,15 +182,15 @@ fn churn<H: Heap>(group: &mut BenchmarkGroup<'_, WallTime>, time_inserts: bool) 
                 while left > 0 {
                     let batch = left.min(BATCH).div_ceil(threads);
                     left = left.saturating_sub(batch * threads);
-                    let mut parts: Vec<(Vec<usize>, Vec<(H::Key, usize)>)> = (0..threads)
-                        .map(|_| ((0..batch).map(|_| random.length()).collect(), Vec::with_capacity(batch)))
-                        .collect();
-                    let inserts = at_once(&mut parts, |(lengths, objects)| {
-                        objects.extend(lengths.iter().map(|&length| (heap.insert(&page[..length]), length)));
+                    // Keys are made room for before the clock runs.
+                    let mut lengths = || (0..batch).map(|_| (None, random.length())).collect();
+                    let mut parts: Vec<Vec<(Option<H::Key>, usize)>> = (0..threads).map(|_| lengths()).collect();
+                    let inserts = at_once(&mut parts, |objects| {
+                        objects.iter_mut().for_each(|(key, length)| *key = Some(heap.insert(&page[..*length])));
                     });
-                    parts.iter_mut().for_each(|(_, objects)| shuffle(&mut random, objects));
-                    let frees = at_once(&mut parts, |(_, objects)| {
-                        objects.drain(..).for_each(|(key, length)| heap.free(key, length));
+                    parts.iter_mut().for_each(|objects| shuffle(&mut random, objects));
+                    let frees = at_once(&mut parts, |objects| {
+                        objects.iter().for_each(|&(key, length)| heap.free(key.expect("inserted"), length));
                     });
                     time += if time_inserts { inserts } else { frees };
                 }

@@ -94,6 +94,9 @@ impl Histogram {
 /// Room for every size class that a pool may have.
 pub const MAX_CLASSES: usize = 256;
 
+/// Fullness groups of zspages, as in the kernel (`get_fullness_group`): empty, below 10 %, … below 100 %, full.
+pub const FULLNESS_GROUPS: usize = 12;
+
 /// Occupancy of one size class.
 #[derive(Default)]
 #[repr(C)]
@@ -104,6 +107,8 @@ pub struct ClassMetrics {
     pub objects_per_zspage: Counter,
     pub zspages: Counter,
     pub objects: Counter,
+    /// Zspages by fullness group.
+    pub groups: [Counter; FULLNESS_GROUPS],
 }
 
 /// What is counted. Pages and bytes are as of now, events since the start.

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use zswapd_core::codec::{Algorithm, Compression, Scratch};
 use zswapd_core::engine::Engine as CoreEngine;
 use zswapd_core::error::Error;
-use zswapd_core::metrics::{HistogramSnapshot, Metrics, SharedMetrics, LATENCY_BOUNDS_NS};
+use zswapd_core::metrics::{Counter, HistogramSnapshot, Metrics, SharedMetrics, LATENCY_BOUNDS_NS};
 use zswapd_core::page::{Page, PAGE_SIZE};
 use zswapd_core::pool::Allocator;
 use zswapd_core::store::{Detached, Files};
@@ -172,14 +172,19 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
     stats.set_item("store_latency", histogram(py, &metrics.store_latency.snapshot())?)?;
     stats.set_item("mover_waits", histogram(py, &metrics.mover_waits.snapshot())?)?;
     let classes = metrics.classes.iter().filter(|class| class.size_bytes.get() > 0).map(|class| {
+        let zspage_bytes = class.pages_per_zspage.get() * PAGE_SIZE as u64;
+        let in_use = class.objects.get() * class.size_bytes.get();
         let fields = [
             ("size_bytes", class.size_bytes.get()),
             ("pages_per_zspage", class.pages_per_zspage.get()),
             ("objects_per_zspage", class.objects_per_zspage.get()),
             ("zspages", class.zspages.get()),
             ("objects", class.objects.get()),
+            ("waste_bytes", (class.zspages.get() * zspage_bytes).saturating_sub(in_use)),
         ];
-        counts(py, &fields)
+        let entry = counts(py, &fields)?;
+        entry.set_item("zspages_by_fullness", class.groups.each_ref().map(Counter::get).to_vec())?;
+        Ok(entry)
     });
     stats.set_item("classes", classes.collect::<PyResult<Vec<_>>>()?)?;
     Ok(stats)

@@ -1,6 +1,7 @@
 //! The pool with objects that come, go and move.
 
 use super::*;
+use crate::metrics::{Counter, FULLNESS_GROUPS};
 use crate::pool::arena::RESERVE_HIGH;
 use crate::pool::class::MAX_SIZE;
 use proptest::prelude::*;
@@ -56,6 +57,17 @@ proptest! {
         prop_assert_eq!(classes.iter().map(|class| class.objects.get()).sum::<u64>(), live.len() as u64);
         let pages = classes.iter().map(|class| class.zspages.get() * class.pages_per_zspage.get());
         prop_assert_eq!(pages.sum::<u64>(), used_pages(&pool));
+        for class in classes.iter().filter(|_| allocator == Allocator::Zsmalloc) {
+            let groups: Vec<u64> = class.groups.iter().map(Counter::get).collect();
+            prop_assert_eq!(groups.iter().sum::<u64>(), class.zspages.get());
+            // A zspage of group n is filled to (n - 1) / 10 at least, and to less than n / 10.
+            let tenths = class.objects_per_zspage.get() as f64 / 10.0;
+            let least: f64 =
+                groups[1..].iter().zip(0..).map(|(&zspages, n)| zspages as f64 * f64::from(n) * tenths).sum();
+            let most = least + groups[1..FULLNESS_GROUPS - 1].iter().sum::<u64>() as f64 * tenths;
+            let objects = class.objects.get() as f64;
+            prop_assert!(least <= objects + 1e-6 && objects <= most, "{} objects in {:?}", objects, groups);
+        }
         live.into_iter().for_each(|(location, _, _)| pool.free(location));
         prop_assert_eq!(used_pages(&pool), 0);
     }

@@ -29,7 +29,9 @@ impl Zsmalloc {
             counters.objects_per_zspage.set(class.objects as u64);
         }
         Ok(Zsmalloc {
-            classes: table.classes().iter().map(|_| Ranked::new(Rank::Class, ClassLists::new())).collect(),
+            classes: (0..table.classes().len())
+                .map(|class| Ranked::new(Rank::Class, ClassLists::new(class, base.metrics.clone())))
+                .collect(),
             descriptors: Descriptors::new(base.state.arena_pages() as usize)?,
             table,
             base,
@@ -39,7 +41,7 @@ impl Zsmalloc {
     /// Makes a zspage of pages from the arena, and takes an object of it. It has one, or it would not be a class.
     pub(super) fn grow(&self, lists: &mut ClassLists, class: usize, first: u32) -> Option<(u32, usize)> {
         let geometry = &self.table.classes()[class];
-        lists.insert_zspage(&self.descriptors, first, class, geometry);
+        lists.insert_zspage(&self.descriptors, first, geometry);
         self.base.metrics.classes[class].zspages.add(1);
         lists.take_object(&self.descriptors, geometry, |zspage| zspage != first)
     }

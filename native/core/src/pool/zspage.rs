@@ -8,13 +8,13 @@
 use super::class::Geometry;
 use super::lock::ZspageLock;
 use crate::memory::{Zeroable, ZeroedTable};
+use crate::metrics::{ClassMetrics, SharedMetrics, FULLNESS_GROUPS};
 use crate::sync::Ordering::{Acquire, Relaxed, Release};
 use crate::sync::{AtomicU16, AtomicU32, AtomicU64, AtomicU8};
 
 const NIL: u32 = u32::MAX;
 
-/// Fullness groups as in the kernel (`get_fullness_group`): empty, below 10 %, … below 100 %, full.
-const GROUPS: usize = 12;
+const GROUPS: usize = FULLNESS_GROUPS;
 const FULL: usize = GROUPS - 1;
 
 /// Descriptor of one arena page. All but `used` and `back` mean something for the first page of a zspage only.
@@ -68,19 +68,25 @@ pub fn is_used(descriptors: &Descriptors, first: u32, object: usize) -> bool {
 ///
 /// Invariant: a zspage is on the list of its group exactly while it has an object in use, or is being filled.
 pub struct ClassLists {
+    class: usize,
     heads: [u32; GROUPS],
+    metrics: SharedMetrics,
 }
 
 impl ClassLists {
-    pub fn new() -> ClassLists {
-        ClassLists { heads: [NIL; GROUPS] }
+    pub fn new(class: usize, metrics: SharedMetrics) -> ClassLists {
+        ClassLists { class, heads: [NIL; GROUPS], metrics }
+    }
+
+    fn counters(&self) -> &ClassMetrics {
+        &self.metrics.classes[self.class]
     }
 
     /// Makes fresh pages into a zspage with nothing in use, on the list of the empty.
-    pub fn insert_zspage(&mut self, descriptors: &Descriptors, first: u32, class: usize, geometry: &Geometry) {
+    pub fn insert_zspage(&mut self, descriptors: &Descriptors, first: u32, geometry: &Geometry) {
         let desc = &descriptors[first as usize];
         desc.in_use.store(0, Relaxed);
-        desc.class.store(class as u8, Release);
+        desc.class.store(self.class as u8, Release);
         self.link(descriptors, first, 0);
         for n in 0..geometry.pages {
             let page = &descriptors[first as usize + n];
@@ -151,6 +157,7 @@ impl ClassLists {
         if head != NIL {
             descriptors[head as usize].previous.store(first, Relaxed);
         }
+        self.counters().groups[group].add(1);
     }
 
     fn unlink(&mut self, descriptors: &Descriptors, first: u32, group: usize) {
@@ -163,6 +170,7 @@ impl ClassLists {
         if next != NIL {
             descriptors[next as usize].previous.store(previous, Relaxed);
         }
+        self.counters().groups[group].sub(1);
     }
 }
 
@@ -199,13 +207,17 @@ mod tests {
         }
     }
 
+    fn lists(class: usize) -> ClassLists {
+        ClassLists::new(class, SharedMetrics::new(None).expect("metrics"))
+    }
+
     #[test]
     fn the_fullest_zspage_is_filled_first() {
         let geometry = Geometry { size: 1024, pages: 1, objects: 4 };
         let descriptors = Descriptors::new(8).expect("table");
-        let mut lists = ClassLists::new();
+        let mut lists = lists(0);
         for first in 0..3 {
-            lists.insert_zspage(&descriptors, first, 0, &geometry);
+            lists.insert_zspage(&descriptors, first, &geometry);
         }
         let (fullest, _) = lists.take_object(&descriptors, &geometry, |_| false).expect("object");
         for _ in 1..4 {
@@ -218,8 +230,8 @@ mod tests {
     fn an_emptied_zspage_is_given_up() {
         let geometry = Geometry { size: 4096, pages: 2, objects: 2 };
         let descriptors = Descriptors::new(8).expect("table");
-        let mut lists = ClassLists::new();
-        lists.insert_zspage(&descriptors, 4, 7, &geometry);
+        let mut lists = lists(7);
+        lists.insert_zspage(&descriptors, 4, &geometry);
         let (a, b) = (
             lists.take_object(&descriptors, &geometry, |_| false),
             lists.take_object(&descriptors, &geometry, |_| false),
