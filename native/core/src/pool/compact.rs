@@ -115,7 +115,7 @@ impl Zsmalloc {
         }
         let mut step = Step::Again;
         let mut emptied = false;
-        for object in objects_in_use(&self.descriptors, source, geometry.pages).take(BATCH) {
+        for object in objects_in_use(&self.descriptors, source, geometry.objects).take(BATCH) {
             let taken = lists.take_object(&self.descriptors, geometry, &avoid);
             let taken = taken.or_else(|| {
                 let first = grow.then(|| self.base.arena.alloc_beside(geometry.pages).ok()).flatten()?;

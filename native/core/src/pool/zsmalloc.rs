@@ -105,7 +105,7 @@ impl Driver for Zsmalloc {
             return;
         }
         let geometry = &self.table.classes()[class];
-        objects_in_use(&self.descriptors, first, geometry.pages).for_each(|n| see(&object_of(first, n, geometry)));
+        objects_in_use(&self.descriptors, first, geometry.objects).for_each(|n| see(&object_of(first, n, geometry)));
     }
 
     fn pages_to_spare(&self) -> u64 {

@@ -180,9 +180,9 @@ fn list(descriptors: &Descriptors, head: u32) -> impl Iterator<Item = u32> + '_ 
     std::iter::successors(to_option(head), move |&first| to_option(descriptors[first as usize].next.load(Relaxed)))
 }
 
-/// The objects of a zspage that are in use, in order of address.
-pub fn objects_in_use(descriptors: &Descriptors, first: u32, pages: usize) -> impl Iterator<Item = usize> + '_ {
-    (0..pages * 64).filter(move |&object| is_used(descriptors, first, object))
+/// Those of a zspage's `objects` that are in use, in order of address.
+pub fn objects_in_use(descriptors: &Descriptors, first: u32, objects: usize) -> impl Iterator<Item = usize> + '_ {
+    (0..objects).filter(move |&object| is_used(descriptors, first, object))
 }
 
 fn group(in_use: u16, objects: usize) -> usize {
