@@ -1,6 +1,7 @@
 # make build   everything that zswapd needs: system packages, Python packages in .venv, the native module
 # make demo    real pages through a real swap device, every one checked
 # make test    all tests (needs root for the swap device; says what it skips)
+# make test-vm a virtual machine that runs out of memory as a whole (root, x86-64; some minutes)
 # make fuzz    all that parses bytes from outside, under cargo-fuzz: each target for FUZZ_SECONDS (60)
 # make bench-pool   how fast the pool is, how long it makes readers wait, how densely it packs (some minutes)
 # make lint    formatting, lints, types
@@ -11,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: build demo test fuzz bench-pool lint lock clean system
+.PHONY: build demo test test-vm fuzz bench-pool lint lock clean system
 
 PYTHON := .venv/bin/python
 NATIVE := zswapd/_native.abi3.so
@@ -93,6 +94,19 @@ test: build
 	cargo build --manifest-path native/Cargo.toml --quiet --locked --package zswapd-pager
 	$(PYTHON) -m pytest tests/unit tests/fuse tests/swap
 	echo "zswapd: all tests passed"
+
+test-vm: build
+	@missing=()
+	have() { PATH=$$PATH:/usr/lib/qemu:/usr/libexec command -v "$$1" >/dev/null; }
+	have qemu-system-x86_64 || missing+=(qemu-system-x86)
+	have virtiofsd || { apt-cache show virtiofsd >/dev/null 2>&1 && missing+=(virtiofsd); }
+	have busybox || missing+=(busybox-static)
+	have depmod || missing+=(kmod)
+	if [[ -n $${missing[*]} ]]; then
+	    echo "zswapd: installing $${missing[*]}"
+	    DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $${missing[*]} >/dev/null
+	fi
+	$(PYTHON) -m pytest -rA tests/qemu
 
 FUZZ_SECONDS ?= 60
 

@@ -1,4 +1,4 @@
-"""The daemon's life, top to bottom: protect the process, mount, serve, and on a signal give everything back."""
+"""The daemon's life, top to bottom: mount, serve, and on a signal give everything back."""
 
 import errno
 import logging
@@ -31,7 +31,6 @@ async def run(config: Config) -> None:
     or is refused (daemon.on_sigterm). If that fails, everything goes on serving, and it is tried again: every few
     seconds, since systemd asks only once, and at the next signal.
     """
-    protect_process()
     if limited := memcg.limit_of(os.getpid()):
         group, limit = limited
         log.warning("in a memory cgroup with a limit, and the pool with it: %s, %s", group, format_size(limit))
@@ -114,6 +113,8 @@ def _refuse_lost(mount_point: Path) -> None:
 
 
 async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:
+    # Here, page I/O passes through this process. Beside a pager it may be swapped out itself.
+    protect_process()
     try:
         engine = EmbeddedEngine(
             size_bytes=config.swap.size,

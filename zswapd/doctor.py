@@ -46,6 +46,7 @@ def run(config: Config, root: Path = Path("/")) -> list[Check]:
         _cgroup,
         _zswap,
         _fuse_timeouts,
+        _watermark_boost,
         _page_cluster,
         _swappiness,
         _overcommit,
@@ -192,6 +193,18 @@ def _fuse_timeouts(root: Path) -> Check:
         "fail",
         f"{found}: one late answer aborts the connection, and every page in swap is lost",
         f"sysctl -w {' '.join(f'{name}=0' for name in timeouts)}, then restart the daemon",
+    )
+
+
+def _watermark_boost(root: Path) -> Check:
+    boost = swapdev.watermark_boost(root)
+    if not boost:
+        return Check("vm.watermark_boost_factor", "ok", "0: memory for the loop device is not held back")
+    return Check(
+        "vm.watermark_boost_factor",
+        "fail",
+        f"{boost}: out of memory, the loop device waits for what only it could free",
+        "sysctl -w vm.watermark_boost_factor=0",
     )
 
 

@@ -167,6 +167,16 @@ def refuse_machine(root: Path = ROOT) -> None:
         )
 
 
+def watermark_boost(root: Path = ROOT) -> int:
+    """vm.watermark_boost_factor, which must be 0 where the machine as a whole may run out of memory.
+
+    The kernel then wants some MiB more to be free, until kswapd has freed them. The loop device's thread, which has no
+    claim to the kernel's reserves, waits for that too, and kswapd for the loop device: the machine hangs.
+    """
+    path = root / "proc/sys/vm/watermark_boost_factor"
+    return int(path.read_text()) if path.exists() else 0
+
+
 def refuse_full(attachment: Attachment, root: Path = ROOT) -> None:
     """Raises SwapError unless memory and the memory cgroups can take back every page in `attachment`.
 
@@ -215,6 +225,11 @@ async def attach(
             raise SwapError("this pager stores nothing (pager.store is none): it is for zswapctl bench alone")
         if not unsafe and (reason := await trio.to_thread.run_sync(_why_unsafe, mount_point)):
             raise SwapError(reason, _UNSAFE_HINT)
+        if not unsafe and (boost := watermark_boost()):
+            raise SwapError(
+                f"vm.watermark_boost_factor = {boost}: out of memory, the kernel would wait for itself, and hang",
+                "sysctl -w vm.watermark_boost_factor=0 (at boot: config/sysctl.conf, in /etc/sysctl.d)",
+            )
         try:
             return await _attach(mount_point, priority, discard)
         except BaseException as error:

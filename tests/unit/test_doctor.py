@@ -64,6 +64,7 @@ def test_nothing_is_wrong(machine: Path) -> None:
         ("sys/fs/cgroup/cgroup.controllers", "cpu\n", {"memory cgroups": "warn"}),
         ("sys/module/zswap/parameters/enabled", "Y\n", {"kernel zswap": "fail"}),
         ("proc/sys/fs/fuse/max_request_timeout", "30\n", {"FUSE timeouts": "fail"}),
+        ("proc/sys/vm/watermark_boost_factor", "15000\n", {"vm.watermark_boost_factor": "fail"}),
         ("proc/sys/vm/page-cluster", "3\n", {"vm.page-cluster": "warn"}),
         ("proc/sys/vm/swappiness", "0\n", {"vm.swappiness": "warn"}),
         ("proc/sys/vm/overcommit_memory", "2\n", {"vm.overcommit_memory": "warn"}),

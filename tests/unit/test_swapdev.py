@@ -94,6 +94,12 @@ def test_attach_refuses_fuse_timeouts(tmp_path: Path, name: str) -> None:
     assert f"sysctl -w fs.fuse.{name}=0" in caught.value.hint
 
 
+def test_a_boosted_watermark_is_seen(tmp_path: Path) -> None:
+    assert swapdev.watermark_boost(tmp_path) == 0
+    write(tmp_path, "proc/sys/vm/watermark_boost_factor", "15000\n")
+    assert swapdev.watermark_boost(tmp_path) == 15000
+
+
 def test_memory_must_take_every_page_back_and_leave_a_margin(tmp_path: Path) -> None:
     enough = (GIB + swapdev.MARGIN_BYTES) >> 10
     machine(tmp_path, enough)

@@ -1,0 +1,178 @@
+"""A virtual machine for a test: Debian's kernel, and this machine's root directory, read-only, as the guest's.
+
+The guest's memory is its own, so that a test may use it up. Emulated in software: it runs wherever QEMU does.
+"""
+
+import lzma
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.daemon import wait_until
+from tests.machine import lacks
+
+HERE = Path(__file__).parent
+BUILD = HERE.parents[1] / "build" / "qemu"
+#: Debian 12's and Debian 13's name for what depends on the newest 6.12.
+KERNELS = ("linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64")
+MODULES = ("virtio_pci", "virtiofs", "fuse", "loop")
+#: One processor until the kernel has patched its own code: QEMU before 8.1 may run what was there before (int3).
+KERNEL_PARAMETERS = ("console=ttyS0", "panic=-1", "mitigations=off", "sysrq_always_enabled", "maxcpus=1")
+PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin:/usr/lib/qemu:/usr/libexec"
+PROGRAMS = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "virtiofsd": "qemu-system-x86 or virtiofsd",
+    "busybox": "busybox-static",
+    "depmod": "kmod",
+    "apt-get": "apt",
+    "dpkg": "dpkg",
+}
+#: What a guest that hangs has to tell why.
+SYSRQ_SECONDS = 10
+#: Whatever becomes of us, a virtual machine does not outlive us.
+_WITH_US = ("setpriv", "--pdeathsig", "KILL")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What has become of a guest. `status` is its script's exit status; None: there was none before the deadline."""
+
+    status: int | None
+    output: str
+    kernel_log: str
+
+
+class Guest:
+    """Boots with `memory` MiB and two processors. Needs root and, the first time, Debian's package archive."""
+
+    def __init__(self, memory: int) -> None:
+        """Gets the kernel and makes the initramfs. Skips the test where that cannot be."""
+        self._memory = memory
+        if platform.machine() != "x86_64" or os.geteuid() != 0:
+            lacks("root on x86-64, for a virtual machine")
+        for program, package in PROGRAMS.items():
+            if not shutil.which(program, path=PATH):
+                lacks(f"{program} (Debian: {package}): make test-vm installs it")
+        BUILD.mkdir(parents=True, exist_ok=True)
+        kernel = _kernel()
+        self._kernel = next(kernel.glob("boot/vmlinuz-*"))
+        self._initramfs = _initramfs(kernel, self._kernel.name.removeprefix("vmlinuz-"))
+
+    def run(self, script: Path, environment: Mapping[str, str], deadline_seconds: int) -> Outcome:
+        """Boots, runs `script` as root, and switches the guest off; kills it at the deadline."""
+        with tempfile.TemporaryDirectory(prefix="zswapd-qemu-") as name:
+            directory = Path(name)
+            output, kernel_log = directory / "output", directory / "kernel.log"
+            # The kernel hands variables on to process 1.
+            variables = [f"{name}={value}" for name, value in {**environment, "SCRIPT": str(script)}.items()]
+            # fmt: off
+            command = [
+                *_WITH_US, "qemu-system-x86_64", "-nodefaults", "-display", "none", "-monitor", "stdio", "-no-reboot",
+                "-accel", "tcg,thread=multi", "-cpu", "Nehalem", "-smp", "2", "-m", f"{self._memory}M",
+                "-object", f"memory-backend-memfd,id=memory,size={self._memory}M,share=on",
+                "-machine", "pc,memory-backend=memory",
+                "-chardev", f"socket,id=host,path={directory}/virtiofs",
+                "-device", "vhost-user-fs-pci,chardev=host,tag=host",
+                "-serial", f"file:{kernel_log}", "-serial", f"file:{output}",
+                "-kernel", str(self._kernel), "-initrd", str(self._initramfs),
+                "-append", " ".join([*KERNEL_PARAMETERS, *variables]),
+            ]
+            # fmt: on
+            with _virtiofsd(directory / "virtiofs"), _process(command) as qemu:
+                if not _ends(qemu, deadline_seconds):
+                    # The kernel says what waits for what, in its log.
+                    assert qemu.stdin is not None
+                    qemu.stdin.write(
+                        b"sendkey alt-sysrq-w\nsendkey alt-sysrq-m\nsendkey alt-sysrq-l\nsendkey alt-sysrq-t\n"
+                    )
+                    qemu.stdin.flush()
+                    _ends(qemu, SYSRQ_SECONDS)
+            text = output.read_text(errors="replace").replace("\r", "")
+            ended = re.search(r"^exit status (\d+)$", text, re.MULTILINE)
+            return Outcome(int(ended[1]) if ended else None, text, kernel_log.read_text(errors="replace"))
+
+
+def _ends(process: subprocess.Popen[bytes], seconds: int) -> bool:
+    """Waits for its end, so long."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return process.returncode is not None
+
+
+@contextmanager
+def _process(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs `command`, and kills it if it has not ended by itself."""
+    environment = {**os.environ, "PATH": PATH}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def _virtiofsd(socket: Path) -> Iterator[None]:
+    """Serves this machine's root directory at `socket`."""
+    with _process(
+        [*_WITH_US, "virtiofsd", f"--socket-path={socket}", "-o", "source=/,sandbox=chroot,cache=always"]
+    ) as process:
+        wait_until(lambda: socket.exists() or process.poll() is not None, "virtiofsd listens")
+        yield
+
+
+def _kernel() -> Path:
+    """Where Debian's 6.12 kernel, cloud flavour, is unpacked; downloads it where it is not."""
+    for name in KERNELS:
+        depends = subprocess.run(["apt-cache", "depends", name], capture_output=True, text=True, check=False).stdout
+        if package := re.search(r"Depends: (linux-image-6\.12\.\S+)", depends):
+            break
+    else:
+        lacks(f"Debian's package {KERNELS[0]}")
+    unpacked = BUILD / package[1]
+    if not unpacked.exists():
+        with tempfile.TemporaryDirectory(dir=BUILD) as directory:
+            download = subprocess.run(["apt-get", "download", package[1]], cwd=directory, check=False)
+            if download.returncode:
+                lacks(f"{package[1]}, which apt-get could not download")
+            (archive,) = Path(directory).glob("*.deb")
+            subprocess.run(["dpkg", "-x", archive, f"{directory}/root"], check=True)
+            Path(directory, "root").rename(unpacked)
+    return unpacked
+
+
+def _initramfs(kernel: Path, version: str) -> Path:
+    """Makes the archive that the guest boots from: busybox, init.sh, and modules in the order of their loading."""
+    environment = {**os.environ, "PATH": PATH}
+    subprocess.run(["depmod", "--basedir", kernel, version], env=environment, check=True)
+    modules: dict[Path, None] = {}
+    for name in MODULES:
+        command = ["modprobe", "--dirname", str(kernel), "--set-version", version, "--show-depends", name]
+        shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        modules |= dict.fromkeys(Path(path) for path in re.findall(r"^insmod (\S+)", shown, re.MULTILINE))
+    with tempfile.TemporaryDirectory(dir=BUILD) as name:
+        root = Path(name)
+        for directory in ("bin", "modules", "root"):
+            (root / directory).mkdir()
+        busybox = shutil.which("busybox", path=PATH)
+        assert busybox is not None
+        shutil.copy(busybox, root / "bin/busybox")
+        shutil.copy(HERE / "init.sh", root / "init")
+        for number, path in enumerate(modules):
+            data = path.read_bytes()
+            module = root / "modules" / f"{number:02}-{path.name.removesuffix('.xz')}"
+            module.write_bytes(lzma.decompress(data) if path.suffix == ".xz" else data)
+        initramfs = BUILD / "initramfs"
+        files = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))
+        with initramfs.open("wb") as archive:
+            command = [busybox, "cpio", "-o", "-H", "newc"]
+            subprocess.run(
+                command, input=files.encode(), stdout=archive, stderr=subprocess.DEVNULL, cwd=root, check=True
+            )
+        return initramfs

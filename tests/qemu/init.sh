@@ -1,0 +1,19 @@
+#!/bin/busybox sh
+# Process 1 of the guest, in its initramfs: makes the host's root directory the guest's, read-only, and runs $SCRIPT.
+# What it prints and its exit status go to the second serial port; then the guest is switched off.
+for module in /modules/*; do
+    /bin/busybox insmod "$module"
+done
+/bin/busybox mount -t virtiofs -o ro host /root
+/bin/busybox mount -t proc proc /root/proc
+/bin/busybox mount -t sysfs sysfs /root/sys
+/bin/busybox mount -t devtmpfs devtmpfs /root/dev
+# Not swapped: zswapd's own files must not lie in its swap.
+/bin/busybox mount -t tmpfs -o noswap tmpfs /root/run
+echo 1 >/root/sys/devices/system/cpu/cpu1/online
+exec /bin/busybox switch_root /root /bin/sh -c '
+    exec </dev/null >/dev/ttyS1 2>&1
+    "$SCRIPT"
+    echo "exit status $?"
+    echo o >/proc/sysrq-trigger
+    sleep infinity'

@@ -1,0 +1,44 @@
+#!/bin/sh
+# In the guest: more memory is written than it has, and the only swap is zswapd's. Nothing has a limit of its own.
+# $HOG fills $MEBIBYTES; with $LOCKING=off the pager may not lock its memory.
+set -eu
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+cd "$(dirname "$0")/../.."
+
+sysctl -qw vm.watermark_boost_factor=0
+
+confined=
+unsafe=
+if [ "$LOCKING" = off ]; then
+    confined="setpriv --bounding-set=-ipc_lock prlimit --memlock=0"
+    unsafe=--unsafe
+fi
+mkdir -p /run/zswapd/mnt
+# shellcheck disable=SC2086 # words
+$confined "$PYTHON" -m zswapd run --set swap.size=256MiB --set metrics.listen= >/run/zswapd/log 2>&1 &
+daemon=$!
+until grep -q serving /run/zswapd/log; do
+    kill -0 $daemon || { cat /run/zswapd/log; exit 1; }
+    sleep 0.1
+done
+cat /run/zswapd/log
+"$PYTHON" -m zswapd.ctl attach --json $unsafe
+
+# Minor and major page faults of the threads that serve pages (proc_pid_stat(5)).
+faults() {
+    cat /proc/[0-9]*/task/*/stat | awk -v when="$1" '$2 ~ /^\(worker-/ { print "faults", when, $10, $12 }'
+}
+
+status=0
+faults before
+"$HOG" "$MEBIBYTES" || status=$?
+faults after
+grep -E '^(pswpin|pswpout|oom_kill) ' /proc/vmstat
+grep VmSwap "/proc/$daemon/status"
+"$PYTHON" -c 'import sys; from pathlib import Path; from zswapd.pager import Pager; print(Pager(Path(sys.argv[1])).status())' /run/zswapd/mnt
+"$PYTHON" -m zswapd.ctl status --json >/dev/null
+"$PYTHON" -m zswapd.ctl detach --json
+kill $daemon
+wait $daemon || status=$?
+tail -n 1 /run/zswapd/log
+exit $status

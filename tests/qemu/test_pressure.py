@@ -1,0 +1,54 @@
+"""Zswapd as the only swap of a machine that runs out of memory as a whole."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.qemu.guest import Guest, Outcome
+
+HERE = Path(__file__).parent
+MEMORY_MIB = 512
+HOG_MIB = 420
+LEAST_SWAPPED_PAGES = (100 << 20) // 4096
+DEADLINE_SECONDS = 420
+
+
+@pytest.fixture(scope="module")
+def guest() -> Guest:
+    return Guest(MEMORY_MIB)
+
+
+@pytest.fixture(scope="module")
+def hog(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("hog") / "hog"
+    subprocess.run(["gcc", "-O2", "-static", "-Wall", "-Werror", "-o", program, HERE / "hog.c"], check=True)
+    return program
+
+
+def press(guest: Guest, hog: Path, locking: str) -> Outcome:
+    environment = {"PYTHON": sys.executable, "HOG": str(hog), "MEBIBYTES": str(HOG_MIB), "LOCKING": locking}
+    outcome = guest.run(HERE / "pressure.sh", environment, DEADLINE_SECONDS)
+    print(outcome.output, outcome.kernel_log, sep="\n")
+    assert '"is_swap": true' in outcome.output
+    return outcome
+
+
+def test_every_page_survives(guest: Guest, hog: Path) -> None:
+    outcome = press(guest, hog, locking="on")
+    assert outcome.status == 0
+    assert len(re.findall(r"^hog: round \d: .* 0 wrong", outcome.output, re.MULTILINE)) == 3
+    counters = dict(re.findall(r"^(\w+) (\d+)$", outcome.output, re.MULTILINE))
+    assert int(counters["pswpout"]) > LEAST_SWAPPED_PAGES
+    assert counters["oom_kill"] == "0"
+
+
+def test_it_hangs_without_locking(guest: Guest, hog: Path) -> None:
+    """So that the test above is known to see it: the pager waits for a page of its own, which only it could read."""
+    outcome = press(guest, hog, locking="off")
+    assert "zswapd-pager: may not lock its memory" in outcome.output
+    assert outcome.status is None
+    _, blocked = outcome.kernel_log.split("sysrq: Show Blocked State", maxsplit=1)
+    assert re.search(r"task:worker-\d(?:(?!</TASK>).)*do_swap_page", blocked, re.DOTALL)
