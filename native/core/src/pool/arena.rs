@@ -49,7 +49,7 @@ struct Inner {
     first_with: [usize; MAX_CHAIN],
     /// Regions at and above this one were never backed.
     touched: usize,
-    /// Backed regions with no page used.
+    /// Backed regions with no page used, of which pages can be handed out: not an isolated one.
     free_regions: u64,
     used_pages: u64,
     limit_pages: u64,
@@ -161,8 +161,8 @@ impl Arena {
             region.used[page / 64] &= !(1 << (page % 64));
         }
         region.used_pages -= pages as u32;
-        inner.free_regions += u64::from(region.used_pages == 0);
         if inner.isolated != Some(index) {
+            inner.free_regions += u64::from(region.used_pages == 0);
             inner.room[index] = longest_free_run(&region.used);
         }
         inner.first_with.iter_mut().for_each(|lowest| *lowest = index.min(*lowest));
@@ -268,6 +268,7 @@ impl Arena {
         inner.room[index] = longest_free_run(&inner.regions[index].used);
         inner.first_with.iter_mut().for_each(|lowest| *lowest = index.min(*lowest));
         let emptied = inner.regions[index].used_pages == 0;
+        inner.free_regions += u64::from(emptied);
         drop(guard);
         if emptied {
             self.wake_adjuster();
@@ -433,6 +434,20 @@ mod tests {
         let reserve = (RESERVE_HIGH * u64::from(REGION_PAGES)) as usize;
         assert_eq!(arena.metrics.backed_bytes.get() as usize, reserve * PAGE_SIZE);
         assert!(resident() <= reserve + 8, "{} pages still resident", resident());
+    }
+
+    #[test]
+    fn an_isolated_region_is_not_in_reserve() {
+        let arena = arena(3, 1536);
+        let runs: Vec<u32> = (0..128).map(|_| alloc(&arena, 8).expect("room")).collect();
+        runs.iter().filter(|&first| first % REGION_PAGES > 0).for_each(|&first| free(&arena, first, 8));
+        let isolated = arena.isolate_sparsest().expect("pages to spare");
+        free(&arena, isolated.start, 8);
+        while arena.alloc(8).is_ok() {}
+        assert!(arena.ensure_region(no_preparation).expect("memory"));
+        arena.alloc(8).expect("a region that is not isolated");
+        assert!(arena.putback());
+        arena.alloc(8).expect("the one that was");
     }
 
     #[test]
