@@ -10,10 +10,10 @@ mod flows;
 mod races;
 
 use crate::codec::{Algorithm, Compression, Scratch};
-use crate::error::Result;
+use crate::engine::Engine;
 use crate::page::{Page, PAGE_SIZE};
 use crate::pool::Allocator;
-use crate::store::{Detached, Files, Store};
+use crate::store::{Files, Store};
 use std::cell::RefCell;
 use std::ops::Deref;
 use std::time::Duration;
@@ -45,40 +45,21 @@ fn page(kind: Kind, stamp: u8) -> Page {
     page
 }
 
-/// A store of a few slots, with what a model does to it.
-struct Swap(Store);
+/// A swap file of a few pages, with what a model does to it.
+struct Swap(Engine);
 
 impl Deref for Swap {
     type Target = Store;
     fn deref(&self) -> &Store {
-        &self.0
+        self.0.store()
     }
 }
 
 impl Swap {
-    fn new(allocator: Allocator, slots: u64) -> Swap {
-        Swap(Store::new(slots, allocator, 1 << 20, Files::default()).expect("a store"))
-    }
-
-    fn write(&self, slot: u32, kind: Kind, stamp: u8) {
+    fn new(allocator: Allocator, pages: u64, limit_pages: u64) -> Swap {
         let with = Compression { algorithm: Algorithm::Lz4, zstd_level: 1 };
-        with_scratch(|scratch| self.store(slot, &page(kind, stamp), with, scratch)).expect("room");
-    }
-
-    /// Reads a page that has to be one of these, or empty (0), and returns which.
-    fn read(&self, slot: u32, kind: Kind, stamps: &[u8]) -> u8 {
-        let mut bytes = [0xff; PAGE_SIZE];
-        let read: Result<()> = with_scratch(|scratch| self.load(slot, &mut bytes, scratch));
-        read.unwrap_or_else(|error| panic!("slot {slot}: {error}"));
-        let stamp = bytes[0];
-        assert!(stamps.contains(&stamp), "slot {slot} reads page {stamp}, not one of {stamps:?}");
-        let whole = if stamp == 0 { [0; PAGE_SIZE] } else { page(kind, stamp) };
-        assert!(bytes == whole, "slot {slot} is torn");
-        stamp
-    }
-
-    fn free(&self, slot: u32) {
-        self.discard(u64::from(slot)..u64::from(slot) + 1, &mut Detached::with_capacity(0));
+        let [size, limit] = [pages, limit_pages].map(|pages| pages * PAGE_SIZE as u64);
+        Swap(Engine::new(size, allocator, limit, with, Files::default()).expect("an engine"))
     }
 
     /// Ends the store, and checks that nothing was lost, left or counted twice.

@@ -3,17 +3,41 @@
 use super::{explore, join, spawn};
 use crate::metrics::SharedMetrics;
 use crate::models::Kind::{self, Large, Small};
-use crate::models::{Swap, FOREVER};
+use crate::models::{page, with_scratch, Swap, FOREVER};
+use crate::page::PAGE_SIZE;
 use crate::pool::Allocator::Zsmalloc;
 use crate::pool::{Location, Pool};
 use crate::state::State;
+use crate::store::Detached;
 use crate::sync::{AtomicBool, Ordering::Relaxed};
 use std::sync::Arc;
+
+impl Swap {
+    fn write(&self, slot: u32, kind: Kind, stamp: u8) {
+        with_scratch(|scratch| self.store(slot, &page(kind, stamp), self.0.compression(), scratch)).expect("room");
+    }
+
+    /// Reads a page that has to be one of these, or empty (0), and returns which.
+    fn read(&self, slot: u32, kind: Kind, stamps: &[u8]) -> u8 {
+        let mut bytes = [0xff; PAGE_SIZE];
+        let read = with_scratch(|scratch| self.load(slot, &mut bytes, scratch));
+        read.unwrap_or_else(|error| panic!("slot {slot}: {error}"));
+        let stamp = bytes[0];
+        assert!(stamps.contains(&stamp), "slot {slot} reads page {stamp}, not one of {stamps:?}");
+        let whole = if stamp == 0 { [0; PAGE_SIZE] } else { page(kind, stamp) };
+        assert!(bytes == whole, "slot {slot} is torn");
+        stamp
+    }
+
+    fn free(&self, slot: u32) {
+        self.discard(u64::from(slot)..u64::from(slot) + 1, &mut Detached::with_capacity(0));
+    }
+}
 
 /// Two zspages, of slots 0 and 1 and of slots 2 and 3, with one small object left in each: compaction moves that of the
 /// second one.
 fn sparse_class(freed: [u32; 2]) -> Arc<Swap> {
-    let swap = Swap::new(Zsmalloc, 5);
+    let swap = Swap::new(Zsmalloc, 5, 24);
     (0..4).for_each(|slot| swap.write(slot, Small, slot as u8 + 1));
     freed.into_iter().for_each(|slot| swap.free(slot));
     Arc::new(swap)
@@ -21,7 +45,7 @@ fn sparse_class(freed: [u32; 2]) -> Arc<Swap> {
 
 /// Two regions with one large object each: migration moves that of slot 0 to the region of slot 4.
 fn sparse_regions() -> Arc<Swap> {
-    let swap = Swap::new(Zsmalloc, 5);
+    let swap = Swap::new(Zsmalloc, 5, 24);
     (0..5).for_each(|slot| swap.write(slot, Large, slot as u8 + 1));
     (1..4).for_each(|slot| swap.free(slot));
     Arc::new(swap)
