@@ -1,7 +1,10 @@
 # make build   everything that zswapd needs: system packages, Python packages in .venv, the native module
 # make demo    real pages through a real swap device, every one checked
 # make test    all tests (needs root for the swap device; says what it skips)
-# make test-vm a virtual machine that runs out of memory as a whole (root, x86-64; some minutes)
+# make test-vm  a virtual machine that runs out of memory as a whole (root, x86-64; some minutes)
+# make model   the races of the native core, under model checkers (ARCHITECTURE.md, "How races are checked")
+# make mutants brings bugs back, one at a time, to see that the models notice
+# make sanitize  the core's tests under AddressSanitizer, ThreadSanitizer and Miri, as far as Rust here has them
 # make fuzz    all that parses bytes from outside, under cargo-fuzz: each target for FUZZ_SECONDS (60)
 # make bench-pool   how fast the pool is, how long it makes readers wait, how densely it packs (some minutes)
 # make lint    formatting, lints, types
@@ -12,7 +15,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: build demo test test-vm fuzz bench-pool lint lock clean system
+.PHONY: build demo test test-vm model mutants sanitize fuzz bench-pool lint lock clean system
 
 PYTHON := .venv/bin/python
 NATIVE := zswapd/_native.abi3.so
@@ -131,6 +134,20 @@ fuzz:
 bench-pool: build
 	cargo bench --manifest-path native/Cargo.toml --locked --package zswapd-core --bench pool --bench pauses
 	$(PYTHON) -m zswapd.bench.density
+
+# Each has a target directory of its own: its flags would make everything else be built anew.
+CHECK := cargo test --manifest-path native/Cargo.toml --quiet --locked --profile model --package zswapd-core --lib
+
+model: | system
+	@RUSTFLAGS="--cfg loom" $(CHECK) --target-dir native/target/loom models::
+	RUSTFLAGS="--cfg shuttle" $(CHECK) --target-dir native/target/shuttle models::
+	echo "zswapd: all models hold"
+
+mutants: | system
+	@tests/mutants/run
+
+sanitize: | system
+	@tests/sanitize
 
 lint: build
 	$(PYTHON) -m ruff format --check

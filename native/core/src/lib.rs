@@ -13,14 +13,14 @@ pub mod engine;
 pub mod error;
 pub mod gate;
 pub mod locks;
-#[cfg_attr(any(loom, shuttle), path = "models/standin/memory.rs")]
+#[cfg_attr(any(loom, shuttle, miri), path = "models/standin/memory.rs")]
 pub mod memory;
 pub mod metrics;
 pub mod object;
 pub mod page;
 pub mod pool;
 pub mod slots;
-#[cfg_attr(any(loom, shuttle), path = "models/standin/state.rs")]
+#[cfg_attr(any(loom, shuttle, miri), path = "models/standin/state.rs")]
 pub mod state;
 pub mod store;
 #[cfg_attr(any(loom, shuttle), path = "models/standin/sync.rs")]

@@ -1,5 +1,5 @@
 //! The one seam through which the core takes its atomics and locks, so that a model checker can stand in
-//! (`models/standin/sync.rs`).
+//! (`models/standin`).
 
 pub use std::hint::spin_loop;
 pub use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};

@@ -3,7 +3,7 @@
 use super::{explore, join, spawn};
 use crate::gate::Gate;
 use crate::models::FOREVER;
-use crate::sync::Shadow;
+use crate::state::Shadow;
 use std::sync::Arc;
 
 /// Whoever got in before the close is waited for, and what they did inside is seen; nobody gets in after it.

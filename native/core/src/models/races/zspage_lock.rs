@@ -2,7 +2,7 @@
 
 use super::{explore, join, spawn};
 use crate::pool::lock::ZspageLock;
-use crate::sync::Shadow;
+use crate::state::Shadow;
 use std::sync::Arc;
 
 /// The bytes that the lock protects are beside it.

@@ -1,4 +1,4 @@
-//! Stands in for `memory.rs` under a model checker, whose atomics are large, and not valid when zero: a table is a box.
+//! Stands in for `memory.rs` under a model checker, whose atomics are not valid when zero, or Miri: a table is a box.
 
 use crate::error::{Error, Result};
 use std::ffi::CStr;

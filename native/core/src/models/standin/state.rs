@@ -1,9 +1,9 @@
-//! Stands in for `state.rs` under a model checker: no file, the slot words are the checker's atomics, and each access
+//! Stands in for `state.rs` under a model checker or Miri: no file, the slot words are the checker's atomics, and each access
 //! to the bytes of the arena is noted.
 
 use crate::error::Result;
 use crate::page::PAGE_SIZE;
-use crate::sync::{AtomicU64, Shadow};
+use crate::sync::AtomicU64;
 use std::cell::UnsafeCell;
 use std::os::fd::OwnedFd;
 
@@ -88,5 +88,38 @@ impl State {
         // SAFETY: as of the real one, the caller owns these pages; the checker has just seen whether that is so.
         unsafe { (*bytes).fill(0) };
         Ok(())
+    }
+}
+
+/// Stands for plain memory, whose bytes a checker does not see.
+#[derive(Default)]
+pub struct Shadow(Access);
+
+/// loom reports a write that is not ordered with every other access.
+#[cfg(loom)]
+type Access = loom::cell::UnsafeCell<()>;
+/// shuttle lets others run before an access.
+#[cfg(shuttle)]
+type Access = crate::sync::AtomicU8;
+/// Miri sees the bytes themselves.
+#[cfg(miri)]
+type Access = ();
+
+// SAFETY: there is nothing in it; the checker looks after the order of accesses.
+unsafe impl Sync for Shadow {}
+
+impl Shadow {
+    pub fn read(&self) {
+        #[cfg(loom)]
+        self.0.with(|_| ());
+        #[cfg(shuttle)]
+        self.0.load(crate::sync::Ordering::SeqCst);
+    }
+
+    pub fn write(&self) {
+        #[cfg(loom)]
+        self.0.with_mut(|_| ());
+        #[cfg(shuttle)]
+        self.0.store(0, crate::sync::Ordering::SeqCst);
     }
 }
