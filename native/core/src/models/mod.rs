@@ -62,9 +62,10 @@ impl Swap {
         Swap(Engine::new(size, allocator, limit, with, Files::default()).expect("an engine"))
     }
 
-    /// Ends the store, and checks that nothing was lost, left or counted twice.
+    /// Empties and ends the store, and checks that nothing was lost, left or counted twice.
     fn end(&self) {
-        assert_eq!(self.destroy(FOREVER).expect("nobody is moving"), vec![]);
+        self.discard(0..self.slots(), &mut Detached::with_capacity(0));
+        assert_eq!(self.destroy(FOREVER).expect("who is moving comes to an end"), vec![]);
         self.assert_nothing_left();
     }
 

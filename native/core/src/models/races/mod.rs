@@ -2,6 +2,7 @@
 
 mod gate;
 mod moving;
+mod z3fold;
 mod zspage_lock;
 
 use loom::thread::{Builder, JoinHandle};

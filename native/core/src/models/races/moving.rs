@@ -3,7 +3,7 @@
 use super::{explore, join, spawn};
 use crate::metrics::SharedMetrics;
 use crate::models::Kind::{self, Large, Small};
-use crate::models::{page, with_scratch, Swap, FOREVER};
+use crate::models::{page, with_scratch, Swap};
 use crate::page::PAGE_SIZE;
 use crate::pool::Allocator::Zsmalloc;
 use crate::pool::{Location, Pool};
@@ -13,12 +13,12 @@ use crate::sync::{AtomicBool, Ordering::Relaxed};
 use std::sync::Arc;
 
 impl Swap {
-    fn write(&self, slot: u32, kind: Kind, stamp: u8) {
+    pub(super) fn write(&self, slot: u32, kind: Kind, stamp: u8) {
         with_scratch(|scratch| self.store(slot, &page(kind, stamp), self.0.compression(), scratch)).expect("room");
     }
 
     /// Reads a page that has to be one of these, or empty (0), and returns which.
-    fn read(&self, slot: u32, kind: Kind, stamps: &[u8]) -> u8 {
+    pub(super) fn read(&self, slot: u32, kind: Kind, stamps: &[u8]) -> u8 {
         let mut bytes = [0xff; PAGE_SIZE];
         let read = with_scratch(|scratch| self.load(slot, &mut bytes, scratch));
         read.unwrap_or_else(|error| panic!("slot {slot}: {error}"));
@@ -29,7 +29,7 @@ impl Swap {
         stamp
     }
 
-    fn free(&self, slot: u32) {
+    pub(super) fn free(&self, slot: u32) {
         self.discard(u64::from(slot)..u64::from(slot) + 1, &mut Detached::with_capacity(0));
     }
 }
@@ -218,8 +218,7 @@ fn destroy_while_moving(swap: Arc<Swap>) {
         let swap = swap.clone();
         move || swap.compact()
     });
-    assert_eq!(swap.destroy(FOREVER).expect("the mover comes to its end"), vec![]);
-    swap.assert_nothing_left();
+    swap.end();
     join(mover);
     swap.assert_nothing_left();
 }

@@ -153,15 +153,16 @@ mod tests {
 
     #[test]
     fn what_is_free_lies_together() {
-        let page = Layout::default().with(FIRST, 10);
-        assert_eq!(page.room(), (LAST, CHUNKS - 10));
-        let page = page.with(LAST, 20);
-        assert_eq!(page.room(), (MIDDLE, CHUNKS - 30));
-        let page = page.with(MIDDLE, 5);
+        let (first, middle, last) = (CHUNKS / 8, CHUNKS / 16, CHUNKS / 4);
+        let page = Layout::default().with(FIRST, first);
+        assert_eq!(page.room(), (LAST, CHUNKS - first));
+        let page = page.with(LAST, last);
+        assert_eq!(page.room(), (MIDDLE, CHUNKS - first - last));
+        let page = page.with(MIDDLE, middle);
         assert_eq!(page.list(), None);
-        assert_eq!(page.without(LAST).list(), Some(CHUNKS - 15));
-        assert_eq!(page.without(FIRST).list(), Some(10));
-        assert_eq!(page.without(FIRST).without(LAST).room(), (LAST, CHUNKS - 15));
+        assert_eq!(page.without(LAST).list(), Some(CHUNKS - first - middle));
+        assert_eq!(page.without(FIRST).list(), Some(first));
+        assert_eq!(page.without(FIRST).without(LAST).room(), (LAST, CHUNKS - first - middle));
         assert_eq!(Layout::default().with(FIRST, MAX_CHUNKS).list(), None);
     }
 }
