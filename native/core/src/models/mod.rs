@@ -13,7 +13,7 @@ use crate::codec::{Algorithm, Compression, Scratch};
 use crate::engine::Engine;
 use crate::page::{Page, PAGE_SIZE};
 use crate::pool::Allocator;
-use crate::store::{Files, Store};
+use crate::store::{Detached, Files, Store};
 use std::cell::RefCell;
 use std::ops::Deref;
 use std::time::Duration;
