@@ -102,15 +102,17 @@ struct Named(RefCell<BTreeMap<u32, Location>>);
 
 impl Named {
     fn fill(&self, pool: &Pool, objects: u32, length: impl Fn(u32) -> usize) {
-        for name in 0..objects {
-            let object = pool
-                .insert(length(name), |object| {
-                    object.fill(name as u8);
-                    object[..4].copy_from_slice(&name.to_le_bytes());
-                })
-                .expect("room");
-            self.0.borrow_mut().insert(name, object.location());
-        }
+        (0..objects).for_each(|name| self.insert(pool, name, length(name)));
+    }
+
+    fn insert(&self, pool: &Pool, name: u32, length: usize) {
+        let object = pool
+            .insert(length, |object| {
+                object.fill(name as u8);
+                object[..4].copy_from_slice(&name.to_le_bytes());
+            })
+            .expect("room");
+        self.0.borrow_mut().insert(name, object.location());
     }
 
     fn free(&self, pool: &Pool, which: impl Fn(u32) -> bool) {
@@ -133,13 +135,45 @@ impl Named {
     }
 
     fn verify(&self, pool: &Pool) {
-        for (&name, &location) in self.0.borrow().iter() {
-            let object = pool.pin(location).expect("an object");
-            // SAFETY: one thread, and the object is named.
-            let bytes = unsafe { object.bytes() };
-            assert_eq!(bytes[..4], name.to_le_bytes());
-            assert!(bytes[4..].iter().all(|&byte| byte == name as u8));
+        self.0.borrow().iter().for_each(|(&name, &location)| Self::verify_one(pool, name, location));
+    }
+
+    fn verify_one(pool: &Pool, name: u32, location: Location) {
+        let object = pool.pin(location).expect("an object");
+        // SAFETY: one thread, and the object is named.
+        let bytes = unsafe { object.bytes() };
+        assert_eq!(bytes[..4], name.to_le_bytes());
+        assert!(bytes[4..].iter().all(|&byte| byte == name as u8));
+    }
+}
+
+/// Each object fills all of its room, up to that of its neighbours, and is looked at before it is freed.
+#[test]
+fn a_long_life_keeps_every_object() {
+    const STEPS: u32 = if cfg!(debug_assertions) { 50_000 } else { 2_500_000 };
+    const NAMES: u32 = 20_000;
+    for pool in Allocator::ALL.map(|allocator| pool(allocator, 64, NO_LIMIT)) {
+        let named = Named::default();
+        let (mut random, mut freed) = (1u64, 0);
+        for step in 0..STEPS {
+            random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let (name, length) = ((random >> 33) as u32 % NAMES, 1 + (random >> 20) as usize % MAX_SIZE);
+            let found = named.0.borrow_mut().remove(&name);
+            match found {
+                Some(location) => {
+                    Named::verify_one(&pool, name, location);
+                    pool.free(location);
+                }
+                None => named.insert(&pool, name, length),
+            }
+            if step % (STEPS / 50) == 0 {
+                freed += pool.compact(&|copy: &[u8], from, to| named.commit(copy, from, to));
+            }
         }
+        assert!(freed > 0, "nothing was moved");
+        named.verify(&pool);
+        named.free(&pool, |_| true);
+        assert_eq!(used_pages(&pool), 0);
     }
 }
 
