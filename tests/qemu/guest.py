@@ -119,7 +119,11 @@ def _process(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 @contextmanager
 def _virtiofsd(socket: Path) -> Iterator[None]:
-    """Serves this machine's root directory at `socket`."""
+    """Serves this machine's root directory at `socket`.
+
+    cache=always: else the guest's kernel drops the pages of a file, mapped and locked ones too, whenever somebody opens
+    it. A pager whose libc is dropped waits for memory.
+    """
     with _process(
         [*_WITH_US, "virtiofsd", f"--socket-path={socket}", "-o", "source=/,sandbox=chroot,cache=always"]
     ) as process:

@@ -5,6 +5,7 @@ set -eu
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 cd "$(dirname "$0")/../.."
 
+# As attach asks for.
 sysctl -qw vm.watermark_boost_factor=0
 
 confined=
@@ -35,7 +36,6 @@ faults before
 faults after
 grep -E '^(pswpin|pswpout|oom_kill) ' /proc/vmstat
 grep VmSwap "/proc/$daemon/status"
-"$PYTHON" -c 'import sys; from pathlib import Path; from zswapd.pager import Pager; print(Pager(Path(sys.argv[1])).status())' /run/zswapd/mnt
 "$PYTHON" -m zswapd.ctl status --json >/dev/null
 "$PYTHON" -m zswapd.ctl detach --json
 kill $daemon
