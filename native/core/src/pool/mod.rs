@@ -163,7 +163,8 @@ impl Pool {
     /// Waits for memory only in a pool without an adjuster.
     pub fn insert(&self, length: usize, write: impl FnOnce(&mut [u8])) -> Result<Pinned<'_>> {
         let object = self.take(length)?;
-        let pinned = self.pinned(object, hold(Rank::Zspage));
+        let lock = self.allocator.lock(object.first);
+        let pinned = Pinned { base: &self.base, lock, object, _held: hold(Rank::Zspage) };
         // SAFETY: the object lies inside the arena. It was free until now and its location is known to nobody else, so
         // that this is the only reference to these bytes.
         write(unsafe { &mut *self.base.bytes_mut(&object) });
@@ -195,14 +196,9 @@ impl Pool {
             lock.read();
             self.base.metrics.mover_waits.record_since(start);
         }
-        let pinned = self.pinned(object, held);
+        let pinned = Pinned { base: &self.base, lock, object, _held: held };
         // Before the lock, the zspage may have been freed and another one made there: then we hold the wrong lock.
         (self.allocator.find(location) == Some(object)).then_some(pinned)
-    }
-
-    /// An object whose zspage is locked.
-    fn pinned(&self, object: Object, held: Held) -> Pinned<'_> {
-        Pinned { base: &self.base, lock: self.allocator.lock(object.first), object, _held: held }
     }
 
     /// Lets `read` see the bytes of an object that no slot names (it may be longer than it was made). None if no object
