@@ -356,12 +356,14 @@ fn concurrent_calls(allocator: Allocator) {
                 stop.store(true, Ordering::Relaxed);
             });
         }
-        scope.spawn(|| {
-            while !stop.load(Ordering::Relaxed) {
-                engine.store().compact();
-            }
-            assert!(engine.store().metrics().pages_compacted.get() > 0, "nothing was moved");
-        });
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    engine.store().compact();
+                }
+                assert!(engine.store().metrics().pages_compacted.get() > 0, "nothing was moved");
+            });
+        }
         scope.spawn(|| {
             let mut scratch = Scratch::new().expect("scratch");
             let mut page = vec![0; PAGE_SIZE];

@@ -239,3 +239,17 @@ fn a_pinned_object_stays_and_so_does_one_that_no_slot_names() {
         named.verify(&pool);
     }
 }
+
+#[test]
+fn z3fold_pins_a_copy_until_a_slot_names_it() {
+    let pool = pool(Allocator::Z3fold, 4, NO_LIMIT);
+    let named = Named::default();
+    named.fill(&pool, 64, |_| 1000);
+    named.free(&pool, |name| name % 4 != 0);
+    let freed = pool.compact(&|copy: &[u8], from, to| {
+        let first = pool.allocator.find(to).expect("the copy").first;
+        assert!(!pool.allocator.lock(first).try_move(), "another mover could move it on, half written");
+        named.commit(copy, from, to)
+    });
+    assert!(freed > 0);
+}
