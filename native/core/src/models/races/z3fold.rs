@@ -97,6 +97,18 @@ fn alloc_against_compact() {
     });
 }
 
+/// Each of two movers would move what the other one moves. A reader that finds an object gone finds its copy.
+#[test]
+fn compact_against_compact() {
+    explore(|| {
+        while_moving(sparse_pages(), |swap| {
+            swap.compact();
+            swap.read(0, Small, &[1]);
+            swap.read(2, Small, &[3]);
+        });
+    });
+}
+
 /// When `destroy` returns nothing lives any more, and nothing is given back to the arena afterwards.
 #[test]
 fn destroy_against_compact() {
