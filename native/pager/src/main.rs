@@ -74,6 +74,8 @@ fn run() -> Result<(), String> {
     let engine = Engine::new(args.size, args.allocator, args.mem_limit, compression, files)
         .map_err(|error| error.to_string())?;
     engine.store().populate_slots().map_err(|error| error.to_string())?;
+    // The first write finds a reserve: it may come before the refill thread runs.
+    while engine.store().pool().adjust().map_err(|error| error.to_string())? {}
 
     let device = mount::mount(&args.mount_point).map_err(|error| failed("cannot mount")(&error))?;
     let device_number = mount::device_number(&args.mount_point).map_err(|error| failed("cannot mount")(&error))?;
