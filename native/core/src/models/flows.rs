@@ -48,6 +48,7 @@ fn it_ends_while_objects_are_moved() {
         let swap = Arc::new(Swap::new(Allocator::Zsmalloc, PAGES, 24));
         let movers = [go(&swap, compact), go(&swap, compact)];
         [go(&swap, write), go(&swap, write), go(&swap, free)].into_iter().for_each(join);
+        swap.0.reset();
         assert_eq!(swap.destroy(FOREVER).expect("the movers come to their end"), vec![]);
         swap.assert_nothing_left();
         movers.into_iter().for_each(join);
