@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from zswapd import memcg, swapdev
+from zswapd import kernel, memcg, swapdev
 from zswapd.config import PAGE_SIZE, Config, format_size, mem_total
 from zswapd.errors import ZswapdError
 from zswapd.status import read_stats
@@ -173,7 +173,7 @@ def _cgroup(root: Path) -> Check:
 
 
 def _zswap(root: Path) -> Check:
-    if swapdev.zswap_enabled(root):
+    if kernel.zswap_enabled(root):
         return Check(
             "kernel zswap",
             "fail",
@@ -184,7 +184,7 @@ def _zswap(root: Path) -> Check:
 
 
 def _fuse_timeouts(root: Path) -> Check:
-    timeouts = swapdev.fuse_timeouts(root)
+    timeouts = kernel.fuse_timeouts(root)
     if not timeouts:
         return Check("FUSE timeouts", "ok", "none: a slow answer does not abort the connection")
     found = ", ".join(f"{name} = {seconds} s" for name, seconds in timeouts.items())
@@ -197,7 +197,7 @@ def _fuse_timeouts(root: Path) -> Check:
 
 
 def _watermark_boost(root: Path) -> Check:
-    boost = swapdev.watermark_boost(root)
+    boost = kernel.watermark_boost(root)
     if not boost:
         return Check("vm.watermark_boost_factor", "ok", "0: memory for the loop device is not held back")
     return Check(

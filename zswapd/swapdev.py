@@ -20,13 +20,12 @@ from subprocess import CompletedProcess
 
 import trio
 
-from zswapd import memcg
+from zswapd import kernel, memcg
 from zswapd.config import format_size
 from zswapd.errors import DaemonError, SwapError
 from zswapd.pager import Pager
 
 ROOT = Path("/")
-FUSE_TIMEOUTS = ("default_request_timeout", "max_request_timeout")
 MARGIN_BYTES = 128 << 20  # memory that must be left over when every page is back
 SETTLE_SECONDS = 10  # for what ends asynchronously: a loop device's release, the daemon's answer
 POLL_SECONDS = 0.1
@@ -136,47 +135,6 @@ def _is_hidden(device: str, mount_point: Path) -> bool:
     return int.from_bytes(info[:8], sys.byteorder) == pager.status()["device"]
 
 
-def fuse_timeouts(root: Path = ROOT) -> dict[str, int]:
-    """The sysctls by which the kernel aborts a FUSE connection whose server is slow, in seconds, where not 0."""
-    found = {}
-    for name in FUSE_TIMEOUTS:
-        path = root / "proc/sys/fs/fuse" / name
-        if path.exists() and (seconds := int(path.read_text())):
-            found[f"fs.fuse.{name}"] = seconds
-    return found
-
-
-def zswap_enabled(root: Path = ROOT) -> bool:
-    """Whether the kernel's zswap compresses pages before they reach any swap device."""
-    path = root / "sys/module/zswap/parameters/enabled"
-    return path.exists() and path.read_text().strip() == "Y"
-
-
-def refuse_machine(root: Path = ROOT) -> None:
-    """Raises SwapError if a setting of this machine makes attaching useless or dangerous."""
-    if zswap_enabled(root):
-        raise SwapError(
-            "the kernel's zswap is enabled in front of swap: every page would be compressed twice",
-            "switch it off: echo N > /sys/module/zswap/parameters/enabled (and zswap.enabled=0 at boot)",
-        )
-    for name, seconds in fuse_timeouts(root).items():
-        raise SwapError(
-            f"{name} = {seconds}: the kernel would abort the daemon's connection when a request takes that long, "
-            "and every page in swap would be lost",
-            f"sysctl -w {name}=0, then restart the daemon: the timeout is fixed when it mounts",
-        )
-
-
-def watermark_boost(root: Path = ROOT) -> int:
-    """vm.watermark_boost_factor, which must be 0 where the machine as a whole may run out of memory.
-
-    The kernel then wants some MiB more to be free, until kswapd has freed them. The loop device's thread, which has no
-    claim to the kernel's reserves, waits for that too, and kswapd for the loop device: the machine hangs.
-    """
-    path = root / "proc/sys/vm/watermark_boost_factor"
-    return int(path.read_text()) if path.exists() else 0
-
-
 def refuse_full(attachment: Attachment, root: Path = ROOT) -> None:
     """Raises SwapError unless memory and the memory cgroups can take back every page in `attachment`.
 
@@ -220,16 +178,13 @@ async def attach(
         if attached := discover(mount_point):
             state = "attached already" if attached.is_swap else "half attached (not in use as swap)"
             raise SwapError(f"{attached.loop_device} is {state}", "zswapctl detach undoes it")
-        refuse_machine()
+        kernel.refuse_settings()
         if not forgetting and await trio.to_thread.run_sync(_forgets, mount_point):
             raise SwapError("this pager stores nothing (pager.store is none): it is for zswapctl bench alone")
         if not unsafe and (reason := await trio.to_thread.run_sync(_why_unsafe, mount_point)):
             raise SwapError(reason, _UNSAFE_HINT)
-        if not unsafe and (boost := watermark_boost()):
-            raise SwapError(
-                f"vm.watermark_boost_factor = {boost}: out of memory, the kernel would wait for itself, and hang",
-                "sysctl -w vm.watermark_boost_factor=0 (at boot: config/sysctl.conf, in /etc/sysctl.d)",
-            )
+        if not unsafe:
+            kernel.refuse_watermark_boost()
         try:
             return await _attach(mount_point, priority, discard)
         except BaseException as error:

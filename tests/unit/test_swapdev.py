@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from zswapd import swapdev
+from zswapd import kernel, swapdev
 from zswapd.errors import DaemonError, SwapError
 from zswapd.memcg import Controller, find_controller, limit_of
-from zswapd.swapdev import Attachment, SwapArea, discover, is_mounted, parse_swaps, refuse_full, refuse_machine
+from zswapd.swapdev import Attachment, SwapArea, discover, is_mounted, parse_swaps, refuse_full
 
 MOUNT_POINT = Path("/run/zswapd-test/mnt")
 GIB = 1 << 30
@@ -76,28 +76,30 @@ def test_only_a_fuse_mount_is_a_daemon(tmp_path: Path) -> None:
 
 
 def test_attach_refuses_zswap_in_front(tmp_path: Path) -> None:
-    refuse_machine(tmp_path)
+    kernel.refuse_settings(tmp_path)
     write(tmp_path, "sys/module/zswap/parameters/enabled", "N\n")
-    refuse_machine(tmp_path)
+    kernel.refuse_settings(tmp_path)
     write(tmp_path, "sys/module/zswap/parameters/enabled", "Y\n")
     with pytest.raises(SwapError, match="twice"):
-        refuse_machine(tmp_path)
+        kernel.refuse_settings(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["default_request_timeout", "max_request_timeout"])
 def test_attach_refuses_fuse_timeouts(tmp_path: Path, name: str) -> None:
     write(tmp_path, f"proc/sys/fs/fuse/{name}", "0\n")
-    refuse_machine(tmp_path)
+    kernel.refuse_settings(tmp_path)
     write(tmp_path, f"proc/sys/fs/fuse/{name}", "15\n")
     with pytest.raises(SwapError, match=rf"fs.fuse.{name} = 15.*") as caught:
-        refuse_machine(tmp_path)
+        kernel.refuse_settings(tmp_path)
     assert f"sysctl -w fs.fuse.{name}=0" in caught.value.hint
 
 
-def test_a_boosted_watermark_is_seen(tmp_path: Path) -> None:
-    assert swapdev.watermark_boost(tmp_path) == 0
+def test_attach_refuses_a_boosted_watermark(tmp_path: Path) -> None:
+    kernel.refuse_watermark_boost(tmp_path)
     write(tmp_path, "proc/sys/vm/watermark_boost_factor", "15000\n")
-    assert swapdev.watermark_boost(tmp_path) == 15000
+    with pytest.raises(SwapError, match="15000") as caught:
+        kernel.refuse_watermark_boost(tmp_path)
+    assert "sysctl -w vm.watermark_boost_factor=0" in caught.value.hint
 
 
 def test_memory_must_take_every_page_back_and_leave_a_margin(tmp_path: Path) -> None:
@@ -244,7 +246,7 @@ async def test_attaching_says_what_is_not_safe(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "mnt/swapfile").touch()
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(swapdev, "is_mounted", lambda mount_point: True)
-    monkeypatch.setattr(swapdev, "refuse_machine", lambda: None)
+    monkeypatch.setattr(kernel, "refuse_settings", lambda: None)
     with pytest.raises(SwapError, match=r"not safe.*the machine then hangs") as caught:
         await swapdev.attach(tmp_path / "mnt", priority=1, discard=False, unsafe=False)
     assert "memory cgroup that has a limit" in caught.value.hint

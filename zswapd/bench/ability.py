@@ -5,7 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
-from zswapd import memcg, swapdev
+from zswapd import kernel, memcg
 from zswapd.errors import ZswapdError
 
 CAP_SYS_ADMIN = 21
@@ -37,7 +37,7 @@ def cannot_swap() -> str:
     if not os.access(controller.path, os.W_OK):
         return f"{controller.path} is read-only"
     try:
-        swapdev.refuse_machine()
+        kernel.refuse_settings()
     except ZswapdError as error:
         return error.message
     return ""

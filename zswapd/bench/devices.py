@@ -17,7 +17,7 @@ from typing import Self
 
 import trio
 
-from zswapd import swapdev
+from zswapd import kernel, swapdev
 from zswapd.bench.commands import run, settle, write
 from zswapd.bench.programs import PAGE
 from zswapd.config import format_size
@@ -52,7 +52,7 @@ class Device(ABC):
 
     async def __aenter__(self) -> Self:
         try:
-            swapdev.refuse_machine()
+            kernel.refuse_settings()
             await self._set_up(self.priority())
             self.require_first()
         except BaseException:
