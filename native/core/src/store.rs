@@ -190,7 +190,7 @@ impl Store {
         });
         match moving {
             0 => Ok(leaked),
-            movers => Err(Error::Busy { movers }),
+            movers => Err(Error::Busy { writebacks: 0, cleanings: 0, movers }),
         }
     }
 
