@@ -38,8 +38,42 @@ class ClassStats(TypedDict):
     waste_bytes: int
 
 
+class WritebackStats(TypedDict):
+    """What is counted of the backing disk. Bytes of it, idle pages and what is in flight: as of now; the rest: since
+    the start.
+
+    `state`: none, ok, or failed (nothing more is written to it; what is there is still read). `live_bytes`: records that
+    slots name; more is neither live nor free until it is cleaned. `budget_bytes`: may still be written; None: no budget.
+    `written_bytes` were written for evictions, `cleaning_bytes` for cleaning, both in whole blocks.
+    """
+
+    state: str
+    backing_bytes: int
+    backing_free_bytes: int
+    live_bytes: int
+    budget_bytes: int | None
+    idle_pages: int
+    writebacks_in_flight: int
+    cleanings_in_flight: int
+    pages_written: int
+    pages_promoted: int
+    written_bytes: int
+    cleaning_bytes: int
+    cleaned_segments: int
+    reads: int
+    read_bytes: int
+    write_errors: int
+    stores_waited: int
+    read_latency: LatencyStats
+    write_latency: LatencyStats
+
+
 class EngineStats(TypedDict):
-    """What the engine counts. Pages and bytes: as of now; the rest: since the start."""
+    """What the engine counts. Pages and bytes: as of now; the rest: since the start.
+
+    `pages` are those of the pool by codec, those `on_disk` whatever their codec, and the lost. `original_bytes` counts
+    all but the lost, `compressed_bytes` the pool's alone.
+    """
 
     algorithm: str
     allocator: str
@@ -64,6 +98,7 @@ class EngineStats(TypedDict):
     store_latency: LatencyStats
     mover_waits: LatencyStats
     classes: list[ClassStats]
+    writeback: WritebackStats
 
 
 class Engine(Protocol):

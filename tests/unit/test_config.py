@@ -113,6 +113,20 @@ def test_the_file_comes_from_the_option_then_the_environment_then_the_system(
         "compression.algorithm=1",
         "compression.zstd_level=0",
         "compression.zstd_level=23",
+        "writeback.backing=relative",
+        "writeback.backing=/a/../b",
+        "writeback.size=1",
+        "writeback.size=false",
+        "writeback.encryption=on",
+        "writeback.incompressible=never",
+        "writeback.accept_threshold_percent=0",
+        "writeback.accept_threshold_percent=101",
+        "writeback.budget_per_hour=much",
+        "writeback.budget_per_day=-1",
+        "writeback.idle_after=-1",
+        "writeback.pressure=101",
+        "writeback.shrinkers=0",
+        "writeback.shrinkers=9",
         "metrics.listen=0.0.0.0:9839",
         "metrics.listen=[::]:9839",
         "metrics.listen=localhost:9839",
@@ -220,3 +234,34 @@ def test_mount_point_is_written_as_the_kernel_does() -> None:
 def test_an_error_is_one_or_two_lines() -> None:
     assert str(ConfigError("what")) == "what"
     assert str(ConfigError("what", "remedy")) == "what\nremedy"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "hint"),
+    [
+        (["size=16MiB"], "--set: writeback.size = 16777216: nothing is written back without a disk", "backing"),
+        (["budget_per_hour=1GiB"], "without a disk", "writeback.backing"),
+        (["budget_per_day=1GiB"], "without a disk", "writeback.backing"),
+        (["idle_after=60"], "without a disk", "writeback.backing"),
+        (["backing=/run/zswapd/mnt/swapfile"], "in zswapd's own file system", "on a disk"),
+        (["backing=/dev/x", "budget_per_hour=2GiB", "budget_per_day=1GiB"], "more than budget_per_day", "lower it"),
+    ],
+)
+def test_writeback_settings_must_go_together(overrides: list[str], message: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, [f"writeback.{override}" for override in overrides], {})
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_writeback_needs_the_pager(tmp_path: Path) -> None:
+    path = write(tmp_path, '[writeback]\nbacking = "/dev/x"\n')
+    with pytest.raises(ConfigError, match=rf"{path}: writeback.backing = /dev/x: needs the pager"):
+        load(path, ["swap.data_path=pyfuse3"], {})
+    assert load(path, [], {}).writeback.backing == Path("/dev/x")
+
+
+def test_a_day_may_have_less_than_24_hours_of_budget() -> None:
+    budgets = ["writeback.budget_per_hour=1GiB", "writeback.budget_per_day=2GiB"]
+    config = load(None, ["writeback.backing=/dev/x", *budgets], {}).writeback
+    assert (config.budget_per_hour, config.budget_per_day) == (1 << 30, 2 << 30)
