@@ -163,9 +163,9 @@ class Writeback(_Section):
     ] = None
     size: Annotated[int, _ZERO_OR_SIZE, Field(description="0 for a block device; of a file 16MiB to 1TiB")] = 0
     encryption: Annotated[bool, Field(description="true or false")] = True
-    incompressible: Annotated[
-        Literal["keep", "writeback", "first"], Field(description="keep, writeback or first")
-    ] = "writeback"
+    incompressible: Annotated[Literal["keep", "writeback", "first"], Field(description="keep, writeback or first")] = (
+        "writeback"
+    )
     accept_threshold_percent: Annotated[int, Field(ge=1, le=100, description="an integer from 1 to 100")] = 90
     budget_per_hour: Annotated[int, _ZERO_OR_SIZE, Field(description=f"0 for no budget, or {_SIZE_HELP}")] = 0
     budget_per_day: Annotated[int, _ZERO_OR_SIZE, Field(description=f"0 for no budget, or {_SIZE_HELP}")] = 0

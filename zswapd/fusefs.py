@@ -154,7 +154,15 @@ class SwapFs(pyfuse3.Operations):
         control, _ = self._opened(fh)
         if len(buf) > _MAX_COMMAND:
             raise FUSEError(errno.EINVAL)
-        _answer(lambda: control.write and control.write(buf.decode().strip()))
+
+        def command() -> None:
+            _answer(lambda: control.write and control.write(buf.decode().strip()))
+
+        if control.slow:
+            # Abandoned when the daemon ends: the pager does it, or ends with it.
+            await trio.to_thread.run_sync(command, abandon_on_cancel=True)
+        else:
+            command()
         return len(buf)
 
     def _opened(self, fh: FileHandleT) -> tuple[ControlFile, bytes]:
