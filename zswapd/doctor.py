@@ -47,6 +47,7 @@ def run(config: Config, root: Path = Path("/")) -> list[Check]:
         _zswap,
         _fuse_timeouts,
         _watermark_boost,
+        _min_free,
         _page_cluster,
         _swappiness,
         _overcommit,
@@ -205,6 +206,18 @@ def _watermark_boost(root: Path) -> Check:
         "fail",
         f"{boost}: out of memory, the loop device waits for what only it could free",
         "sysctl -w vm.watermark_boost_factor=0",
+    )
+
+
+def _min_free(root: Path) -> Check:
+    free = kernel.min_free_kbytes(root)
+    if free >= kernel.LEAST_FREE_KBYTES:
+        return Check("vm.min_free_kbytes", "ok", f"{free}: the loop device finds memory for its requests")
+    return Check(
+        "vm.min_free_kbytes",
+        "fail",
+        f"{free}: out of memory, the loop device finds none for its requests, and the machine hangs",
+        kernel.MORE_FREE,
     )
 
 

@@ -184,7 +184,7 @@ async def attach(
         if not unsafe and (reason := await trio.to_thread.run_sync(_why_unsafe, mount_point)):
             raise SwapError(reason, _UNSAFE_HINT)
         if not unsafe:
-            kernel.refuse_watermark_boost()
+            kernel.refuse_what_hangs()
         try:
             return await _attach(mount_point, priority, discard)
         except BaseException as error:

@@ -94,12 +94,21 @@ def test_attach_refuses_fuse_timeouts(tmp_path: Path, name: str) -> None:
     assert f"sysctl -w fs.fuse.{name}=0" in caught.value.hint
 
 
-def test_attach_refuses_a_boosted_watermark(tmp_path: Path) -> None:
-    kernel.refuse_watermark_boost(tmp_path)
-    write(tmp_path, "proc/sys/vm/watermark_boost_factor", "15000\n")
-    with pytest.raises(SwapError, match="15000") as caught:
-        kernel.refuse_watermark_boost(tmp_path)
-    assert "sysctl -w vm.watermark_boost_factor=0" in caught.value.hint
+@pytest.mark.parametrize(
+    ("name", "good", "bad", "remedy"),
+    [("watermark_boost_factor", "0", "15000", "=0"), ("min_free_kbytes", "2048", "2047", "=2048")],
+)
+def test_attach_refuses_what_makes_a_machine_without_memory_hang(
+    tmp_path: Path, name: str, good: str, bad: str, remedy: str
+) -> None:
+    write(tmp_path, "proc/sys/vm/min_free_kbytes", "67584")
+    kernel.refuse_what_hangs(tmp_path)
+    write(tmp_path, f"proc/sys/vm/{name}", good)
+    kernel.refuse_what_hangs(tmp_path)
+    write(tmp_path, f"proc/sys/vm/{name}", bad)
+    with pytest.raises(SwapError, match=rf"vm.{name} = {bad}: .*hang") as caught:
+        kernel.refuse_what_hangs(tmp_path)
+    assert f"sysctl -w vm.{name}{remedy}" in caught.value.hint
 
 
 def test_memory_must_take_every_page_back_and_leave_a_margin(tmp_path: Path) -> None:
