@@ -15,6 +15,7 @@ from typing import Literal
 from zswapd import kernel, memcg, swapdev
 from zswapd.config import PAGE_SIZE, Config, format_size, mem_total
 from zswapd.errors import ZswapdError
+from zswapd.footprint import refuse_huge
 from zswapd.status import read_stats
 
 TOOLS = ("losetup", "mkswap", "swapon", "swapoff", "fallocate")
@@ -269,6 +270,10 @@ def _hibernation(root: Path) -> Check:
 
 def _memory(config: Config) -> Check:
     total, limit = mem_total(), config.pool.mem_limit_bytes
+    try:
+        refuse_huge(config)
+    except ZswapdError as error:
+        return Check("memory", "fail", error.message, error.hint)
     detail = f"pool limit {format_size(limit)} of {format_size(total)}"
     if limit > total * 9 // 10:
         return Check("memory", "warn", f"{detail}: the pool could take all of it", "lower pool.mem_limit (50%)")

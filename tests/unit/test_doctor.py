@@ -112,6 +112,14 @@ def test_a_pool_as_large_as_memory(machine: Path) -> None:
     assert check.status == "warn"
 
 
+def test_a_swap_file_whose_tables_memory_cannot_hold(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zswapd.footprint.mem_total", lambda: 1 << 30)
+    config = load(None, ["swap.size=1TiB"], {})
+    [check] = [check for check in doctor.run(config, machine) if check.name == "memory"]
+    assert check.status == "fail"
+    assert "swap.size" in check.detail
+
+
 def test_a_daemon_that_does_not_run_is_no_failure(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(os, "geteuid", lambda: 0)
