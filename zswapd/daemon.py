@@ -101,7 +101,9 @@ def _find_pager(mount_point: Path) -> Pager | None:
     except (FileNotFoundError, ConnectionError):
         return None
     except OSError as error:
-        raise DaemonError(f"the pager of {mount_point} does not answer: {error}", "it is stopped or stuck") from None
+        raise DaemonError(
+            f"the pager of {mount_point} does not answer: {error.strerror}", "it is stopped or stuck"
+        ) from None
 
 
 def _refuse_lost(mount_point: Path) -> None:

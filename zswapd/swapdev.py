@@ -348,6 +348,15 @@ def _find_pager(mount_point: Path) -> Pager | None:
         return None
 
 
+def _status(pager: Pager) -> dict[str, int]:
+    try:
+        return pager.status()
+    except OSError as error:
+        raise DaemonError(
+            f"the pager does not answer: {error.strerror}", "it is stopped or stuck: see its log"
+        ) from None
+
+
 def _reset_once(mount_point: Path) -> None:
     if pager := _find_pager(mount_point):
         pager.reset()
@@ -357,14 +366,14 @@ def _reset_once(mount_point: Path) -> None:
 
 def _forgets(mount_point: Path) -> bool:
     pager = _find_pager(mount_point)
-    return pager is not None and bool(pager.status()["forgets"])
+    return pager is not None and bool(_status(pager)["forgets"])
 
 
 def _why_unsafe(mount_point: Path) -> str | None:
     pager = _find_pager(mount_point)
     if pager is None:
         return _PYTHON_UNSAFE
-    status = pager.status()
+    status = _status(pager)
     if limited := memcg.limit_of(status["pid"]):
         group, limit = limited
         return f"the pager is in a memory cgroup with a limit, and the pool with it: {group}, {format_size(limit)}"

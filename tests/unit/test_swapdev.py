@@ -261,6 +261,18 @@ async def test_attaching_says_what_is_not_safe(tmp_path: Path, monkeypatch: pyte
     assert "memory cgroup that has a limit" in caught.value.hint
 
 
+async def test_attaching_says_that_the_pager_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stuck:
+        def status(self) -> dict[str, int]:
+            raise TimeoutError(110, "no answer to 'status' in 10 s")
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(swapdev, "_find_pager", lambda mount_point: Stuck())
+    monkeypatch.setattr(kernel, "refuse_settings", lambda: None)
+    with pytest.raises(DaemonError, match="no answer to 'status' in 10 s"):
+        await swapdev.attach(Path("/run/mnt"), priority=1, discard=False, unsafe=True)
+
+
 async def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(swapdev, "SBIN", "")
