@@ -55,17 +55,6 @@ def test_discover_finds_our_loop_device_alone(tmp_path: Path) -> None:
     assert discover(MOUNT_POINT, tmp_path) == Attachment("/dev/loop7", True, True, 8192 * 512, 8 << 10, 6)
 
 
-def test_discover_follows_a_symbolic_link(tmp_path: Path) -> None:
-    real = tmp_path / "real"
-    real.mkdir()
-    (tmp_path / "link").symlink_to("real")
-    (tmp_path / "direct").symlink_to("real/mnt")
-    write(tmp_path, "proc/swaps", SWAPS)
-    add_loop(tmp_path, "loop0", f"{real}/mnt/swapfile")
-    assert discover(tmp_path / "link/mnt", tmp_path)
-    assert discover(tmp_path / "direct", tmp_path)
-
-
 def test_only_a_fuse_mount_is_a_daemon(tmp_path: Path) -> None:
     line = "36 35 98:0 / {} rw,noatime shared:1 - {} source rw\n"
     other = line.format("/run/zswapd-test", "fuse") + line.format(MOUNT_POINT, "ext4")
