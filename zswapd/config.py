@@ -15,6 +15,7 @@ from typing import Annotated, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from zswapd import mountpoint
 from zswapd.errors import ConfigError
 
 DEFAULT_PATH = Path("/etc/zswapd/zswapd.toml")
@@ -224,8 +225,8 @@ _ENV_KEYS = {ENV_PREFIX + key.replace(".", "_").upper(): key for key in _KEYS}
 def load(path: Path | None, overrides: Sequence[str], environ: Mapping[str, str]) -> Config:
     """The configuration from the file, `environ` and `overrides` (each "section.key=value").
 
-    The file is `path`, else $ZSWAPD_CONFIG, else /etc/zswapd/zswapd.toml if that exists. Reads disk.
-    Raises ConfigError.
+    The file is `path`, else $ZSWAPD_CONFIG, else /etc/zswapd/zswapd.toml if that exists. Symbolic links to the mount
+    point are followed, once and for all. Reads disk, but not the mount. Raises ConfigError.
     """
     values: dict[str, object] = {}  # by "section.key"; later sources win
     source: dict[str, str] = {}
@@ -241,7 +242,7 @@ def load(path: Path | None, overrides: Sequence[str], environ: Mapping[str, str]
         section, name = key.split(".")
         tree[section][name] = value
     try:
-        config = Config.model_validate(tree)
+        config = _resolved(Config.model_validate(tree), source.get("swap.mount_point", "default"))
     except ValidationError as error:
         first = error.errors()[0]
         section, name = str(first["loc"][0]), str(first["loc"][1])
@@ -274,6 +275,17 @@ def _refuse_together(config: Config, source: Mapping[str, str]) -> None:
         refuse("backing", 'needs the pager, and swap.data_path is "pyfuse3"', hint)
     if 0 < given.budget_per_day < given.budget_per_hour:
         refuse("budget_per_hour", f"more than budget_per_day = {given.budget_per_day}", "lower it, or raise the other")
+
+
+def _resolved(config: Config, origin: str) -> Config:
+    """With the mount point's real name: the kernel knows no other, and the pager's socket lies beside it."""
+    mount_point = mountpoint.resolve(config.swap.mount_point)
+    try:
+        mountpoint.refuse_long(mount_point)
+    except ValueError as error:
+        hint = "swap.mount_point takes a shorter path, such as /run/zswapd/mnt"
+        raise ConfigError(f"{origin}: swap.mount_point = {os.fspath(mount_point)!r}: {error}", hint) from None
+    return config.model_copy(update={"swap": config.swap.model_copy(update={"mount_point": mount_point})})
 
 
 _Layer = Iterable[tuple[str, str, object]]  # (source, "section.key", value)

@@ -307,7 +307,9 @@ async def _relay(pager: Pager) -> int:
                 return pager.relay()
             except OSError as error:
                 if error.errno != errno.EBUSY:
-                    raise DaemonError(f"the pager does not answer: {error}", "see its log, and dmesg") from None
+                    raise DaemonError(
+                        f"the pager does not answer: {error.strerror}", "see its log, and dmesg"
+                    ) from None
             await trio.sleep(0.05)
     raise DaemonError(f"the mount point {pager.mount_point} is in use: another zswapd serves it", "see zswapctl status")
 

@@ -48,7 +48,7 @@ class Budget:
             log.info("counting what is written to %s in %s, from 0", settings.backing, self._path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.error(
-                "the budget's state %s is damaged (%s): the whole budget counts as used up now; to begin at 0 remove it",
+                "the wear budget's state %s is damaged (%s): all of the budget counts as used up; to begin at 0 remove it",
                 self._path,
                 error,
             )

@@ -1,3 +1,4 @@
+import socket
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from zswapd import config
 from zswapd.config import Config, format_size, load, mem_total, parse_size
 from zswapd.errors import ConfigError
+from zswapd.pager_socket import socket_path
 
 EXAMPLE = Path(__file__).parents[2] / "config/zswapd.toml"
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -229,6 +231,31 @@ def test_pool_limit_is_a_share_of_memory_or_a_size() -> None:
 
 def test_mount_point_is_written_as_the_kernel_does() -> None:
     assert load(None, ["swap.mount_point=//run//swap/./x/"], {}).swap.mount_point == Path("/run/swap/x")
+
+
+def test_mount_point_is_without_symbolic_links(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "direct").symlink_to("link/mnt")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("real/mnt", "link/mnt", "direct"):
+        assert load(None, [f"swap.mount_point={tmp_path}/{name}"], {}).swap.mount_point == tmp_path / "real/mnt"
+    # Whoever mounts there says what is wrong.
+    assert load(None, [f"swap.mount_point={tmp_path}/loop/mnt"], {}).swap.mount_point == tmp_path / "loop/mnt"
+
+
+def test_mount_point_leaves_room_for_the_socket_s_address(tmp_path: Path) -> None:
+    longest = "/" + "é" * 50 + "x"
+    assert load(None, [f"swap.mount_point={longest}"], {}).swap.mount_point == Path(longest)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe, pytest.raises(FileNotFoundError):
+        probe.connect(str(socket_path(Path(longest))))
+    (tmp_path / "link").symlink_to(f"{longest}x")
+    for path in (f"{longest}x", str(tmp_path / "link")):
+        with pytest.raises(
+            ConfigError, match=r"^--set: swap.mount_point = .*: 103 bytes are too long: .* 102\n"
+        ) as caught:
+            load(None, [f"swap.mount_point={path}"], {})
+        assert "shorter" in caught.value.hint
 
 
 def test_an_error_is_one_or_two_lines() -> None:

@@ -112,8 +112,14 @@ def test_a_pager_with_more_than_is_known_may_write_all_of_it() -> None:
     assert budget.left() == GIB
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"hours": {"x": 1}, "granted": 0}', '{"hours": [], "granted": 0}',
-                                    '{"hours": {"1": -5}, "granted": 0}', '{"hours": {}, "granted": null}', "\x00"])  # fmt: skip
+DAMAGES = (
+    *("", "{", "[]", "{}", "\x00"),
+    *('{"hours": {"x": 1}, "granted": 0}', '{"hours": [], "granted": 0}'),
+    *('{"hours": {"1": -5}, "granted": 0}', '{"hours": {}, "granted": null}'),
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_state_is_the_whole_budget_used_up(
     damage: str, state_directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,7 +166,7 @@ def test_a_state_that_cannot_be_written_stays_as_it_was(state_directory: Path, m
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(wear.json, "dump", full)
+    monkeypatch.setattr(json, "dump", full)
     with pytest.raises(OSError, match="No space"):
         budget.save()
     assert file.read_text() == before

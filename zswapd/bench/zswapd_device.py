@@ -17,7 +17,8 @@ from zswapd import swapdev
 from zswapd.bench.commands import run, write
 from zswapd.bench.devices import Device, Held
 from zswapd.errors import DaemonError, ZswapdError
-from zswapd.pager import Pager, socket_path
+from zswapd.pager import Pager
+from zswapd.pager_socket import socket_path
 
 START_SECONDS = 30
 STOP_SECONDS = 20
