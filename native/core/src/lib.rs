@@ -8,6 +8,7 @@
 //! engine → store → {slots, codec, pool, object} → {state, page, metrics, locks, gate} → sync
 //! ```
 
+pub mod backing;
 pub mod codec;
 pub mod engine;
 pub mod error;
