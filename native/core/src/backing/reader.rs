@@ -30,12 +30,11 @@ impl CleanBuffer {
 
     /// The next record, as its header says, which nobody has verified. None: that was the last one. After an error there
     /// are no more.
-    #[allow(clippy::should_implement_trait)]
-    pub fn next(&mut self) -> Option<std::result::Result<Record, Damaged>> {
+    pub fn next_record(&mut self) -> Option<std::result::Result<Record, Damaged>> {
         todo!()
     }
 
-    /// The object of the record that `next` has just given, decrypted; at most once. None if it does not authenticate.
+    /// The object of the record that `next_record` has just given, decrypted; at most once. None if it does not authenticate.
     pub fn object(&mut self, backing: &Backing) -> Option<&[u8]> {
         let _ = backing;
         todo!()
