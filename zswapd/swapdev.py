@@ -419,6 +419,18 @@ async def _exclusive(mount_point: Path) -> AsyncIterator[None]:
         os.close(directory)
 
 
+def is_changing(mount_point: Path) -> bool:
+    """Whether somebody attaches or detaches the swap now."""
+    directory = os.open(mount_point.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(directory)
+    return False
+
+
 async def _run(*command: str, check: bool = True) -> CompletedProcess[bytes]:
     # A process group of its own: Ctrl-C reaches us alone, and we decide.
     path = os.environ.get("PATH", "/usr/bin:/bin") + SBIN
