@@ -21,6 +21,7 @@ from zswapd.pager import Pager
 
 log = logging.getLogger(__name__)
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PROGRESS_SECONDS = 2
 _RETRY_SECONDS = 10
 
@@ -35,12 +36,26 @@ async def run(config: Config) -> None:
     if limited := memcg.limit_of(os.getpid()):
         group, limit = limited
         log.warning("in a memory cgroup with a limit, and the pool with it: %s, %s", group, format_size(limit))
-    # From here on a signal waits for us: it must not end a half-made mount.
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+    with _signals() as signals:
         if config.swap.data_path == "pager":
             await _run_pager(config, signals)
         else:
             await _run_embedded(config, signals)
+
+
+@contextmanager
+def _signals() -> Iterator[AsyncIterator[int]]:
+    """The signals that ask us to stop. From here on they wait for us: none ends a half-made mount.
+
+    One that comes when we no longer listen changes nothing: all is given back, or the error that ends us says why not.
+    """
+    # None is lost between the two handlers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    for number in _SIGNALS:
+        signal.signal(number, lambda number, frame: None)
+    with trio.open_signal_receiver(*_SIGNALS) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        yield signals
 
 
 async def _run_pager(config: Config, signals: AsyncIterator[int]) -> None:

@@ -4,15 +4,17 @@ import errno
 import json
 import mmap
 import os
+import re
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.daemon import PAGE, Daemon
+from tests.daemon import DEADLINE_SECONDS, ENVIRONMENT, PAGE, Daemon, wait_until
 from tests.machine import lacks
 from tests.pages import noise
 from zswapd import swapdev
@@ -214,6 +216,48 @@ def test_a_signal_stops_it_cleanly(make_daemon: MakeDaemon, number: signal.Signa
     assert not swapdev.is_mounted(daemon.mount_point)
     assert os.listdir(daemon.mount_point) == []
     assert "stopped" in daemon.log()
+
+
+def test_ctrl_c_before_anything_has_begun_ends_it_without_a_word(tmp_path: Path) -> None:
+    """While it imports what it needs."""
+    (tmp_path / "click.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(600)\n")
+    for program in ("zswapd", "zswapctl"):
+        command = [sys.executable, "-c", f"from zswapd import entry; entry.{program}()"]
+        environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+            try:
+                assert process.stdout
+                assert process.stdout.readline() == "importing\n"
+                process.send_signal(signal.SIGINT)
+                assert process.communicate(timeout=DEADLINE_SECONDS) == ("", "")
+            finally:
+                process.kill()
+        assert process.returncode == -signal.SIGINT
+
+
+def test_ctrl_c_while_it_starts_does_not_hide_why_it_cannot(make_daemon: MakeDaemon) -> None:
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    daemon = make_daemon(swap__data_path="pager")
+    daemon.pager = daemon.directory / "pager"
+    wait = "touch begun; until [ -e go-on ]; do sleep 0.1; done"
+    daemon.pager.write_text(f"#!/bin/sh\ncd {daemon.directory}\n{wait}\necho no pager\nexit 1\n")
+    daemon.pager.chmod(0o755)
+    daemon.launch()
+    wait_until((daemon.directory / "begun").exists, "the pager is started")
+    daemon.signal(signal.SIGINT)
+    # Until the signal has been delivered.
+    wait_until(lambda: not pending(daemon.pid, signal.SIGINT), "SIGINT arrives")
+    (daemon.directory / "go-on").touch()
+    assert daemon.wait() == 1
+    assert daemon.log() == "no pager\nzswapd: the pager did not start (exit status 1)\nit says why above\n"
+
+
+def pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal waits to be delivered (proc_pid_status(5))."""
+    masks = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return any(int(mask, 16) >> number - 1 & 1 for mask in masks)
 
 
 def test_it_can_be_started_again(make_daemon: MakeDaemon) -> None:

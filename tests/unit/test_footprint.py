@@ -1,3 +1,5 @@
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,16 @@ from zswapd.errors import ConfigError
 from zswapd.footprint import ARENA_END, DESCRIPTOR_BYTES, SLOT_BYTES, refuse_huge, tables_bytes
 
 GIB = 1 << 30
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """As they were: the daemon keeps them."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +53,7 @@ def test_what_is_refused_fits_once_it_is_made_as_small_as_is_said(slots: int, li
     refuse_huge(settings(caught.value.hint.split()[2]), ram)
 
 
+@pytest.mark.usefixtures("signals")
 async def test_neither_data_path_begins_to_make_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Touching the tables would take all memory."""
     monkeypatch.setattr("zswapd.footprint.mem_total", lambda: GIB)
