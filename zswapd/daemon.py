@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import trio
@@ -16,7 +16,8 @@ from zswapd.config import Config, format_size
 from zswapd.engine import EmbeddedEngine, Engine, protect_process
 from zswapd.errors import DaemonError, LostSwapError, ZswapdError
 from zswapd.footprint import refuse_huge
-from zswapd.fusefs import check_mount_point, mounted, relayed, unmount_dead
+from zswapd.fusefs import check_mount_point, connect, mounted, relayed, unmount_dead
+from zswapd.inuse import refuse_in_use
 from zswapd.pager import Pager
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,6 @@ async def run(config: Config) -> None:
     or is refused (daemon.on_sigterm). If that fails, everything goes on serving, and it is tried again: every few
     seconds, since systemd asks only once, and at the next signal.
     """
-    if limited := memcg.limit_of(os.getpid()):
-        group, limit = limited
-        log.warning("in a memory cgroup with a limit, and the pool with it: %s, %s", group, format_size(limit))
     with _signals() as signals:
         if config.swap.data_path == "pager":
             await _run_pager(config, signals)
@@ -60,11 +58,12 @@ def _signals() -> Iterator[AsyncIterator[int]]:
 
 async def _run_pager(config: Config, signals: AsyncIterator[int]) -> None:
     leaked: dict[str, int] | None = None
-    with _pager(config) as pager, metrics.served(pager, config.metrics.address):
-        async with relayed(pager):
-            _ready(config, pager)
-            await _until_stopped(config, lambda: _drained(pager), signals)
-            leaked = pager.stop()
+    async with _pager(config) as (pager, relay):
+        with metrics.served(pager, config.metrics.address):
+            async with relayed(pager, relay):
+                _ready(config, pager)
+                await _until_stopped(config, lambda: _drained(pager), signals)
+                leaked = pager.stop()
     if leaked is None:
         if _find_pager(config.swap.mount_point):
             raise DaemonError("the pager has hung up, and goes on serving pages", "start zswapd again")
@@ -85,23 +84,26 @@ def _drained(pager: Pager) -> bool:
     return True
 
 
-@contextmanager
-def _pager(config: Config) -> Iterator[Pager]:
-    """The pager that an earlier daemon has left, else a new one, which does not outlive a start that fails."""
+@asynccontextmanager
+async def _pager(config: Config) -> AsyncIterator[tuple[Pager, int]]:
+    """The pager that an earlier daemon has left, else a new one, which does not outlive a start that fails; and the
+    relay to it. Raises InUseError if another daemon has the relay, or serves the mount point without a pager."""
     mount_point = config.swap.mount_point
     if pager := _find_pager(mount_point):
+        relay = await connect(pager)
         log.info("found the pager of %s, pid %d, with its pages", mount_point, pager.status()["pid"])
         if pager.stats()["swap_size_bytes"] != config.swap.size:
             log.warning("swap.size is not what the pager serves: stop zswapd and start it again to change it")
-        yield pager
+        yield pager, relay
         return
+    refuse_in_use(mount_point)
     _refuse_lost(mount_point)
     unmount_dead(mount_point)
     check_mount_point(mount_point)
     refuse_huge(config)
     pager = Pager.start(config)
     try:
-        yield pager
+        yield pager, await connect(pager)
     except BaseException:
         # Refused while the swap file is open: who has pages in it keeps them.
         with suppress(OSError):
@@ -132,6 +134,7 @@ def _refuse_lost(mount_point: Path) -> None:
 
 
 async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:
+    refuse_in_use(config.swap.mount_point)
     refuse_huge(config)
     # Here, page I/O passes through this process. Beside a pager it may be swapped out itself.
     protect_process()
@@ -153,6 +156,9 @@ async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:
 
 
 def _ready(config: Config, engine: Engine) -> None:
+    if limited := memcg.limit_of(os.getpid()):
+        group, limit = limited
+        log.warning("in a memory cgroup with a limit, and the pool with it: %s, %s", group, format_size(limit))
     stats = engine.stats()
     log.info(
         "serving %s of swap at %s with %s, pool limit %s",

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 #: Built beside the Python module, and installed with it.
 PROGRAM = Path(__file__).with_name("zswapd-pager")
-_START_SECONDS = 30
+_START_SECONDS = 120
 
 
 class Pager:
@@ -58,13 +58,23 @@ class Pager:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         deadline = time.monotonic() + _START_SECONDS
         while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                return cls(swap.mount_point)
+            # It may have listened for a while before it answers: a large swap file has large tables.
+            with contextlib.suppress(OSError):
+                pager = cls(swap.mount_point)
+                # Somebody may have started one at the same moment: ours, then, finds the socket in use, and ends.
+                if pager.status()["pid"] == process.pid:
+                    return pager
             time.sleep(0.01)
+        if process.poll() is None:
+            # Nobody knows of it: nothing is attached.
+            process.kill()
+            process.wait()
+            raise DaemonError(f"the pager did not start within {_START_SECONDS} s", "the machine is short of memory")
         raise DaemonError(f"the pager did not start (exit status {process.returncode})", "it says why above")
 
     def relay(self) -> int:
-        """The descriptor over which the pager hands on what is not for the swap file. Cuts off who had it before."""
+        """The descriptor over which the pager hands on what is not for the swap file. Raises OSError (EBUSY)
+        while another zswapd has it."""
         _, fd = self._ask("relay")
         assert fd is not None, "the answer to relay"
         return fd

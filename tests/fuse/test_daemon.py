@@ -18,7 +18,9 @@ from tests.daemon import DEADLINE_SECONDS, ENVIRONMENT, PAGE, Daemon, wait_until
 from tests.machine import lacks
 from tests.pages import noise
 from zswapd import swapdev
-from zswapd.errors import LostSwapError
+from zswapd.config import load
+from zswapd.errors import DaemonError, InUseError, LostSwapError
+from zswapd.pager import Pager
 
 MakeDaemon = Callable[..., Daemon]
 
@@ -48,12 +50,62 @@ def test_the_mount_point_is_not_empty(make_daemon: MakeDaemon) -> None:
     assert "precious" in message
 
 
-def test_the_mount_point_is_in_use(make_daemon: MakeDaemon, data_path: str) -> None:
+@pytest.mark.parametrize("second_path", ["pager", "pyfuse3"])
+def test_the_mount_point_is_in_use(make_daemon: MakeDaemon, data_path: str, second_path: str) -> None:
+    """By a daemon of the same configuration, whose metrics have the port too."""
+    first = make_daemon(swap__data_path=data_path).start()
+    second = make_daemon(
+        swap__data_path=second_path,
+        swap__mount_point=str(first.mount_point),
+        metrics__listen=first.settings["metrics.listen"],
+    )
+    with first.opened() as swapfile:
+        os.pwrite(swapfile, noise(1), 0)
+        second.fails(InUseError.exit_status)
+        # Nothing but that.
+        by = f"is in use by zswapd, pid {first.pid}"
+        assert second.log() == f"zswapd: the mount point {first.mount_point} {by}\nsee zswapctl status\n"
+        assert os.pread(swapfile, PAGE, 0) == noise(1)
+    assert first.stats()["pid"] == first.pid
+    first.reset()
+    assert first.stop() == 0
+
+
+def test_the_mount_point_is_in_use_by_one_that_is_stopped(make_daemon: MakeDaemon, data_path: str) -> None:
     first = make_daemon(swap__data_path=data_path).start()
     second = make_daemon(swap__data_path=data_path, swap__mount_point=str(first.mount_point))
-    message = second.fails()
-    assert f"{first.mount_point} is in use" in message
-    assert first.stats()["pid"] == first.pid
+    first.signal(signal.SIGSTOP)
+    try:
+        assert "is in use by another zswapd" in second.fails(InUseError.exit_status)
+    finally:
+        first.signal(signal.SIGCONT)
+    assert first.stop() == 0
+
+
+def test_something_else_is_mounted(make_daemon: MakeDaemon, data_path: str) -> None:
+    if os.geteuid() != 0:
+        lacks("root, to mount it")
+    daemon = make_daemon(swap__data_path=data_path)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", daemon.mount_point], check=True)
+    try:
+        assert "something is mounted" in daemon.fails()
+    finally:
+        subprocess.run(["umount", daemon.mount_point], check=True)
+
+
+def test_a_pager_that_another_has_just_started_is_not_taken_for_one_s_own(
+    make_daemon: MakeDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be stopped where the start fails."""
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    first = make_daemon(swap__data_path="pager").start()
+    monkeypatch.setattr("zswapd.pager.PROGRAM", tmp_path / "pager")
+    (tmp_path / "pager").write_text("#!/bin/sh\nsleep 1\nexit 7\n")
+    (tmp_path / "pager").chmod(0o755)
+    with pytest.raises(DaemonError, match="exit status 7"):
+        Pager.start(load(first.config, [], {}))
+    assert first.stop() == 0
 
 
 def test_the_mount_point_may_be_a_symbolic_link(make_daemon: MakeDaemon, data_path: str) -> None:
