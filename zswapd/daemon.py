@@ -19,6 +19,7 @@ from zswapd.footprint import refuse_huge
 from zswapd.fusefs import check_mount_point, connect, mounted, relayed, unmount_dead
 from zswapd.inuse import refuse_in_use
 from zswapd.pager import Pager
+from zswapd.pager_socket import GONE
 
 log = logging.getLogger(__name__)
 
@@ -57,19 +58,20 @@ def _signals() -> Iterator[AsyncIterator[int]]:
 
 
 async def _run_pager(config: Config, signals: AsyncIterator[int]) -> None:
+    mount_point = config.swap.mount_point
     leaked: dict[str, int] | None = None
     async with _pager(config) as (pager, relay):
+        device = pager.status()["device"]
         with metrics.served(pager, config.metrics.address):
             async with relayed(pager, relay):
                 _ready(config, pager)
                 await _until_stopped(config, lambda: _drained(pager), signals)
-                leaked = pager.stop()
+                with suppress(*GONE):
+                    leaked = pager.stop()
     if leaked is None:
-        if _find_pager(config.swap.mount_point):
-            raise DaemonError("the pager has hung up, and goes on serving pages", "start zswapd again")
-        _refuse_lost(config.swap.mount_point)
-        raise DaemonError("the pager has ended unasked, with nothing attached", "its last words are above, or in dmesg")
-    if leaked["objects"]:
+        _refuse_unasked(mount_point, device)
+        log.info("%s has been unmounted, and the pager has ended", mount_point)
+    elif leaked["objects"]:
         log.warning("%(objects)d objects in %(pages)d pages of the pool belonged to no slot", leaked)
     log.info("stopped: nothing is attached or mounted any more")
 
@@ -77,11 +79,22 @@ async def _run_pager(config: Config, signals: AsyncIterator[int]) -> None:
 def _drained(pager: Pager) -> bool:
     try:
         pager.drain()
+    except GONE:
+        pass  # somebody has unmounted its file system, which nobody used
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
         return False
     return True
+
+
+def _refuse_unasked(mount_point: Path, device: int) -> None:
+    """Raises DaemonError unless the pager has ended because its file system, number `device`, was unmounted."""
+    if _find_pager(mount_point):
+        raise DaemonError("the pager has hung up, and goes on serving pages", "start zswapd again")
+    _refuse_lost(mount_point, device)
+    if swapdev.is_mounted(mount_point):
+        raise DaemonError("the pager has ended unasked, with nothing attached", "its last words are above, or in dmesg")
 
 
 @asynccontextmanager
@@ -115,22 +128,31 @@ def _find_pager(mount_point: Path) -> Pager | None:
     """The pager of a mount point. None if it has ended, or there never was one; DaemonError if it does not answer."""
     try:
         return Pager(mount_point)
-    except (FileNotFoundError, ConnectionError):
+    except GONE:
         return None
     except OSError as error:
-        raise DaemonError(
-            f"the pager of {mount_point} does not answer: {error.strerror}", "it is stopped or stuck"
-        ) from None
+        message = f"the pager of {mount_point} does not answer: {error.strerror}"
+        raise DaemonError(message, "it is stopped or stuck") from None
 
 
-def _refuse_lost(mount_point: Path) -> None:
-    """Raises LostSwapError if the pager, which is no more, has left a loop device on its swap file."""
-    if attached := swapdev.discover(mount_point):
-        raise LostSwapError(
-            f"the pager has died while {attached.loop_device} was attached: "
-            f"{format_size(attached.used_bytes)} in swap are lost, and who needs them gets SIGBUS",
-            "end what had pages there, then zswapctl detach --force, then start zswapd again",
-        )
+def _refuse_lost(mount_point: Path, device: int | None = None) -> None:
+    """Raises LostSwapError if the pager, which is no more, has left a loop device on its swap file.
+
+    `device`: the number of its file system, by which the loop device is found after umount --lazy.
+    """
+    attached = swapdev.discover(mount_point, device_number=device)
+    if attached is None:
+        return
+    remedy = "zswapctl detach --force"
+    if not swapdev.discover(mount_point):
+        # zswapctl would not find it.
+        swapoff = f"swapoff {attached.loop_device}; " if attached.is_swap else ""
+        remedy = f"{swapoff}losetup --detach {attached.loop_device}"
+    raise LostSwapError(
+        f"the pager has died while {attached.loop_device} was attached: "
+        f"{format_size(attached.used_bytes)} in swap are lost, and who needs them gets SIGBUS",
+        f"end what had pages there, then {remedy}, then start zswapd again",
+    )
 
 
 async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:
