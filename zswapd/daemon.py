@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import trio
@@ -16,11 +16,14 @@ from zswapd.config import Config, format_size
 from zswapd.engine import EmbeddedEngine, Engine, protect_process
 from zswapd.errors import DaemonError, LostSwapError, ZswapdError
 from zswapd.footprint import refuse_huge
-from zswapd.fusefs import check_mount_point, mounted, relayed, unmount_dead
+from zswapd.fusefs import check_mount_point, connect, mounted, relayed, unmount_dead
+from zswapd.inuse import refuse_in_use
 from zswapd.pager import Pager
+from zswapd.pager_socket import GONE
 
 log = logging.getLogger(__name__)
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PROGRESS_SECONDS = 2
 _RETRY_SECONDS = 10
 
@@ -32,30 +35,43 @@ async def run(config: Config) -> None:
     or is refused (daemon.on_sigterm). If that fails, everything goes on serving, and it is tried again: every few
     seconds, since systemd asks only once, and at the next signal.
     """
-    if limited := memcg.limit_of(os.getpid()):
-        group, limit = limited
-        log.warning("in a memory cgroup with a limit, and the pool with it: %s, %s", group, format_size(limit))
-    # From here on a signal waits for us: it must not end a half-made mount.
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+    with _signals() as signals:
         if config.swap.data_path == "pager":
             await _run_pager(config, signals)
         else:
             await _run_embedded(config, signals)
 
 
+@contextmanager
+def _signals() -> Iterator[AsyncIterator[int]]:
+    """The signals that ask us to stop. From here on they wait for us: none ends a half-made mount.
+
+    One that comes when we no longer listen changes nothing: all is given back, or the error that ends us says why not.
+    """
+    # None is lost between the two handlers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    for number in _SIGNALS:
+        signal.signal(number, lambda number, frame: None)
+    with trio.open_signal_receiver(*_SIGNALS) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        yield signals
+
+
 async def _run_pager(config: Config, signals: AsyncIterator[int]) -> None:
+    mount_point = config.swap.mount_point
     leaked: dict[str, int] | None = None
-    with _pager(config) as pager, metrics.served(pager, config.metrics.address):
-        async with relayed(pager):
-            _ready(config, pager)
-            await _until_stopped(config, lambda: _drained(pager), signals)
-            leaked = pager.stop()
+    async with _pager(config) as (pager, relay):
+        device = pager.status()["device"]
+        with metrics.served(pager, config.metrics.address):
+            async with relayed(pager, relay):
+                _ready(config, pager)
+                await _until_stopped(config, lambda: _drained(pager), signals)
+                with suppress(*GONE):
+                    leaked = pager.stop()
     if leaked is None:
-        if _find_pager(config.swap.mount_point):
-            raise DaemonError("the pager has hung up, and goes on serving pages", "start zswapd again")
-        _refuse_lost(config.swap.mount_point)
-        raise DaemonError("the pager has ended unasked, with nothing attached", "its last words are above, or in dmesg")
-    if leaked["objects"]:
+        _refuse_unasked(mount_point, device)
+        log.info("%s has been unmounted, and the pager has ended", mount_point)
+    elif leaked["objects"]:
         log.warning("%(objects)d objects in %(pages)d pages of the pool belonged to no slot", leaked)
     log.info("stopped: nothing is attached or mounted any more")
 
@@ -63,6 +79,8 @@ async def _run_pager(config: Config, signals: AsyncIterator[int]) -> None:
 def _drained(pager: Pager) -> bool:
     try:
         pager.drain()
+    except GONE:
+        pass  # somebody has unmounted its file system, which nobody used
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
@@ -70,23 +88,35 @@ def _drained(pager: Pager) -> bool:
     return True
 
 
-@contextmanager
-def _pager(config: Config) -> Iterator[Pager]:
-    """The pager that an earlier daemon has left, else a new one, which does not outlive a start that fails."""
+def _refuse_unasked(mount_point: Path, device: int) -> None:
+    """Raises DaemonError unless the pager has ended because its file system, number `device`, was unmounted."""
+    if _find_pager(mount_point):
+        raise DaemonError("the pager has hung up, and goes on serving pages", "start zswapd again")
+    _refuse_lost(mount_point, device)
+    if swapdev.is_mounted(mount_point):
+        raise DaemonError("the pager has ended unasked, with nothing attached", "its last words are above, or in dmesg")
+
+
+@asynccontextmanager
+async def _pager(config: Config) -> AsyncIterator[tuple[Pager, int]]:
+    """The pager that an earlier daemon has left, else a new one, which does not outlive a start that fails; and the
+    relay to it. Raises InUseError if another daemon has the relay, or serves the mount point without a pager."""
     mount_point = config.swap.mount_point
     if pager := _find_pager(mount_point):
+        relay = await connect(pager)
         log.info("found the pager of %s, pid %d, with its pages", mount_point, pager.status()["pid"])
         if pager.stats()["swap_size_bytes"] != config.swap.size:
             log.warning("swap.size is not what the pager serves: stop zswapd and start it again to change it")
-        yield pager
+        yield pager, relay
         return
+    refuse_in_use(mount_point)
     _refuse_lost(mount_point)
     unmount_dead(mount_point)
     check_mount_point(mount_point)
     refuse_huge(config)
     pager = Pager.start(config)
     try:
-        yield pager
+        yield pager, await connect(pager)
     except BaseException:
         # Refused while the swap file is open: who has pages in it keeps them.
         with suppress(OSError):
@@ -98,25 +128,35 @@ def _find_pager(mount_point: Path) -> Pager | None:
     """The pager of a mount point. None if it has ended, or there never was one; DaemonError if it does not answer."""
     try:
         return Pager(mount_point)
-    except (FileNotFoundError, ConnectionError):
+    except GONE:
         return None
     except OSError as error:
-        raise DaemonError(
-            f"the pager of {mount_point} does not answer: {error.strerror}", "it is stopped or stuck"
-        ) from None
+        message = f"the pager of {mount_point} does not answer: {error.strerror}"
+        raise DaemonError(message, "it is stopped or stuck") from None
 
 
-def _refuse_lost(mount_point: Path) -> None:
-    """Raises LostSwapError if the pager, which is no more, has left a loop device on its swap file."""
-    if attached := swapdev.discover(mount_point):
-        raise LostSwapError(
-            f"the pager has died while {attached.loop_device} was attached: "
-            f"{format_size(attached.used_bytes)} in swap are lost, and who needs them gets SIGBUS",
-            "end what had pages there, then zswapctl detach --force, then start zswapd again",
-        )
+def _refuse_lost(mount_point: Path, device: int | None = None) -> None:
+    """Raises LostSwapError if the pager, which is no more, has left a loop device on its swap file.
+
+    `device`: the number of its file system, by which the loop device is found after umount --lazy.
+    """
+    attached = swapdev.discover(mount_point, device_number=device)
+    if attached is None:
+        return
+    remedy = "zswapctl detach --force"
+    if not swapdev.discover(mount_point):
+        # zswapctl would not find it.
+        swapoff = f"swapoff {attached.loop_device}; " if attached.is_swap else ""
+        remedy = f"{swapoff}losetup --detach {attached.loop_device}"
+    raise LostSwapError(
+        f"the pager has died while {attached.loop_device} was attached: "
+        f"{format_size(attached.used_bytes)} in swap are lost, and who needs them gets SIGBUS",
+        f"end what had pages there, then {remedy}, then start zswapd again",
+    )
 
 
 async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:
+    refuse_in_use(config.swap.mount_point)
     refuse_huge(config)
     # Here, page I/O passes through this process. Beside a pager it may be swapped out itself.
     protect_process()
@@ -138,6 +178,9 @@ async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:
 
 
 def _ready(config: Config, engine: Engine) -> None:
+    if limited := memcg.limit_of(os.getpid()):
+        group, limit = limited
+        log.warning("in a memory cgroup with a limit, and the pool with it: %s, %s", group, format_size(limit))
     stats = engine.stats()
     log.info(
         "serving %s of swap at %s with %s, pool limit %s",

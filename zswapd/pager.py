@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 #: Built beside the Python module, and installed with it.
 PROGRAM = Path(__file__).with_name("zswapd-pager")
-_START_SECONDS = 30
+_START_SECONDS = 120
 
 
 #: The configuration's names of those options of the pager that only a new pager takes.
@@ -95,9 +95,18 @@ class Pager:
         )
         deadline = time.monotonic() + _START_SECONDS
         while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                return cls(config.swap.mount_point)
+            # It may have listened for a while before it answers: a large swap file has large tables.
+            with contextlib.suppress(OSError):
+                pager = cls(config.swap.mount_point)
+                # Somebody may have started one at the same moment: ours, then, finds the socket in use, and ends.
+                if pager.status()["pid"] == process.pid:
+                    return pager
             time.sleep(0.01)
+        if process.poll() is None:
+            # Nobody knows of it: nothing is attached.
+            process.kill()
+            process.wait()
+            raise DaemonError(f"the pager did not start within {_START_SECONDS} s", "the machine is short of memory")
         raise DaemonError(f"the pager did not start (exit status {process.returncode})", "it says why above")
 
     def apply(self, config: Config) -> list[str]:
@@ -120,7 +129,8 @@ class Pager:
         return {name[2:]: value for name, value in itertools.pairwise(words) if name.startswith("--")}
 
     def relay(self) -> int:
-        """The descriptor over which the pager hands on what is not for the swap file. Cuts off who had it before."""
+        """The descriptor over which the pager hands on what is not for the swap file. Raises OSError (EBUSY)
+        while another zswapd has it."""
         _, fd = self._ask("relay")
         assert fd is not None, "the answer to relay"
         return fd
@@ -195,7 +205,7 @@ class Pager:
 
     def _write_back(self, command: str) -> Written:
         words = dict(word.split("=", 1) for word in self._ask(command)[0].split())
-        return Written(int(words["pages"]), int(words["bytes"]), words["ended"])
+        return Written(int(words["pages"]), int(words["bytes"]), words["end"])
 
     def _ask(self, command: str) -> tuple[str, int | None]:
         return ask(self._path, command)

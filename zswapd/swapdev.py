@@ -98,9 +98,10 @@ def is_mounted(mount_point: Path, root: Path = ROOT) -> bool:
     return False
 
 
-def discover(mount_point: Path, root: Path = ROOT) -> Attachment | None:
+def discover(mount_point: Path, root: Path = ROOT, device_number: int | None = None) -> Attachment | None:
     """What is attached to the swapfile under `mount_point`, from /sys and /proc alone: does not touch the mount.
 
+    After umount --lazy no path leads there: it is found by the mount's `device_number`, which a pager that lives tells.
     Of several loop devices (half attached, all but one), the one that is swap.
     """
     backing_file = str(mount_point / "swapfile")
@@ -111,7 +112,9 @@ def discover(mount_point: Path, root: Path = ROOT) -> Attachment | None:
             backing = _text(attribute).rstrip("\n")
             device = f"/dev/{attribute.parent.parent.name}"
             # What was unmounted with --lazy shows only its name within the file system.
-            if backing != backing_file and not (backing == "/swapfile" and _is_hidden(device, mount_point)):
+            if backing == "/swapfile" and device_number is None:
+                device_number = _device_number(mount_point)
+            if backing != backing_file and not (backing == "/swapfile" and _backing_device(device) == device_number):
                 continue
             direct_io = attribute.with_name("dio").read_text().strip() == "1"
             size = int((attribute.parent.parent / "size").read_text()) * 512
@@ -123,18 +126,20 @@ def discover(mount_point: Path, root: Path = ROOT) -> Attachment | None:
     return found
 
 
-def _is_hidden(device: str, mount_point: Path) -> bool:
-    """Whether a loop device is over the swap file of the pager of `mount_point`, by number: no path leads there."""
+def _device_number(mount_point: Path) -> int:
+    """The number of the file system that the pager of `mount_point` serves; -1 without a pager."""
     pager = _find_pager(mount_point)
-    if pager is None:
-        return False
+    return pager.status()["device"] if pager else -1
+
+
+def _backing_device(device: str) -> int:
+    """The number of the file system in which a loop device's file lies. That of a pager has but one that can be."""
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
         info = fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(LOOP_INFO64_BYTES))
     finally:
         os.close(fd)
-    # Its first field is the backing file's st_dev, and that file system has no other file that can be a loop device's.
-    return int.from_bytes(info[:8], sys.byteorder) == pager.status()["device"]
+    return int.from_bytes(info[:8], sys.byteorder)
 
 
 def refuse_full(attachment: Attachment, root: Path = ROOT) -> None:

@@ -13,6 +13,7 @@ from zswapd import __version__, swapdev
 from zswapd.bench.ability import cannot_swap
 from zswapd.bench.commands import until_signal
 from zswapd.bench.corpus import build, describe
+from zswapd.bench.damon import switched_off
 from zswapd.bench.leftovers import leftovers
 from zswapd.bench.locked import lock_memory
 from zswapd.bench.measure import LIMIT_SHARE, measure, refuse_to_forget
@@ -53,7 +54,7 @@ def bench(rows: str, size: int, repeats: int, seed: int, directory: Path, pictur
     beside it. "kernel CPU" is that of kernel threads; what the kernel does in a process's name is in the process's.
 
     The row null is a pager that stores nothing: the floor, unverified. It is refused where the kernel could swap out
-    other processes meanwhile, whose pages would be lost.
+    other processes meanwhile, whose pages would be lost. For it, DAMON is off during the run, and on again afterwards.
     """
     pages = size // PAGE
     if picture:
@@ -63,8 +64,6 @@ def bench(rows: str, size: int, repeats: int, seed: int, directory: Path, pictur
         device(row, directory, PAGE)
     if reason := cannot_swap():
         raise ZswapdError(f"this machine cannot swap: {reason}")
-    if NULL in names:
-        refuse_to_forget(Path(), size)
     # The corpus, at the worst as much again in the pool or the programs that the pages come from, and in the end all
     # of the workload's pages.
     if 3 * pages * PAGE > swapdev.mem_available():
@@ -76,6 +75,14 @@ def bench(rows: str, size: int, repeats: int, seed: int, directory: Path, pictur
     with Screen(Console(stderr=as_json)) as screen:
 
         async def work() -> None:
+            if NULL not in names:
+                await compare()
+                return
+            async with switched_off(lambda what: screen.line("DAMON", what, "yellow")):
+                refuse_to_forget(Path(), size)
+                await compare()
+
+        async def compare() -> None:
             names[:] = names or await offered()
             with await build(pages, seed, screen.report) as corpus:
                 screen.line("data", describe(corpus))
