@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio
 
-from zswapd import memcg, metrics, swapdev
+from zswapd import backing, memcg, metrics, policy, swapdev
 from zswapd.config import Config, format_size
 from zswapd.engine import EmbeddedEngine, Engine, protect_process
 from zswapd.errors import DaemonError, LostSwapError, ZswapdError
@@ -26,6 +26,12 @@ log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PROGRESS_SECONDS = 2
 _RETRY_SECONDS = 10
+#: For which systemd waits from one report of a slow start to the next.
+_START_PATIENCE_SECONDS = 120
+
+
+class _StoppedEarlyError(Exception):
+    """A signal came before anything was served."""
 
 
 async def run(config: Config) -> None:
@@ -37,7 +43,8 @@ async def run(config: Config) -> None:
     """
     with _signals() as signals:
         if config.swap.data_path == "pager":
-            await _run_pager(config, signals)
+            with suppress(_StoppedEarlyError):
+                await _run_pager(config, signals)
         else:
             await _run_embedded(config, signals)
 
@@ -60,12 +67,14 @@ def _signals() -> Iterator[AsyncIterator[int]]:
 async def _run_pager(config: Config, signals: AsyncIterator[int]) -> None:
     mount_point = config.swap.mount_point
     leaked: dict[str, int] | None = None
-    async with _pager(config) as (pager, relay):
+    async with _pager(config, signals) as (pager, relay):
         device = pager.status()["device"]
         with metrics.served(pager, config.metrics.address):
-            async with relayed(pager, relay):
+            async with relayed(pager, relay), trio.open_nursery() as policies:
                 _ready(config, pager)
+                policies.start_soon(policy.run, pager, config.writeback)
                 await _until_stopped(config, lambda: _drained(pager), signals)
+                policies.cancel_scope.cancel()
                 with suppress(*GONE):
                     leaked = pager.stop()
     if leaked is None:
@@ -98,15 +107,18 @@ def _refuse_unasked(mount_point: Path, device: int) -> None:
 
 
 @asynccontextmanager
-async def _pager(config: Config) -> AsyncIterator[tuple[Pager, int]]:
+async def _pager(config: Config, signals: AsyncIterator[int]) -> AsyncIterator[tuple[Pager, int]]:
     """The pager that an earlier daemon has left, else a new one, which does not outlive a start that fails; and the
     relay to it. Raises InUseError if another daemon has the relay, or serves the mount point without a pager."""
     mount_point = config.swap.mount_point
     if pager := _find_pager(mount_point):
         relay = await connect(pager)
         log.info("found the pager of %s, pid %d, with its pages", mount_point, pager.status()["pid"])
-        if pager.stats()["swap_size_bytes"] != config.swap.size:
-            log.warning("swap.size is not what the pager serves: stop zswapd and start it again to change it")
+        if waiting := pager.apply(config):
+            log.warning(
+                "not what the pager was started with: %s; stop zswapd to end it, then start", ", ".join(waiting)
+            )
+        policy.start_budget(pager, config.writeback, new=False)
         yield pager, relay
         return
     refuse_in_use(mount_point)
@@ -114,14 +126,55 @@ async def _pager(config: Config) -> AsyncIterator[tuple[Pager, int]]:
     unmount_dead(mount_point)
     check_mount_point(mount_point)
     refuse_huge(config)
-    pager = Pager.start(config)
+    lock = await _prepare_backing(config, signals)
     try:
+        pager = Pager.start(config, lock)
+    finally:
+        if lock is not None:
+            os.close(lock)
+    try:
+        policy.start_budget(pager, config.writeback, new=True)
         yield pager, await connect(pager)
     except BaseException:
         # Refused while the swap file is open: who has pages in it keeps them.
         with suppress(OSError):
             pager.stop()
         raise
+
+
+async def _prepare_backing(config: Config, signals: AsyncIterator[int]) -> int | None:
+    """Looks at the backing disk, and makes it, if it is a file. Returns the descriptor that locks the file.
+
+    May take minutes. Raises BackingError, or _StoppedEarlyError at a signal: the next start goes on with the file.
+    """
+    lock: int | None = None
+    failure: ZswapdError | None = None
+    done = False
+    async with trio.open_nursery() as nursery:
+
+        async def stop() -> None:
+            async for number in signals:
+                log.info("%s: stopping, before anything is served", signal.Signals(number).name)
+                nursery.cancel_scope.cancel()
+
+        nursery.start_soon(stop)
+        try:
+            lock = await backing.prepare(config.writeback, _starting)
+            done = True
+        except ZswapdError as error:  # not out of the nursery: it would come as a group
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure:
+        raise failure
+    if not done:
+        raise _StoppedEarlyError
+    return lock
+
+
+def _starting(what: str) -> None:
+    """Says what a start that takes long is about, and has systemd wait for it."""
+    log.info("%s", what)
+    _notify(f"STATUS={what}\nEXTEND_TIMEOUT_USEC={_START_PATIENCE_SECONDS * 1_000_000}")
 
 
 def _find_pager(mount_point: Path) -> Pager | None:
@@ -189,7 +242,8 @@ def _ready(config: Config, engine: Engine) -> None:
         stats["algorithm"],
         format_size(stats["pool_limit_bytes"]),
     )
-    _notify_ready()
+    # That the file system is mounted.
+    _notify("READY=1\nSTATUS=")
 
 
 async def _until_stopped(config: Config, drained: Callable[[], bool], signals: AsyncIterator[int]) -> None:
@@ -265,8 +319,8 @@ def _log_progress() -> Callable[[int], None]:
     return report
 
 
-def _notify_ready() -> None:
-    """Tells systemd that the file system is mounted (sd_notify(3)), where it is systemd that started us."""
+def _notify(state: str) -> None:
+    """Tells systemd (sd_notify(3)), where it is systemd that started us."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -274,6 +328,6 @@ def _notify_ready() -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
             # A leading @ stands for the zero byte of an abstract address.
             notify.connect("\0" + address[1:] if address.startswith("@") else address)
-            notify.send(b"READY=1")
+            notify.send(state.encode())
     except OSError as error:
-        log.warning("cannot tell systemd that we are ready (NOTIFY_SOCKET): %s", error.strerror)
+        log.warning("cannot tell systemd how we are (NOTIFY_SOCKET): %s", error.strerror)

@@ -1,8 +1,10 @@
-"""When pages are written back, beyond what a full pool asks for: on memory pressure, and by age; and how much may be."""
+"""When pages are written back beyond what a full pool asks for: on memory pressure and by age; and how much may be."""
 
+import errno
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,6 +63,8 @@ class Hysteresis:
 def start_budget(pager: Pager, settings: Writeback, *, new: bool) -> None:
     """Makes the pager keep to the budget, if there is one, and counts what it has written up to now. `new`: the pager
     was started just now. Raises DaemonError: without its state there is no budget to keep to."""
+    # That of a pager that was found may be another than the configured one.
+    settings = settings.model_copy(update={"backing": pager.backing()})
     try:
         if not wear.has_budget(settings):
             if settings.backing:
@@ -83,7 +87,7 @@ def start_budget(pager: Pager, settings: Writeback, *, new: bool) -> None:
 
 async def run(pager: Pager, settings: Writeback) -> None:
     """Decides until it is cancelled. A command to the pager that is under way then is left to the pager."""
-    if settings.backing is None:
+    if pager.backing() is None:
         return
     async with trio.open_nursery() as nursery:
         if pager.budget:
@@ -121,7 +125,7 @@ async def _by_pressure(pager: Pager, threshold: int) -> None:
         now = pressure()
         if now is not None and hysteresis.step(now, stats["writeback"]) and _may_write(pager):
             size = max(SHRINK_LEAST_BYTES, stats["pool_bytes"] // SHRINK_SHARE)
-            await _command(lambda size=size: pager.shrink(size), complaint)
+            await _command(partial(pager.shrink, size), complaint)
 
 
 async def _by_age(pager: Pager, seconds: int) -> None:
@@ -145,7 +149,9 @@ async def _command(command: Callable[[], T], complaint: "_Complaint") -> T | Non
     try:
         result = await trio.to_thread.run_sync(command, abandon_on_cancel=True)
     except OSError as error:
-        complaint.about(f"the pager refuses to write back: {error.strerror}")
+        # Busy: an operator's command is under way.
+        if error.errno != errno.EBUSY:
+            complaint.about(f"the pager refuses to write back: {error.strerror}")
         return None
     if isinstance(result, Written) and result.ended in ("full", "failed"):
         complaint.about(f"writing back ended early, the backing disk: {result.ended}")
