@@ -108,6 +108,15 @@ async def prepare(settings: Writeback, report: Callable[[str], None]) -> int | N
     return lock
 
 
+def being_written(settings: Writeback) -> str | None:
+    """How far a zswapd is that is making the configured file before it serves, for people; None: none is at it."""
+    if settings.backing is None or (written := backing_file.written_bytes(settings.backing)) is None:
+        return None
+    if written >= settings.size or not backing_file.is_locked(settings.backing):
+        return None
+    return f"it is writing the backing file first, {written / settings.size:.0%} of {format_size(settings.size)} so far"
+
+
 def _look_at_device(path: Path, wanted: Writeback, root: Path) -> Disk:
     if wanted.size:
         raise BackingError(f"{path} is a block device: all of it is used", "writeback.size is for files: set it to 0")
@@ -260,10 +269,22 @@ def is_rotational(number: int, root: Path = ROOT) -> bool:
     return any(queue.exists() and queue.read_text().strip() == "1" for queue in queues)
 
 
-def disks(number: int, root: Path = ROOT) -> set[str]:
-    """The names of the disks at the bottom, such as vda."""
-    stack = list(_stack(number, root))
-    return {device.name for device in stack if not any((device / name).exists() for name in ("partition", "loop"))}
+def number_of(path: Path, root: Path = ROOT) -> tuple[int, bool]:
+    """The number of a block device, or of the one that a file is on; and whether it turns."""
+    info = path.stat()
+    number = info.st_rdev if stat.S_ISBLK(info.st_mode) else info.st_dev
+    return number, is_rotational(number, root)
+
+
+def is_on(other: str, number: int, root: Path = ROOT) -> bool:
+    """Whether a path (of a swap area) is on a disk that the block device `number` is on too."""
+    try:
+        theirs, _ = number_of(Path(other), root)
+    except OSError:
+        return False
+    return not {device.name for device in _stack(theirs, root)}.isdisjoint(
+        device.name for device in _stack(number, root)
+    )
 
 
 def mount_of(fd: int, root: Path = ROOT) -> Mount:

@@ -307,14 +307,14 @@ def _remaining(config: Config) -> str:
     return f"{format_size(attachment.used_bytes)} of {attachment.loop_device} must come back into memory"
 
 
-def _log_progress() -> Callable[[int], None]:
+def _log_progress() -> Callable[[swapdev.Remaining], None]:
     next_at = trio.current_time() + _PROGRESS_SECONDS
 
-    def report(remaining_bytes: int) -> None:
+    def report(remaining: swapdev.Remaining) -> None:
         nonlocal next_at
         if trio.current_time() >= next_at:
             next_at = trio.current_time() + _PROGRESS_SECONDS
-            log.info("detaching: %s still in swap", format_size(remaining_bytes))
+            log.info("detaching: still in swap %s", remaining)
 
     return report
 

@@ -195,6 +195,10 @@ class Pager:
         """Moves so many bytes of the coldest objects out of the pool."""
         return self._write_back(f"shrink {size_bytes}")
 
+    def promote(self, on: bool) -> None:
+        """Whether pages that are read from the backing disk may move to the pool."""
+        self._ask(f"promote {'on' if on else 'off'}")
+
     def limit_writing(self, size_bytes: int | None) -> None:
         """Sets what may still be written to the backing disk; None: there is no limit."""
         self._ask(f"writeback-limit {'none' if size_bytes is None else size_bytes}")

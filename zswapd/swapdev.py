@@ -23,7 +23,7 @@ from subprocess import CompletedProcess
 import trio
 
 from zswapd import kernel, memcg
-from zswapd.config import format_size
+from zswapd.config import PAGE_SIZE, format_size
 from zswapd.errors import DaemonError, SwapError
 from zswapd.pager import Pager
 
@@ -65,6 +65,25 @@ class Attachment:
     size_bytes: int
     used_bytes: int
     priority: int
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """What is left while the swap is taken away: bytes in swap; of those, pages on the backing disk; and what the pager
+    still does with that disk: segments that it writes, and that it cleans."""
+
+    used_bytes: int
+    pages_on_disk: int = 0
+    writebacks: int = 0
+    cleanings: int = 0
+
+    def __str__(self) -> str:
+        text = format_size(self.used_bytes)
+        if self.pages_on_disk:
+            text += f", {format_size(self.pages_on_disk * PAGE_SIZE)} of it on the backing disk"
+        if self.writebacks or self.cleanings:
+            text += f" ({self.writebacks} segments being written, {self.cleanings} cleaned)"
+        return text
 
 
 def parse_swaps(text: str) -> list[SwapArea]:
@@ -237,13 +256,13 @@ def _set_writeback_throttling(device: str, target_us: str) -> None:
 
 
 async def detach(
-    mount_point: Path, *, force: bool = False, progress: Callable[[int], None] = lambda remaining: None
+    mount_point: Path, *, force: bool = False, progress: Callable[[Remaining], None] = lambda remaining: None
 ) -> Attachment | None:
     """Brings every page back into memory, frees the loop device and empties the daemon's pool.
 
     Returns what was attached; None: nothing was. A half attached loop device is cleaned up. Unless `force`, refuses
-    if memory or a memory cgroup cannot take the pages back, or if the daemon does not answer. `progress` is called
-    with the bytes that remain in swap. Takes as long as reading every page back does.
+    if memory or a memory cgroup cannot take the pages back, those on the backing disk too, or if the daemon does not
+    answer. `progress` is called with what remains. Takes as long as reading every page back does.
 
     Raises SwapError or DaemonError. On failure or cancellation the swap stays in use and everything goes on
     serving; cancelling waits for the kernel to leave swapoff, which it does between two processes' pages.
@@ -269,7 +288,7 @@ async def detach(
     return detached
 
 
-async def _dismantle(mount_point: Path, progress: Callable[[int], None] = lambda remaining: None) -> None:
+async def _dismantle(mount_point: Path, progress: Callable[[Remaining], None] = lambda remaining: None) -> None:
     while attached := discover(mount_point):
         if attached.is_swap:
             await _swapoff(mount_point, attached.loop_device, progress)
@@ -277,27 +296,31 @@ async def _dismantle(mount_point: Path, progress: Callable[[int], None] = lambda
         await _free_loop(mount_point, attached.loop_device)
 
 
-async def _swapoff(mount_point: Path, device: str, progress: Callable[[int], None]) -> None:
+async def _swapoff(mount_point: Path, device: str, progress: Callable[[Remaining], None]) -> None:
     # Goes on after a cancellation, until swapoff has really ended.
     reporting = trio.CancelScope(shield=True)
+    pager = await trio.to_thread.run_sync(_find_pager, mount_point)
 
     async def report() -> None:
         with reporting:
             while True:
                 for area in read_swaps():
                     if area.path == device:
-                        progress(area.used_bytes)
+                        progress(_remaining(area.used_bytes, pager))
                 await trio.sleep(POLL_SECONDS)
 
     failure: SwapError | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(report)
         try:
+            await _promote(pager, False)
             result = await _run("swapoff", device, check=False)
         except SwapError as error:  # not out of the nursery: it would come as a group
             failure = error
         finally:
             reporting.cancel()
+            with trio.CancelScope(shield=True):
+                await _promote(pager, True)
     if failure:
         raise failure
 
@@ -316,6 +339,21 @@ async def _swapoff(mount_point: Path, device: str, progress: Callable[[int], Non
         hint = "another swapoff of it may be running: it ends by itself"
     remaining = format_size(attached.used_bytes)
     raise SwapError(f"{reason}; {device} stays in use with {remaining}, everything goes on serving", hint)
+
+
+def _remaining(used_bytes: int, pager: Pager | None) -> Remaining:
+    if pager is None:
+        return Remaining(used_bytes)
+    stats = pager.stats()
+    disk = stats["writeback"]
+    return Remaining(used_bytes, stats["pages"]["on_disk"], disk["writebacks_in_flight"], disk["cleanings_in_flight"])
+
+
+async def _promote(pager: Pager | None, on: bool) -> None:
+    """Whether pages that are read from the disk may move to the pool. Not during swapoff: it would grow meanwhile."""
+    if pager and pager.stats()["writeback"]["state"] != "none":
+        with suppress(OSError):
+            await trio.to_thread.run_sync(pager.promote, on)
 
 
 async def _free_loop(mount_point: Path, device: str) -> None:
