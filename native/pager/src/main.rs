@@ -7,7 +7,7 @@
 //! | worker | reads requests from /dev/fuse, answers those on the swap file | never |
 //! | relay-out, relay-in | carry all other requests to pyfuse3, and its replies back | in the kernel's socket code |
 //! | refill | keeps the pool's reserve of memory filled | yes |
-//! | compactor | moves objects together when the pool is fragmented | never |
+//! | compactor | moves objects together when the pool is fragmented; says what workers have to say | in the log |
 //! | main | answers commands on the control socket | yes |
 
 mod args;
@@ -23,6 +23,7 @@ mod socket;
 mod state_file;
 #[cfg(test)]
 mod testing;
+mod trouble;
 
 use std::os::fd::AsFd;
 use std::process::ExitCode;
@@ -49,6 +50,7 @@ pub struct Shared {
     pub relay: relay::Relay,
     pub counters: std::fs::File,
     pub gate: gate::Gate,
+    pub trouble: trouble::Trouble,
     /// Ends the pager when the file system is gone.
     pub closer: socket::Closer,
     /// Of the mount.
@@ -85,6 +87,7 @@ fn run() -> Result<(), String> {
         relay: relay::Relay::new(device.clone()),
         counters: counters.into(),
         gate: gate::Gate::default(),
+        trouble: trouble::Trouble::default(),
         closer: listener.closer().map_err(|error| failed("control socket")(&error))?,
         device_number,
         protected,
@@ -129,8 +132,10 @@ fn refill(shared: &Shared) {
 fn compact(shared: &Shared) {
     let store = shared.engine.store();
     store.pool().become_compactor();
+    shared.trouble.become_teller();
     loop {
         std::thread::park();
+        shared.trouble.say();
         if store.pool().wants_compaction() {
             store.compact();
         }
