@@ -106,8 +106,11 @@ fn run() -> Result<(), String> {
     .and_then(|()| channel::spawn(&shared, device.as_fd(), &args));
     let result =
         spawned.map_err(|error| failed("cannot start a thread")(&error)).map(|()| control::serve(&listener, &shared));
-    // Nobody has the swap file open when we come here; a failed start is not attached yet.
-    let _gone_already = mount::unmount(&args.mount_point);
+    // Nobody has the swap file open when we come here; a failed start is not attached yet. Somebody else may have
+    // unmounted it, and mounted something else there.
+    if mount::device_number(&args.mount_point).is_ok_and(|now| now == device_number) {
+        let _gone_already = mount::unmount(&args.mount_point);
+    }
     result
 }
 
