@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::task::{ready, Poll};
 use std::thread;
 use std::time::{Duration, Instant};
-use zswapd_core::codec::Scratch;
+use zswapd_core::scratch::Scratch;
 use zswapd_core::store::Detached;
 use zswapd_fuse::reply;
 use zswapd_fuse::swapfile::{self, Tools};
