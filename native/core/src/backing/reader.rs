@@ -64,7 +64,7 @@ impl CleanBuffer {
 
     /// The next record, as its header says, which nobody has verified. None: that was the last one.
     pub fn next_record(&mut self) -> Option<Record> {
-        let mut records = Records { at: self.at, ..records_of(&self.buffer[..self.length], self.start) };
+        let mut records = Records { bytes: &self.buffer[..self.length], start: self.start, at: self.at };
         // Since it was read whole there are no errors.
         self.record = records.next().and_then(|record| record.ok());
         self.at = records.at;

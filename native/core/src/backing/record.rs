@@ -112,9 +112,9 @@ pub struct Damaged;
 /// The records of a segment as it was read back, one behind the other, as their headers say, which nobody has verified.
 /// Ends with the bytes, or behind an error.
 pub struct Records<'a> {
-    bytes: &'a [u8],
+    pub(super) bytes: &'a [u8],
     /// Where on the disk `bytes` begin, and where in `bytes` the next record does.
-    start: u64,
+    pub(super) start: u64,
     pub(super) at: usize,
 }
 
