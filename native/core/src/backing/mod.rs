@@ -15,6 +15,8 @@
 //! read. Nothing here allocates on the way of a page, and no lock is held over a transfer.
 
 mod cipher;
+#[cfg(test)]
+mod cleaning_tests;
 mod disk;
 #[cfg(any(test, debug_assertions))]
 mod faults;

@@ -284,6 +284,25 @@ impl Table {
         self.enlist(index);
     }
 
+    /// That lists and sums are what the segments say.
+    #[cfg(test)]
+    pub fn check(&self) {
+        for (n, list) in self.lists.iter().enumerate() {
+            let members: Vec<_> =
+                (0u32..).zip(&self.segments).filter(|(_, segment)| segment.list() == Some(n)).collect();
+            let live: u64 = members.iter().map(|(_, segment)| u64::from(segment.live)).sum();
+            assert_eq!((list.count as usize, list.live), (members.len(), live), "list {n}");
+            let mut listed: Vec<u32> = std::iter::successors(Some(list.first), |&at| Some(self[at].next))
+                .take_while(|&at| at != NONE)
+                .collect();
+            listed.sort_unstable();
+            assert_eq!(listed, members.iter().map(|(index, _)| *index).collect::<Vec<_>>(), "list {n}");
+        }
+        assert_eq!(self.live, self.segments.iter().map(|segment| u64::from(segment.live)).sum::<u64>());
+        assert!(self.segments.iter().all(|segment| segment.live <= segment.written || segment.state == State::Free));
+        assert_eq!(self.cleaning as usize, self.segments.iter().filter(|s| s.state == State::Cleaning).count());
+    }
+
     /// Puts a segment at the end of its list.
     fn enlist(&mut self, index: u32) {
         let Some(n) = self[index].list() else { return };

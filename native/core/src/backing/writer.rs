@@ -71,9 +71,16 @@ impl Writer {
 
     /// Writes what was added, in whole blocks, and waits for the disk. From its success on all records are live.
     ///
-    /// Errors: [`Error::DiskWrite`]: no record is live, and none may be published; `records` are listed until `finish`.
+    /// Errors: [`Error::DiskWrite`]: no record is live, and none may be published; `records` are listed until `finish`,
+    /// and more cannot be added.
     pub fn write(&mut self, backing: &Backing) -> Result<()> {
-        let Some((segment, purpose)) = self.segment.filter(|_| self.used > 0 && !self.written) else { return Ok(()) };
+        let (segment, purpose) = match self.segment {
+            _ if self.records.is_empty() => return Ok(()),
+            Some(_) if self.written => return Ok(()),
+            Some(segment) => segment,
+            // It has failed before.
+            None => return Err(Error::NoWriteback),
+        };
         let start = Instant::now();
         let blocks = self.used.next_multiple_of(BLOCK);
         self.buffer[self.used..blocks].fill(0);
