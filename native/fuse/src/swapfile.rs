@@ -5,10 +5,10 @@
 use crate::init::MAX_READ;
 use crate::wire::Operation;
 use std::task::{ready, Poll};
-use zswapd_core::scratch::Scratch;
 use zswapd_core::engine::Engine;
 use zswapd_core::error::{self, Error};
 use zswapd_core::page::PAGE_SIZE;
+use zswapd_core::scratch::Scratch;
 use zswapd_core::store::Detached;
 
 /// Nodeid, inode number and mode of the swap file. pyfuse3's side uses the same.

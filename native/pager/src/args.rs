@@ -62,7 +62,12 @@ pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Args, String> {
     let backing = Backing {
         path: path.clone().unwrap_or_default(),
         encryption: values.take("--encryption", Some("on"), "on or off", one_of(&["off", "on"]))? == 1,
-        incompressible: values.take("--incompressible", Some("writeback"), "keep, writeback or first", incompressible)?,
+        incompressible: values.take(
+            "--incompressible",
+            Some("writeback"),
+            "keep, writeback or first",
+            incompressible,
+        )?,
         accept_threshold_percent: values.take(
             "--accept-threshold",
             Some("90"),

@@ -317,10 +317,8 @@ fn backing(shared: &Shared) -> Result<&Backing, Error> {
 /// Has the sweeper write pages back; the reply says what it has done.
 fn sweep(shared: &Shared, what: What) -> Result<Reply, Error> {
     backing(shared)?;
-    let busy = || Error::System {
-        what: "another writeback is under way",
-        source: io::Error::from_raw_os_error(libc::EBUSY),
-    };
+    let busy =
+        || Error::System { what: "another writeback is under way", source: io::Error::from_raw_os_error(libc::EBUSY) };
     let swept = shared.sweeper.sweep(what).ok_or_else(busy)?;
     Ok(Reply::Meanwhile(Box::new(move |_| match swept.try_recv() {
         Ok(Swept { job, end }) => {

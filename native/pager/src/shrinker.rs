@@ -126,7 +126,9 @@ fn sweep(shared: &Shared, shrinker: &mut Shrinker, job: &mut Job) -> End {
             Ok(true) => {}
             Ok(false) => return End::Done,
             // The cleaner is making some.
-            Err(Error::BackingFull) if store.backing().is_some_and(|backing| backing.has_room()) => thread::sleep(PAUSE),
+            Err(Error::BackingFull) if store.backing().is_some_and(|backing| backing.has_room()) => {
+                thread::sleep(PAUSE)
+            }
             Err(Error::BackingFull) => return End::Full,
             Err(Error::BudgetUsedUp) => return End::Budget,
             Err(_) => return End::Failed,

@@ -137,7 +137,11 @@ impl Kernel {
     /// A pager with a backing disk of `DISK` bytes.
     pub fn with_disk(mem_limit: u64, disk: impl Disk + 'static) -> Kernel {
         let (bytes, encryption, incompressible) = (DISK as u64, true, Incompressible::Writeback);
-        Kernel::start(mem_limit, u64::MAX, Some(DiskOptions { disk: Box::new(disk), bytes, encryption, incompressible }))
+        Kernel::start(
+            mem_limit,
+            u64::MAX,
+            Some(DiskOptions { disk: Box::new(disk), bytes, encryption, incompressible }),
+        )
     }
 
     fn start(mem_limit: u64, stored: u64, disk: Option<DiskOptions>) -> Kernel {

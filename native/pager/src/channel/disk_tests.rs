@@ -79,7 +79,8 @@ fn when_all_wait_for_the_disk_the_first_to_be_free_goes_on() {
     let pages = on_disk(&kernel, 8);
     for _ in 0..20 {
         disk.hold(READS, true);
-        let mut expected: Vec<_> = pages.iter().enumerate().map(|(n, page)| answer(send_read(&kernel, n), page)).collect();
+        let mut expected: Vec<_> =
+            pages.iter().enumerate().map(|(n, page)| answer(send_read(&kernel, n), page)).collect();
         disk.wait_for(READS, WORKERS);
         expected.push(answer(send_read(&kernel, 8), &[0; PAGE_SIZE]));
         disk.hold(READS, false);

@@ -3,9 +3,9 @@
 use super::*;
 use crate::socket::{address_of, check, seqpacket};
 use crate::testing::*;
-use zswapd_core::backing::{Disk, Faults, MemoryDisk};
 use proptest::prelude::*;
 use std::path::PathBuf;
+use zswapd_core::backing::{Disk, Faults, MemoryDisk};
 use zswapd_fuse::wire::opcode;
 
 /// A pager that answers commands until the process ends, or until `stop`.
@@ -302,9 +302,15 @@ fn what_is_no_writeback_is_refused() {
 fn without_a_disk_there_is_no_writeback() {
     let control = Control::new();
     let none = format!("error {} ", libc::ENODEV);
-    for command in
-        ["idle all", "writeback all", "writeback page 1", "shrink 4096", "writeback-limit none", "accept-threshold 90", "promote on"]
-    {
+    for command in [
+        "idle all",
+        "writeback all",
+        "writeback page 1",
+        "shrink 4096",
+        "writeback-limit none",
+        "accept-threshold 90",
+        "promote on",
+    ] {
         let answer = control.ask(command.as_bytes());
         assert!(answer.starts_with(&none), "{command}: {answer}");
     }
