@@ -12,6 +12,7 @@
 
 mod args;
 mod channel;
+mod compactor;
 mod control;
 mod gate;
 mod idle;
@@ -100,7 +101,7 @@ fn run() -> Result<(), String> {
     })
     .and_then(|()| {
         let shared = shared.clone();
-        process::spawn("compactor", move || compact(&shared))
+        process::spawn("compactor", move || compactor::run(&shared))
     })
     .and_then(|()| relay::spawn(&shared))
     .and_then(|()| channel::spawn(&shared, device.as_fd(), &args));
@@ -127,20 +128,6 @@ fn refill(shared: &Shared) {
                 eprintln!("zswapd-pager: {error}; trying again");
                 std::thread::park_timeout(std::time::Duration::from_millis(100));
             }
-        }
-    }
-}
-
-/// Compacts when it is worth it or asked for, for ever.
-fn compact(shared: &Shared) {
-    let store = shared.engine.store();
-    store.pool().become_compactor();
-    shared.trouble.become_teller();
-    loop {
-        std::thread::park();
-        shared.trouble.say();
-        if store.pool().wants_compaction() {
-            store.compact();
         }
     }
 }
