@@ -102,7 +102,7 @@ impl Store {
         if old.read(&writeback.backing, victim).is_err() {
             return Ok(());
         }
-        while let Some(Ok(record)) = old.next_record() {
+        while let Some(record) = old.next_record() {
             // A hint: the slot is not locked.
             let names =
                 |word: &Word| (word.entry(), word.generation()) == (Entry::Disk(record.location), record.generation);
