@@ -15,6 +15,7 @@
 mod args;
 mod backing;
 mod channel;
+mod compactor;
 mod control;
 mod crew;
 mod gate;
@@ -111,7 +112,7 @@ fn run() -> Result<(), String> {
     })
     .and_then(|()| {
         let shared = shared.clone();
-        process::spawn("compactor", move || compact(&shared))
+        process::spawn("compactor", move || compactor::run(&shared))
     })
     .and_then(|()| args.backing.as_ref().map_or(Ok(()), |backing| shrinker::spawn(&shared, orders, backing)))
     .and_then(|()| relay::spawn(&shared))
@@ -139,20 +140,6 @@ fn refill(shared: &Shared) {
                 eprintln!("zswapd-pager: {error}; trying again");
                 std::thread::park_timeout(std::time::Duration::from_millis(100));
             }
-        }
-    }
-}
-
-/// Compacts when it is worth it or asked for, for ever.
-fn compact(shared: &Shared) {
-    let store = shared.engine.store();
-    store.pool().become_compactor();
-    shared.trouble.become_teller();
-    loop {
-        std::thread::park();
-        shared.trouble.say();
-        if store.pool().wants_compaction() {
-            store.compact();
         }
     }
 }
