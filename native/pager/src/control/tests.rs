@@ -274,6 +274,7 @@ fn the_limit_and_the_disk_end_a_writeback_early() {
 
     let control = with_disk(Faults::new(memory(), "write:1-:eio").expect("valid"), 8);
     assert_eq!(control.ask(b"writeback all"), "ok pages=0 bytes=0 end=failed");
+    assert!(control.shared.disk_trouble.say(), "not in the log");
     assert_eq!(control.kernel.read(0, 8 * 4096), Ok(noise(1, 8)));
 }
 
