@@ -7,8 +7,10 @@ pub fn run(shared: &Shared) {
     let store = shared.engine.store();
     store.pool().become_compactor();
     shared.trouble.become_teller();
+    shared.disk_trouble.become_teller();
     loop {
         shared.trouble.say();
+        shared.disk_trouble.say();
         // Again after a run that has freed something: meanwhile there may have come more than wakes us.
         while store.pool().wants_compaction() && store.compact() > 0 {}
         std::thread::park();

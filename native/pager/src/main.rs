@@ -55,7 +55,9 @@ pub struct Shared {
     pub relay: relay::Relay,
     pub counters: std::fs::File,
     pub gate: gate::Gate,
+    /// Of the page channel, and of the backing disk.
     pub trouble: trouble::Trouble,
+    pub disk_trouble: trouble::Trouble,
     pub sweeper: shrinker::Sweeper,
     /// Ends the pager when the file system is gone.
     pub closer: socket::Closer,
@@ -98,7 +100,8 @@ fn run() -> Result<(), String> {
         relay: relay::Relay::new(device.clone()),
         counters: counters.into(),
         gate: gate::Gate::default(),
-        trouble: trouble::Trouble::default(),
+        trouble: trouble::Trouble::new("cannot read from /dev/fuse"),
+        disk_trouble: trouble::Trouble::new("cannot write to the backing disk, and keep in memory what was to go there"),
         sweeper,
         closer: listener.closer().map_err(|error| failed("control socket")(&error))?,
         device_number,

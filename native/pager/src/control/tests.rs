@@ -265,11 +265,16 @@ fn the_limit_and_the_disk_end_a_writeback_early() {
     let control = with_disk(memory(), 128);
     assert_eq!(control.ask(b"writeback-limit 4096").trim(), "ok");
     assert_eq!(control.ask(b"writeback all"), "ok pages=0 bytes=0 end=budget");
-    assert_eq!(control.ask(b"writeback-limit none").trim(), "ok");
+    let left = || control.shared.engine.store().metrics().writeback_budget_bytes.get();
+    for (command, bytes) in [("+4096", 8192), ("none", u64::MAX), ("+4096", 4096), ("none", u64::MAX)] {
+        assert_eq!(control.ask(format!("writeback-limit {command}").as_bytes()).trim(), "ok");
+        assert_eq!(left(), bytes);
+    }
     assert!(control.ask(b"writeback all").starts_with("ok pages=128 "));
 
     let control = with_disk(Faults::new(memory(), "write:1-:eio").expect("valid"), 8);
     assert_eq!(control.ask(b"writeback all"), "ok pages=0 bytes=0 end=failed");
+    assert!(control.shared.disk_trouble.say(), "not in the log");
     assert_eq!(control.kernel.read(0, 8 * 4096), Ok(noise(1, 8)));
 }
 
@@ -307,6 +312,8 @@ fn what_is_no_writeback_is_refused() {
         "shrink 10%",
         "writeback-limit",
         "writeback-limit 1G",
+        "writeback-limit ++1",
+        "writeback-limit -1",
         "accept-threshold 0",
         "accept-threshold 101",
         "accept-threshold 90%",
