@@ -33,7 +33,8 @@ class Budget:
     """What was written to a backing disk, by hour, and what the pager may still write. Any thread may ask `left`."""
 
     def __init__(self, settings: Writeback, now: Callable[[], float] = time.time) -> None:
-        """Reads the state file. One that is damaged counts as if the whole budget were used up in this hour."""
+        """Reads the state file. One that is damaged counts as if the whole budget were used up in this hour; one that
+        cannot be read raises OSError."""
         assert settings.backing is not None, "a backing disk is configured"
         self._hourly, self._daily = settings.budget_per_hour, settings.budget_per_day
         self._now = now
@@ -46,7 +47,7 @@ class Budget:
             self._read(self._path.read_text())
         except FileNotFoundError:
             log.info("counting what is written to %s in %s, from 0", settings.backing, self._path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             log.error(
                 "the wear budget's state is damaged, and all of the budget counts as used up (%s); to begin at 0, "
                 "remove %s",
@@ -134,10 +135,13 @@ def has_budget(settings: Writeback) -> bool:
 
 def left_of(settings: Writeback, unused: int | None) -> int | None:
     """What may still be written, as who is not the daemon sees it: from the state file, and what the pager has left.
-    None: there is no budget."""
+    None: there is no budget. 0 where the state file cannot be read."""
     if not has_budget(settings):
         return None
-    budget = Budget(settings)
+    try:
+        budget = Budget(settings)
+    except OSError:
+        return 0
     budget.observe(unused)
     return budget.left()
 
