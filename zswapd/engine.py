@@ -58,6 +58,7 @@ class EngineStats(TypedDict):
     stores: int
     discards: int
     pages_compacted: int
+    movers_awaited: int
     rejected_stores: dict[str, int]
     errors: dict[str, int]
     load_latency: LatencyStats

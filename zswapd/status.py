@@ -188,6 +188,8 @@ def _errors(stats: dict[str, Any]) -> list[Text]:
     counts = {**stats["errors"], **stats["rejected_stores"]}
     lines = [f"{count:,} {meaning.get(name, name)}" for name, count in counts.items() if count]
     texts = [Text(line, style="bold red") for line in lines]
+    if movers := stats["movers_awaited"]:
+        texts.append(Text(f"ending: waiting for {movers} to finish moving objects of the pool", "yellow"))
     if lost := stats["pages"]["lost"]:
         # The kernel has not forgotten a page whose store was refused.
         texts.append(

@@ -163,6 +163,7 @@ SCHEMA = {
     "stores": int,
     "discards": int,
     "pages_compacted": int,
+    "movers_awaited": int,
     "rejected_stores": dict.fromkeys(("pool_full", "no_memory", "out_of_range"), int),
     "errors": dict.fromkeys(("lost", "corrupt"), int),
     "load_latency": HISTOGRAM,

@@ -153,6 +153,7 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
             ("stores", metrics.stores.get()),
             ("discards", metrics.discards.get()),
             ("pages_compacted", metrics.pages_compacted.get()),
+            ("movers_awaited", metrics.movers_awaited.get()),
         ],
     )?;
     let algorithm = if metrics.algorithm.get() == 0 { Algorithm::Lz4 } else { Algorithm::Zstd };

@@ -304,8 +304,11 @@ impl Pool {
     /// who are moving objects; they finish the step that they are at. No region is isolated by then, and what they have
     /// freed is back in the arena: a mover leaves the gate last. Returns how many were still there: the pool may not be dropped then.
     pub fn destroy(&self, patience: Duration, mut leaked: impl FnMut(usize, &[u8])) -> u32 {
-        self.base.movers.close();
-        let inside = self.base.movers.wait(patience);
+        let (movers, awaited) = (&self.base.movers, &self.base.metrics.movers_awaited);
+        movers.close();
+        awaited.set(u64::from(movers.inside()));
+        let inside = movers.wait(patience);
+        awaited.set(u64::from(inside));
         if inside > 0 {
             return inside;
         }

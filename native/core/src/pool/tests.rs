@@ -339,3 +339,17 @@ fn what_cannot_be_moved_does_not_keep_other_regions() {
         assert!(backed <= regions * u64::from(REGION_PAGES), "{backed} pages, {} in use", used_pages(&pool));
     }
 }
+
+#[test]
+fn the_end_says_for_how_many_it_waits() {
+    let pool = pool(Allocator::Zsmalloc, 1, NO_LIMIT);
+    let awaited = || pool.base.metrics.movers_awaited.get();
+    let mover = pool.base.movers.enter().expect("open");
+    assert_eq!((pool.destroy(Duration::ZERO, |_, _| ()), awaited()), (1, 1));
+    std::thread::scope(|scope| {
+        let end = scope.spawn(|| pool.destroy(Duration::from_secs(60), |_, _| ()));
+        assert_eq!(awaited(), 1);
+        drop(mover);
+        assert_eq!((end.join().expect("no panic"), awaited()), (0, 0));
+    });
+}
