@@ -64,6 +64,7 @@ class EngineStats(TypedDict):
     load_latency: LatencyStats
     store_latency: LatencyStats
     mover_waits: LatencyStats
+    #: Empty for z3fold, which has no size classes.
     classes: list[ClassStats]
 
 

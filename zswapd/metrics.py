@@ -114,7 +114,8 @@ class EngineCollector(Collector):
             "zswapd_zspages",
             "Zspages by the share of their objects that is in use: below this, or full.",
             "fullness",
-            dict(zip(bounds, map(sum, groups), strict=True)),
+            # No allocator but zsmalloc has any.
+            dict(zip(bounds if stats["classes"] else (), map(sum, groups), strict=True)),
         )
 
 

@@ -101,7 +101,7 @@ def test_classes_are_shown_with_their_sum() -> None:
     ]
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(status.render_classes({"classes": classes}))
+        console.print(status.render_classes({"allocator": "zsmalloc", "classes": classes}))
     rows = [line.split() for line in capture.get().splitlines()[1:]]
     assert rows == [
         ["1024", "3", "10", "10,456", "1,063", "3", "12", "48", "1,000", "2.0", "KiB"],
