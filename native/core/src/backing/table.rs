@@ -236,7 +236,9 @@ impl Table {
             free if free < enough.min(self.segments.len() as u32 / 2) => SPARSE,
             _ => return None,
         };
-        if self.failed || !self.has_budget() || !self.may_clean(fullest) {
+        // The cleaner that has a victim has the budget too, for the segment that more of them go to.
+        let has_budget = self.cleaning > 0 || self.has_budget();
+        if self.failed || !has_budget || !self.may_clean(fullest) {
             return None;
         }
         self.lists[1..=fullest].iter().map(|list| list.first).find(|&first| first != NONE)
