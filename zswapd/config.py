@@ -11,10 +11,11 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from zswapd import mountpoint
 from zswapd.errors import ConfigError
 
 DEFAULT_PATH = Path("/etc/zswapd/zswapd.toml")
@@ -66,6 +67,9 @@ def _whole_pages(value: object) -> int:
     return size
 
 
+_ZERO_OR_SIZE = BeforeValidator(lambda value: 0 if value == 0 and value is not False else _whole_pages(value))
+
+
 def _share_or_size(value: object) -> int | str:
     if isinstance(value, str) and value.strip().endswith("%"):
         percent = value.strip()[:-1]
@@ -84,7 +88,7 @@ def _absolute(value: object) -> Path:
     # Path keeps a leading "//", which the kernel never shows: the path would not match its loop device.
     path = Path("/", *path.parts[1:])
     if path == Path("/"):
-        raise ValueError("/ cannot be the mount point")
+        raise ValueError("/ cannot be it")
     return path
 
 
@@ -150,6 +154,27 @@ class Compression(_Section):
     zstd_level: Annotated[int, Field(ge=1, le=22, description="an integer from 1 to 22")] = 3
 
 
+class Writeback(_Section):
+    """What is not the default needs a backing disk: see `_refuse_together`."""
+
+    backing: Annotated[
+        Path | None,
+        BeforeValidator(lambda value: None if value == "" else _absolute(value)),
+        Field(description='the absolute path, without .., of a block device or a file; "" for none'),
+    ] = None
+    size: Annotated[int, _ZERO_OR_SIZE, Field(description="0 for a block device; of a file 16MiB to 1TiB")] = 0
+    encryption: Annotated[bool, Field(description="true or false")] = True
+    incompressible: Annotated[Literal["keep", "writeback", "first"], Field(description="keep, writeback or first")] = (
+        "writeback"
+    )
+    accept_threshold_percent: Annotated[int, Field(ge=1, le=100, description="an integer from 1 to 100")] = 90
+    budget_per_hour: Annotated[int, _ZERO_OR_SIZE, Field(description=f"0 for no budget, or {_SIZE_HELP}")] = 0
+    budget_per_day: Annotated[int, _ZERO_OR_SIZE, Field(description=f"0 for no budget, or {_SIZE_HELP}")] = 0
+    idle_after: Annotated[int, Field(ge=0, le=30 * 86400, description="seconds, up to 30 days; 0 for never")] = 0
+    pressure: Annotated[int, Field(ge=0, le=100, description="a percentage of time from 1 to 100; 0 for never")] = 10
+    shrinkers: Annotated[int, Field(ge=1, le=8, description="an integer from 1 to 8")] = 2
+
+
 class Metrics(_Section):
     listen: Annotated[
         str,
@@ -179,6 +204,7 @@ class Config(_Section):
     pool: Pool = Pool()
     pager: Pager = Pager()
     compression: Compression = Compression()
+    writeback: Writeback = Writeback()
     metrics: Metrics = Metrics()
     daemon: Daemon = Daemon()
 
@@ -188,6 +214,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "pool": Pool,
     "pager": Pager,
     "compression": Compression,
+    "writeback": Writeback,
     "metrics": Metrics,
     "daemon": Daemon,
 }
@@ -198,8 +225,8 @@ _ENV_KEYS = {ENV_PREFIX + key.replace(".", "_").upper(): key for key in _KEYS}
 def load(path: Path | None, overrides: Sequence[str], environ: Mapping[str, str]) -> Config:
     """The configuration from the file, `environ` and `overrides` (each "section.key=value").
 
-    The file is `path`, else $ZSWAPD_CONFIG, else /etc/zswapd/zswapd.toml if that exists. Reads disk.
-    Raises ConfigError.
+    The file is `path`, else $ZSWAPD_CONFIG, else /etc/zswapd/zswapd.toml if that exists. Symbolic links to the mount
+    point are followed, once and for all. Reads disk, but not the mount. Raises ConfigError.
     """
     values: dict[str, object] = {}  # by "section.key"; later sources win
     source: dict[str, str] = {}
@@ -215,7 +242,7 @@ def load(path: Path | None, overrides: Sequence[str], environ: Mapping[str, str]
         section, name = key.split(".")
         tree[section][name] = value
     try:
-        return Config.model_validate(tree)
+        config = _resolved(Config.model_validate(tree), source.get("swap.mount_point", "default"))
     except ValidationError as error:
         first = error.errors()[0]
         section, name = str(first["loc"][0]), str(first["loc"][1])
@@ -223,6 +250,42 @@ def load(path: Path | None, overrides: Sequence[str], environ: Mapping[str, str]
         reason = first["msg"].removeprefix("Value error, ")
         takes = _SECTIONS[section].model_fields[name].description
         raise ConfigError(f"{source[key]}: {key} = {values[key]!r}: {reason}", f"{key} takes {takes}") from None
+    _refuse_together(config, source)
+    return config
+
+
+def _refuse_together(config: Config, source: Mapping[str, str]) -> None:
+    """Raises ConfigError where values are good each by itself, but not together."""
+
+    def refuse(name: str, why: str, hint: str) -> NoReturn:
+        key = f"writeback.{name}"
+        value = getattr(config.writeback, name)
+        raise ConfigError(f"{source.get(key, 'defaults')}: {key} = {value}: {why}", hint)
+
+    given = config.writeback
+    if given.backing is None:
+        for name in ("size", "budget_per_hour", "budget_per_day", "idle_after"):
+            if getattr(given, name):
+                refuse(name, "nothing is written back without a disk", "name it: writeback.backing")
+        return
+    if given.backing.is_relative_to(config.swap.mount_point):
+        refuse("backing", "in zswapd's own file system", "name a block device, or a file on a disk")
+    if config.swap.data_path != "pager":
+        hint = 'set swap.data_path = "pager", or writeback.backing = ""'
+        refuse("backing", 'needs the pager, and swap.data_path is "pyfuse3"', hint)
+    if 0 < given.budget_per_day < given.budget_per_hour:
+        refuse("budget_per_hour", f"more than budget_per_day = {given.budget_per_day}", "lower it, or raise the other")
+
+
+def _resolved(config: Config, origin: str) -> Config:
+    """With the mount point's real name: the kernel knows no other, and the pager's socket lies beside it."""
+    mount_point = mountpoint.resolve(config.swap.mount_point)
+    try:
+        mountpoint.refuse_long(mount_point)
+    except ValueError as error:
+        hint = "swap.mount_point takes a shorter path, such as /run/zswapd/mnt"
+        raise ConfigError(f"{origin}: swap.mount_point = {os.fspath(mount_point)!r}: {error}", hint) from None
+    return config.model_copy(update={"swap": config.swap.model_copy(update={"mount_point": mount_point})})
 
 
 _Layer = Iterable[tuple[str, str, object]]  # (source, "section.key", value)

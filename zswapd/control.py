@@ -3,27 +3,42 @@
 A file is read whole as of its opening; each write is one command.
 """
 
+import errno
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from zswapd import __version__
 from zswapd.config import MAX_SIZE, PAGE_SIZE, parse_size
 from zswapd.engine import Engine
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 ALGORITHMS = ("lz4", "zstd")
+#: Why a command to write back ends early.
+ENDS = {
+    "budget": (errno.EDQUOT, "the budget is used up"),
+    "full": (errno.ENOSPC, "the backing disk is full"),
+    "failed": (errno.EIO, "the backing disk has failed"),
+}
 
 
 @dataclass(frozen=True)
 class ControlFile:
     """`read` gives the contents; `write` takes a command and raises ValueError (EINVAL) or OSError.
 
-    One that is None makes the file write-only or read-only. Neither may wait for a page.
+    One that is None makes the file write-only or read-only. Neither may wait for a page. A `write` that is `slow` waits
+    for the disk: it is to be called in a thread of its own.
     """
 
     read: Callable[[], str] | None = None
     write: Callable[[str], None] | None = None
+    slow: bool = False
 
     @property
     def mode(self) -> int:
@@ -59,6 +74,11 @@ def control_files(engine: Engine) -> dict[str, ControlFile]:
         "mem_limit": ControlFile(read=lambda: f"{engine.stats()['pool_limit_bytes']}\n", write=set_mem_limit),
         "compact": ControlFile(write=compact),
         "reset": ControlFile(write=reset),
+        "writeback": ControlFile(write=lambda command: _write_back(engine, command), slow=True),
+        "idle": ControlFile(write=lambda command: _mark_idle(engine, command), slow=True),
+        "bd_stat": ControlFile(read=lambda: _bd_stat(engine)),
+        "backing_dev": ControlFile(read=lambda: f"{engine.backing() or 'none'}\n"),
+        "writeback_limit": ControlFile(read=lambda: _writeback_limit(engine)),
     }
 
 
@@ -97,6 +117,20 @@ def _io_stat(engine: Engine) -> str:
     return _columns((sum(stats["errors"].values()), full, rejected["out_of_range"], stats["discards"]))
 
 
+def _bd_stat(engine: Engine) -> str:
+    """zram's columns, in units of 4 KiB: pages on the disk, read from it, written to it (cleaning included)."""
+    stats = engine.stats()
+    counts = stats["writeback"]
+    written = counts["written_bytes"] + counts["cleaning_bytes"]
+    return _columns((stats["pages"]["on_disk"], counts["read_bytes"] // PAGE_SIZE, written // PAGE_SIZE))
+
+
+def _writeback_limit(engine: Engine) -> str:
+    """What may still be written, in units of 4 KiB as in zram; none: there is no budget."""
+    left = engine.stats()["writeback"]["budget_bytes"]
+    return "none\n" if left is None else f"{left // PAGE_SIZE}\n"
+
+
 def _columns(values: tuple[int, ...]) -> str:
     return " ".join(f"{value:8d}" for value in values) + "\n"
 
@@ -118,3 +152,32 @@ def _set_comp_algorithm(engine: Engine, command: str) -> None:
             raise ValueError(f"not a level: {value!r}")
         level = int(value)
     engine.set_compression(algorithm, level)
+
+
+def _mark_idle(engine: Engine, command: str) -> None:
+    """Takes "all", or an age in seconds."""
+    if command != "all" and not (command.isdecimal() and 0 < int(command) < 1 << 32):
+        raise ValueError(f"not all, nor an age in seconds: {command!r}")
+    _logged(lambda: engine.mark_idle(0 if command == "all" else int(command)), "idle")
+
+
+def _write_back(engine: Engine, command: str) -> None:
+    """Takes "all", "idle", "huge", "page_index=N" or "N". An end before all is done is an error, as in zram."""
+    page = command.removeprefix("page_index=")
+    if page.isdecimal() and len(page) < 12:
+        command = f"page {int(page)}"
+    elif command not in ("all", "idle", "huge"):
+        raise ValueError(f"not all, idle, huge, nor page_index=N: {command!r}")
+    written = _logged(lambda: engine.write_back(command), "writeback")
+    if written.ended != "done":
+        number, why = ENDS[written.ended]
+        log.warning("writeback %s: %s after %d pages", command, why, written.pages)
+        raise OSError(number, why)
+
+
+def _logged(action: Callable[[], T], name: str) -> T:
+    try:
+        return action()
+    except OSError as error:
+        log.warning("control file %s: %s", name, error.strerror)
+        raise

@@ -15,6 +15,7 @@ from zswapd import memcg, metrics, swapdev
 from zswapd.config import Config, format_size
 from zswapd.engine import EmbeddedEngine, Engine, protect_process
 from zswapd.errors import DaemonError, LostSwapError, ZswapdError
+from zswapd.footprint import refuse_huge
 from zswapd.fusefs import check_mount_point, mounted, relayed, unmount_dead
 from zswapd.pager import Pager
 
@@ -82,6 +83,7 @@ def _pager(config: Config) -> Iterator[Pager]:
     _refuse_lost(mount_point)
     unmount_dead(mount_point)
     check_mount_point(mount_point)
+    refuse_huge(config)
     pager = Pager.start(config)
     try:
         yield pager
@@ -99,7 +101,9 @@ def _find_pager(mount_point: Path) -> Pager | None:
     except (FileNotFoundError, ConnectionError):
         return None
     except OSError as error:
-        raise DaemonError(f"the pager of {mount_point} does not answer: {error}", "it is stopped or stuck") from None
+        raise DaemonError(
+            f"the pager of {mount_point} does not answer: {error.strerror}", "it is stopped or stuck"
+        ) from None
 
 
 def _refuse_lost(mount_point: Path) -> None:
@@ -113,6 +117,7 @@ def _refuse_lost(mount_point: Path) -> None:
 
 
 async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:
+    refuse_huge(config)
     # Here, page I/O passes through this process. Beside a pager it may be swapped out itself.
     protect_process()
     try:

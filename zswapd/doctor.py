@@ -15,6 +15,7 @@ from typing import Literal
 from zswapd import kernel, memcg, swapdev
 from zswapd.config import PAGE_SIZE, Config, format_size, mem_total
 from zswapd.errors import ZswapdError
+from zswapd.footprint import refuse_huge
 from zswapd.status import read_stats
 
 TOOLS = ("losetup", "mkswap", "swapon", "swapoff", "fallocate")
@@ -47,6 +48,7 @@ def run(config: Config, root: Path = Path("/")) -> list[Check]:
         _zswap,
         _fuse_timeouts,
         _watermark_boost,
+        _min_free,
         _page_cluster,
         _swappiness,
         _overcommit,
@@ -208,6 +210,18 @@ def _watermark_boost(root: Path) -> Check:
     )
 
 
+def _min_free(root: Path) -> Check:
+    free = kernel.min_free_kbytes(root)
+    if free >= kernel.LEAST_FREE_KBYTES:
+        return Check("vm.min_free_kbytes", "ok", f"{free}: the loop device finds memory for its requests")
+    return Check(
+        "vm.min_free_kbytes",
+        "fail",
+        f"{free}: out of memory, the loop device finds none for its requests, and the machine hangs",
+        kernel.MORE_FREE,
+    )
+
+
 def _page_cluster(root: Path) -> Check:
     value = int((root / "proc/sys/vm/page-cluster").read_text())
     detail = f"{value}: a fault reads up to {1 << value} pages"
@@ -256,6 +270,10 @@ def _hibernation(root: Path) -> Check:
 
 def _memory(config: Config) -> Check:
     total, limit = mem_total(), config.pool.mem_limit_bytes
+    try:
+        refuse_huge(config)
+    except ZswapdError as error:
+        return Check("memory", "fail", error.message, error.hint)
     detail = f"pool limit {format_size(limit)} of {format_size(total)}"
     if limit > total * 9 // 10:
         return Check("memory", "warn", f"{detail}: the pool could take all of it", "lower pool.mem_limit (50%)")

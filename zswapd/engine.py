@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypedDict
 
@@ -12,6 +13,8 @@ from zswapd import _native
 from zswapd._native import become_io_flusher, lock_memory
 
 log = logging.getLogger(__name__)
+
+NO_BACKING = "there is no backing disk (writeback.backing)"
 
 
 class LatencyStats(TypedDict):
@@ -38,8 +41,43 @@ class ClassStats(TypedDict):
     waste_bytes: int
 
 
+class WritebackStats(TypedDict):
+    """What is counted of the backing disk. Bytes of it, idle pages and what is in flight: as of now; the rest: since
+    the start.
+
+    `state`: none, ok, or failed (nothing more is written to it; what is there is still read). `live_bytes`: records
+    that slots name; what is neither live nor free is free when it was cleaned. `budget_bytes`: what may still be
+    written; None: there is no budget. `written_bytes` were written for evictions, `cleaning_bytes` for cleaning, both
+    in whole blocks.
+    """
+
+    state: str
+    backing_bytes: int
+    backing_free_bytes: int
+    live_bytes: int
+    budget_bytes: int | None
+    idle_pages: int
+    writebacks_in_flight: int
+    cleanings_in_flight: int
+    pages_written: int
+    pages_promoted: int
+    written_bytes: int
+    cleaning_bytes: int
+    cleaned_segments: int
+    reads: int
+    read_bytes: int
+    write_errors: int
+    stores_waited: int
+    read_latency: LatencyStats
+    write_latency: LatencyStats
+
+
 class EngineStats(TypedDict):
-    """What the engine counts. Pages and bytes: as of now; the rest: since the start."""
+    """What the engine counts. Pages and bytes: as of now; the rest: since the start.
+
+    `pages` are those of the pool by codec, those `on_disk` whatever their codec, and the lost. `original_bytes` counts
+    all but the lost, `compressed_bytes` the pool's alone.
+    """
 
     algorithm: str
     allocator: str
@@ -64,6 +102,17 @@ class EngineStats(TypedDict):
     store_latency: LatencyStats
     mover_waits: LatencyStats
     classes: list[ClassStats]
+    writeback: WritebackStats
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a command to write pages back has done. `ended`: done; or why it ended early: budget (used up), full (the
+    disk), failed (the disk)."""
+
+    pages: int
+    bytes: int
+    ended: str
 
 
 class Engine(Protocol):
@@ -84,6 +133,17 @@ class Engine(Protocol):
     def reset(self) -> None:
         """Drops every page. EBUSY while the swap file is open."""
 
+    def backing(self) -> Path | None:
+        """The backing disk, as it was configured."""
+
+    def mark_idle(self, older_seconds: int) -> None:
+        """Marks the pages that nobody has used for so long as idle; 0: all. A page that is used is not idle any more.
+        ENODEV without a backing disk."""
+
+    def write_back(self, what: str) -> Written:
+        """Moves pages to the backing disk: "all", "idle" (those marked), "huge" (those that do not compress), or
+        "page N", one slot. Takes as long as the disk does. ENODEV without a backing disk."""
+
 
 class EmbeddedEngine(_native.Engine):
     """An engine in this process: the portable path, for tests, containers and comparison."""
@@ -95,6 +155,15 @@ class EmbeddedEngine(_native.Engine):
         if self.opens:
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         super().reset()
+
+    def backing(self) -> Path | None:
+        return None
+
+    def mark_idle(self, older_seconds: int) -> None:
+        raise OSError(errno.ENODEV, NO_BACKING)
+
+    def write_back(self, what: str) -> Written:
+        raise OSError(errno.ENODEV, NO_BACKING)
 
 
 def protect_process() -> None:

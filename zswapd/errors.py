@@ -36,3 +36,7 @@ class LostSwapError(DaemonError):
 
     #: EX_UNAVAILABLE, on which systemd/zswapd.service does not start it again.
     exit_status = 69
+
+
+class BackingError(ZswapdError):
+    """The backing disk cannot be used. What is on it is as it was, but for a file that zswapd itself has made."""

@@ -154,7 +154,15 @@ class SwapFs(pyfuse3.Operations):
         control, _ = self._opened(fh)
         if len(buf) > _MAX_COMMAND:
             raise FUSEError(errno.EINVAL)
-        _answer(lambda: control.write and control.write(buf.decode().strip()))
+
+        def command() -> None:
+            _answer(lambda: control.write and control.write(buf.decode().strip()))
+
+        if control.slow:
+            # Abandoned when the daemon ends: the pager does it, or ends with it.
+            await trio.to_thread.run_sync(command, abandon_on_cancel=True)
+        else:
+            command()
         return len(buf)
 
     def _opened(self, fh: FileHandleT) -> tuple[ControlFile, bytes]:
@@ -299,7 +307,9 @@ async def _relay(pager: Pager) -> int:
                 return pager.relay()
             except OSError as error:
                 if error.errno != errno.EBUSY:
-                    raise DaemonError(f"the pager does not answer: {error}", "see its log, and dmesg") from None
+                    raise DaemonError(
+                        f"the pager does not answer: {error.strerror}", "see its log, and dmesg"
+                    ) from None
             await trio.sleep(0.05)
     raise DaemonError(f"the mount point {pager.mount_point} is in use: another zswapd serves it", "see zswapctl status")
 

@@ -5,10 +5,8 @@ on where the last one ended.
 """
 
 import contextlib
-import errno
 import logging
 import os
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -17,27 +15,22 @@ from zswapd._native import Counters
 from zswapd.config import Config
 from zswapd.engine import EngineStats
 from zswapd.errors import DaemonError
+from zswapd.pager_socket import ask, socket_path
 
 log = logging.getLogger(__name__)
 
 #: Built beside the Python module, and installed with it.
 PROGRAM = Path(__file__).with_name("zswapd-pager")
-_ANSWER_SECONDS = 10
 _START_SECONDS = 30
 
 
-def socket_path(mount_point: Path) -> Path:
-    """Where the pager of a mount point listens."""
-    return mount_point.with_name(mount_point.name + ".sock")
-
-
 class Pager:
-    """The pager of a mount point. A command waits for its answer, `_ANSWER_SECONDS` at most, and raises OSError."""
+    """The pager of a mount point. A command waits for its answer, and raises OSError: see `pager_socket.ask`."""
 
     def __init__(self, mount_point: Path) -> None:
         """Finds the pager that serves `mount_point`. Raises OSError if there is none."""
         self.mount_point = mount_point
-        self._path = os.fspath(socket_path(mount_point))
+        self._path = socket_path(mount_point)
         _, fd = self._ask("counters")
         assert fd is not None, "the answer to counters"
         self._counters = Counters(fd)
@@ -113,18 +106,7 @@ class Pager:
         self._ask("reset")
 
     def _ask(self, command: str) -> tuple[str, int | None]:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.settimeout(_ANSWER_SECONDS)
-            connection.connect(self._path)
-            connection.send(command.encode())
-            data, fds, _, _ = socket.recv_fds(connection, 512, 1)
-        status, _, text = data.decode().partition(" ")
-        if status == "error":
-            number, _, message = text.partition(" ")
-            raise OSError(int(number), message)
-        if status != "ok":
-            raise OSError(errno.EPIPE, "the pager is gone")
-        return text, fds[0] if fds else None
+        return ask(self._path, command)
 
 
 def _numbers(text: str) -> dict[str, int]:

@@ -3,6 +3,8 @@
 The only place that runs privileged commands. Nothing records what is attached: a loop device is ours when it is
 backed by MOUNT_POINT/swapfile, and it is swap when /proc/swaps lists it.
 
+A mount point here is as the kernel shows it: without symbolic links (mountpoint.resolve).
+
 The daemon itself calls detach() while it goes on serving, so nothing here touches the mount from the trio thread:
 that would wait for an answer from the very loop that has to give it.
 """
@@ -88,7 +90,7 @@ def mem_available(root: Path = ROOT) -> int:
 
 def is_mounted(mount_point: Path, root: Path = ROOT) -> bool:
     """Whether a FUSE file system is mounted there, alive or not. Does not touch the mount."""
-    wanted = str(_real(mount_point))
+    wanted = str(mount_point)
     for line in _text(root / "proc/self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
         if _unescape(left.split()[4]) == wanted and right.startswith("fuse"):
@@ -101,7 +103,7 @@ def discover(mount_point: Path, root: Path = ROOT) -> Attachment | None:
 
     Of several loop devices (half attached, all but one), the one that is swap.
     """
-    backing_file = str(_real(mount_point) / "swapfile")
+    backing_file = str(mount_point / "swapfile")
     swaps = {area.path: area for area in read_swaps(root)}
     found = None
     for attribute in sorted(root.glob("sys/block/loop*/loop/backing_file")):
@@ -184,7 +186,7 @@ async def attach(
         if not unsafe and (reason := await trio.to_thread.run_sync(_why_unsafe, mount_point)):
             raise SwapError(reason, _UNSAFE_HINT)
         if not unsafe:
-            kernel.refuse_watermark_boost()
+            kernel.refuse_what_hangs()
         try:
             return await _attach(mount_point, priority, discard)
         except BaseException as error:
@@ -348,6 +350,15 @@ def _find_pager(mount_point: Path) -> Pager | None:
         return None
 
 
+def _status(pager: Pager) -> dict[str, int]:
+    try:
+        return pager.status()
+    except OSError as error:
+        raise DaemonError(
+            f"the pager does not answer: {error.strerror}", "it is stopped or stuck: see its log"
+        ) from None
+
+
 def _reset_once(mount_point: Path) -> None:
     if pager := _find_pager(mount_point):
         pager.reset()
@@ -357,14 +368,14 @@ def _reset_once(mount_point: Path) -> None:
 
 def _forgets(mount_point: Path) -> bool:
     pager = _find_pager(mount_point)
-    return pager is not None and bool(pager.status()["forgets"])
+    return pager is not None and bool(_status(pager)["forgets"])
 
 
 def _why_unsafe(mount_point: Path) -> str | None:
     pager = _find_pager(mount_point)
     if pager is None:
         return _PYTHON_UNSAFE
-    status = pager.status()
+    status = _status(pager)
     if limited := memcg.limit_of(status["pid"]):
         group, limit = limited
         return f"the pager is in a memory cgroup with a limit, and the pool with it: {group}, {format_size(limit)}"
@@ -395,7 +406,7 @@ async def _require_serving(mount_point: Path) -> None:
 @asynccontextmanager
 async def _exclusive(mount_point: Path) -> AsyncIterator[None]:
     """One attach or detach at a time: waits for the other. The lock is on the directory above the mount point."""
-    directory = os.open(_real(mount_point).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    directory = os.open(mount_point.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         while True:
             try:
@@ -435,18 +446,6 @@ async def _run(*command: str, check: bool = True) -> CompletedProcess[bytes]:
 
 async def _terminate(process: trio.Process) -> None:
     process.terminate()  # run_process then waits for its end, however long the kernel takes
-
-
-def _real(mount_point: Path) -> Path:
-    """`mount_point` as the kernel shows it, without touching the mount: a lookup of it could wait for the daemon."""
-    path = mount_point
-    for _ in range(40):  # as many symbolic links as the kernel follows
-        path = path.parent.resolve() / path.name
-        try:
-            path = path.parent / os.readlink(path)
-        except OSError:  # not a symbolic link
-            break
-    return path
 
 
 def _text(path: Path) -> str:

@@ -54,6 +54,20 @@ def test_the_mount_point_is_in_use(make_daemon: MakeDaemon, data_path: str) -> N
     assert first.stats()["pid"] == first.pid
 
 
+def test_the_mount_point_may_be_a_symbolic_link(make_daemon: MakeDaemon, data_path: str) -> None:
+    daemon = make_daemon(swap__data_path=data_path)
+    link = daemon.directory / "link"
+    link.symlink_to("mnt")
+    daemon.settings["swap.mount_point"] = str(link)
+    daemon.start()
+    # By either name, for who knows it by that.
+    for name in (link, daemon.mount_point):
+        assert daemon.ctl("--set", f"swap.mount_point={name}", "status").returncode == 0
+    assert daemon.stop() == 0
+    assert not swapdev.is_mounted(daemon.mount_point)
+    assert sorted(path.name for path in daemon.directory.iterdir()) == ["link", "log", "mnt", "zswapd.toml"]
+
+
 def test_a_killed_daemon_costs_no_page_and_the_next_one_goes_on(make_daemon: MakeDaemon) -> None:
     if os.geteuid() != 0:
         lacks("root, which a pager needs to mount")

@@ -17,7 +17,8 @@ from tests.daemon import Daemon, wait_until
 from tests.errnos import raises_errno
 from tests.machine import lacks
 from tests.pages import PAGE, noise
-from zswapd.pager import Pager, socket_path
+from zswapd.pager import Pager
+from zswapd.pager_socket import socket_path
 
 FOOTPRINT = 8 << 20
 

@@ -5,9 +5,6 @@ set -eu
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 cd "$(dirname "$0")/../.."
 
-# As attach asks for.
-sysctl -qw vm.watermark_boost_factor=0
-
 confined=
 unsafe=
 if [ "$LOCKING" = off ]; then
@@ -23,6 +20,17 @@ until grep -q serving /run/zswapd/log; do
     sleep 0.1
 done
 cat /run/zswapd/log
+
+# What attach asks for: it refuses the kernel's default, then too little kept free.
+if [ "$LOCKING" = on ]; then
+    enough=$(sysctl -n vm.min_free_kbytes)
+    sysctl -qw vm.min_free_kbytes=512
+    ! "$PYTHON" -m zswapd.ctl attach
+    sysctl -qw vm.watermark_boost_factor=0
+    ! "$PYTHON" -m zswapd.ctl attach
+    sysctl -qw vm.min_free_kbytes="$enough"
+fi
+sysctl -qw vm.watermark_boost_factor=0
 "$PYTHON" -m zswapd.ctl attach --json $unsafe
 
 # Minor and major page faults of the threads that serve pages (proc_pid_stat(5)).

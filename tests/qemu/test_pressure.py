@@ -42,6 +42,11 @@ def press(guest: Guest, hog: Path, locking: str, deadline_seconds: int) -> Outco
 def test_every_page_survives(guest: Guest, hog: Path) -> None:
     outcome = press(guest, hog, "on", DEADLINE_SECONDS)
     assert outcome.status == 0
+    refused = (
+        r"zswapctl: vm\.watermark_boost_factor = 15000: .*\n.*\n",
+        r"zswapctl: vm\.min_free_kbytes = 512: .*\n.*\n",
+    )
+    assert re.search("".join(refused) + r'\{\n(.*\n)*?  "is_swap": true', outcome.output)
     assert len(re.findall(r"^hog: round \d: .* 0 wrong", outcome.output, re.MULTILINE)) == 3
     counters = dict(re.findall(r"^(\w+) (\d+)$", outcome.output, re.MULTILINE))
     assert int(counters["pswpout"]) > LEAST_SWAPPED_PAGES

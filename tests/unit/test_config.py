@@ -1,3 +1,4 @@
+import socket
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from zswapd import config
 from zswapd.config import Config, format_size, load, mem_total, parse_size
 from zswapd.errors import ConfigError
+from zswapd.pager_socket import socket_path
 
 EXAMPLE = Path(__file__).parents[2] / "config/zswapd.toml"
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -113,6 +115,20 @@ def test_the_file_comes_from_the_option_then_the_environment_then_the_system(
         "compression.algorithm=1",
         "compression.zstd_level=0",
         "compression.zstd_level=23",
+        "writeback.backing=relative",
+        "writeback.backing=/a/../b",
+        "writeback.size=1",
+        "writeback.size=false",
+        "writeback.encryption=on",
+        "writeback.incompressible=never",
+        "writeback.accept_threshold_percent=0",
+        "writeback.accept_threshold_percent=101",
+        "writeback.budget_per_hour=much",
+        "writeback.budget_per_day=-1",
+        "writeback.idle_after=-1",
+        "writeback.pressure=101",
+        "writeback.shrinkers=0",
+        "writeback.shrinkers=9",
         "metrics.listen=0.0.0.0:9839",
         "metrics.listen=[::]:9839",
         "metrics.listen=localhost:9839",
@@ -217,6 +233,62 @@ def test_mount_point_is_written_as_the_kernel_does() -> None:
     assert load(None, ["swap.mount_point=//run//swap/./x/"], {}).swap.mount_point == Path("/run/swap/x")
 
 
+def test_mount_point_is_without_symbolic_links(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "direct").symlink_to("link/mnt")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("real/mnt", "link/mnt", "direct"):
+        assert load(None, [f"swap.mount_point={tmp_path}/{name}"], {}).swap.mount_point == tmp_path / "real/mnt"
+    # Whoever mounts there says what is wrong.
+    assert load(None, [f"swap.mount_point={tmp_path}/loop/mnt"], {}).swap.mount_point == tmp_path / "loop/mnt"
+
+
+def test_mount_point_leaves_room_for_the_socket_s_address(tmp_path: Path) -> None:
+    longest = "/" + "é" * 50 + "x"
+    assert load(None, [f"swap.mount_point={longest}"], {}).swap.mount_point == Path(longest)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe, pytest.raises(FileNotFoundError):
+        probe.connect(str(socket_path(Path(longest))))
+    (tmp_path / "link").symlink_to(f"{longest}x")
+    for path in (f"{longest}x", str(tmp_path / "link")):
+        with pytest.raises(
+            ConfigError, match=r"^--set: swap.mount_point = .*: 103 bytes are too long: .* 102\n"
+        ) as caught:
+            load(None, [f"swap.mount_point={path}"], {})
+        assert "shorter" in caught.value.hint
+
+
 def test_an_error_is_one_or_two_lines() -> None:
     assert str(ConfigError("what")) == "what"
     assert str(ConfigError("what", "remedy")) == "what\nremedy"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "hint"),
+    [
+        (["size=16MiB"], "--set: writeback.size = 16777216: nothing is written back without a disk", "backing"),
+        (["budget_per_hour=1GiB"], "without a disk", "writeback.backing"),
+        (["budget_per_day=1GiB"], "without a disk", "writeback.backing"),
+        (["idle_after=60"], "without a disk", "writeback.backing"),
+        (["backing=/run/zswapd/mnt/swapfile"], "in zswapd's own file system", "on a disk"),
+        (["backing=/dev/x", "budget_per_hour=2GiB", "budget_per_day=1GiB"], "more than budget_per_day", "lower it"),
+    ],
+)
+def test_writeback_settings_must_go_together(overrides: list[str], message: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, [f"writeback.{override}" for override in overrides], {})
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_writeback_needs_the_pager(tmp_path: Path) -> None:
+    path = write(tmp_path, '[writeback]\nbacking = "/dev/x"\n')
+    with pytest.raises(ConfigError, match=rf"{path}: writeback.backing = /dev/x: needs the pager"):
+        load(path, ["swap.data_path=pyfuse3"], {})
+    assert load(path, [], {}).writeback.backing == Path("/dev/x")
+
+
+def test_a_day_may_have_less_than_24_hours_of_budget() -> None:
+    budgets = ["writeback.budget_per_hour=1GiB", "writeback.budget_per_day=2GiB"]
+    config = load(None, ["writeback.backing=/dev/x", *budgets], {}).writeback
+    assert (config.budget_per_hour, config.budget_per_day) == (1 << 30, 2 << 30)

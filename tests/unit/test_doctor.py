@@ -16,6 +16,7 @@ FILES = {
     "proc/self/uid_map": "         0          0 4294967295\n",
     "proc/swaps": "Filename Type Size Used Priority\n",
     "proc/sys/kernel/osrelease": "6.9.0-test\n",
+    "proc/sys/vm/min_free_kbytes": "67584\n",
     "proc/sys/vm/overcommit_memory": "0\n",
     "proc/sys/vm/page-cluster": "0\n",
     "proc/sys/vm/swappiness": "60\n",
@@ -65,6 +66,8 @@ def test_nothing_is_wrong(machine: Path) -> None:
         ("sys/module/zswap/parameters/enabled", "Y\n", {"kernel zswap": "fail"}),
         ("proc/sys/fs/fuse/max_request_timeout", "30\n", {"FUSE timeouts": "fail"}),
         ("proc/sys/vm/watermark_boost_factor", "15000\n", {"vm.watermark_boost_factor": "fail"}),
+        ("proc/sys/vm/min_free_kbytes", "2047\n", {"vm.min_free_kbytes": "fail"}),
+        ("proc/sys/vm/min_free_kbytes", "2048\n", {}),
         ("proc/sys/vm/page-cluster", "3\n", {"vm.page-cluster": "warn"}),
         ("proc/sys/vm/swappiness", "0\n", {"vm.swappiness": "warn"}),
         ("proc/sys/vm/overcommit_memory", "2\n", {"vm.overcommit_memory": "warn"}),
@@ -107,6 +110,14 @@ def test_a_pool_as_large_as_memory(machine: Path) -> None:
     config = load(None, ["pool.mem_limit=100%"], {})
     [check] = [check for check in doctor.run(config, machine) if check.name == "memory"]
     assert check.status == "warn"
+
+
+def test_a_swap_file_whose_tables_memory_cannot_hold(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zswapd.footprint.mem_total", lambda: 1 << 30)
+    config = load(None, ["swap.size=1TiB"], {})
+    [check] = [check for check in doctor.run(config, machine) if check.name == "memory"]
+    assert check.status == "fail"
+    assert "swap.size" in check.detail
 
 
 def test_a_daemon_that_does_not_run_is_no_failure(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,17 +55,6 @@ def test_discover_finds_our_loop_device_alone(tmp_path: Path) -> None:
     assert discover(MOUNT_POINT, tmp_path) == Attachment("/dev/loop7", True, True, 8192 * 512, 8 << 10, 6)
 
 
-def test_discover_follows_a_symbolic_link(tmp_path: Path) -> None:
-    real = tmp_path / "real"
-    real.mkdir()
-    (tmp_path / "link").symlink_to("real")
-    (tmp_path / "direct").symlink_to("real/mnt")
-    write(tmp_path, "proc/swaps", SWAPS)
-    add_loop(tmp_path, "loop0", f"{real}/mnt/swapfile")
-    assert discover(tmp_path / "link/mnt", tmp_path)
-    assert discover(tmp_path / "direct", tmp_path)
-
-
 def test_only_a_fuse_mount_is_a_daemon(tmp_path: Path) -> None:
     line = "36 35 98:0 / {} rw,noatime shared:1 - {} source rw\n"
     other = line.format("/run/zswapd-test", "fuse") + line.format(MOUNT_POINT, "ext4")
@@ -94,12 +83,21 @@ def test_attach_refuses_fuse_timeouts(tmp_path: Path, name: str) -> None:
     assert f"sysctl -w fs.fuse.{name}=0" in caught.value.hint
 
 
-def test_attach_refuses_a_boosted_watermark(tmp_path: Path) -> None:
-    kernel.refuse_watermark_boost(tmp_path)
-    write(tmp_path, "proc/sys/vm/watermark_boost_factor", "15000\n")
-    with pytest.raises(SwapError, match="15000") as caught:
-        kernel.refuse_watermark_boost(tmp_path)
-    assert "sysctl -w vm.watermark_boost_factor=0" in caught.value.hint
+@pytest.mark.parametrize(
+    ("name", "good", "bad", "remedy"),
+    [("watermark_boost_factor", "0", "15000", "=0"), ("min_free_kbytes", "2048", "2047", "=2048")],
+)
+def test_attach_refuses_what_makes_a_machine_without_memory_hang(
+    tmp_path: Path, name: str, good: str, bad: str, remedy: str
+) -> None:
+    write(tmp_path, "proc/sys/vm/min_free_kbytes", "67584")
+    kernel.refuse_what_hangs(tmp_path)
+    write(tmp_path, f"proc/sys/vm/{name}", good)
+    kernel.refuse_what_hangs(tmp_path)
+    write(tmp_path, f"proc/sys/vm/{name}", bad)
+    with pytest.raises(SwapError, match=rf"vm.{name} = {bad}: .*hang") as caught:
+        kernel.refuse_what_hangs(tmp_path)
+    assert f"sysctl -w vm.{name}{remedy}" in caught.value.hint
 
 
 def test_memory_must_take_every_page_back_and_leave_a_margin(tmp_path: Path) -> None:
@@ -250,6 +248,18 @@ async def test_attaching_says_what_is_not_safe(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(SwapError, match=r"not safe.*the machine then hangs") as caught:
         await swapdev.attach(tmp_path / "mnt", priority=1, discard=False, unsafe=False)
     assert "memory cgroup that has a limit" in caught.value.hint
+
+
+async def test_attaching_says_that_the_pager_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stuck:
+        def status(self) -> dict[str, int]:
+            raise TimeoutError(110, "no answer to 'status' in 10 s")
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(swapdev, "_find_pager", lambda mount_point: Stuck())
+    monkeypatch.setattr(kernel, "refuse_settings", lambda: None)
+    with pytest.raises(DaemonError, match="no answer to 'status' in 10 s"):
+        await swapdev.attach(Path("/run/mnt"), priority=1, discard=False, unsafe=True)
 
 
 async def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from zswapd.bench.devices import Device, Held, Traffic
 from zswapd.bench.disk_devices import require_room
 from zswapd.bench.programs import PAGE
 from zswapd.errors import DaemonError, ZswapdError
-from zswapd.pager import Pager, socket_path
+from zswapd.pager import Pager
+from zswapd.pager_socket import socket_path
 
 START_SECONDS = 30
 STOP_SECONDS = 20

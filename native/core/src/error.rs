@@ -13,6 +13,25 @@ pub enum Error {
     /// No region of the arena that is backed by memory has room: the reserve is used up.
     #[error("the pool's reserve of memory is used up")]
     NoRegion,
+    /// The pool is full, but the shrinker is making room: nothing has changed, and the store is to be tried again. Never
+    /// an answer to who has written the page.
+    #[error("the pool is full until the shrinker has made room")]
+    NoRoomYet,
+    /// The disk could not read the page. It stays where it is, and may be read another time.
+    #[error("page {slot} cannot be read from the backing disk: {source}")]
+    DiskRead { slot: u32, source: io::Error },
+    /// The disk could not write a segment. No page is lost: those that were to go there stay in the pool.
+    #[error("the backing disk cannot be written: {0}")]
+    DiskWrite(io::Error),
+    /// There is no backing disk, or it has failed: nothing is written back.
+    #[error("there is no backing disk that works")]
+    NoWriteback,
+    /// No segment of the backing disk is free.
+    #[error("the backing disk is full")]
+    BackingFull,
+    /// As much was written as the budget allows.
+    #[error("the budget of bytes written to the backing disk is used up")]
+    BudgetUsedUp,
     /// The slot's last store failed, or its stored bytes were found bad: it reads EIO until written or punched.
     #[error("page {slot} is lost: its last store failed or its stored bytes are bad")]
     Lost { slot: u32 },
@@ -21,9 +40,10 @@ pub enum Error {
     Corrupt { slot: u32 },
     #[error("the range {offset}+{length} is outside the swap file of {size} bytes")]
     OutOfRange { offset: u64, length: u64, size: u64 },
-    /// Others are at work where a teardown needs to be alone.
-    #[error("{movers} are still moving objects of the pool")]
-    Busy { movers: u32 },
+    /// Others are at work where a teardown needs to be alone: writing segments of evicted pages, cleaning segments, or
+    /// moving objects of the pool.
+    #[error("still at work: {writebacks} writing back, {cleanings} cleaning, {movers} moving objects of the pool")]
+    Busy { writebacks: u32, cleanings: u32, movers: u32 },
     #[error("{0}")]
     Invalid(String),
     /// The system refused memory or a system call at start.
@@ -40,8 +60,10 @@ impl Error {
     /// The errno that a caller of read(2), write(2) or fallocate(2) sees.
     pub fn errno(&self) -> i32 {
         match self {
-            Error::PoolFull | Error::NoRegion => libc::ENOSPC,
-            Error::Lost { .. } | Error::Corrupt { .. } => libc::EIO,
+            Error::PoolFull | Error::NoRegion | Error::BackingFull | Error::BudgetUsedUp => libc::ENOSPC,
+            Error::Lost { .. } | Error::Corrupt { .. } | Error::DiskRead { .. } | Error::DiskWrite(_) => libc::EIO,
+            Error::NoRoomYet => libc::EAGAIN,
+            Error::NoWriteback => libc::ENODEV,
             Error::OutOfRange { .. } => libc::EFBIG,
             Error::Busy { .. } => libc::EBUSY,
             Error::Invalid(_) => libc::EINVAL,

@@ -5,9 +5,10 @@
 //! Dependencies point one way:
 //!
 //! ```text
-//! engine → store → {slots, codec, pool, object} → {state, page, metrics, locks, gate} → sync
+//! engine → store → {slots, codec, pool, object} → {state, touched, page, metrics, locks, gate} → sync
 //! ```
 
+pub mod backing;
 pub mod codec;
 pub mod engine;
 pub mod error;
@@ -25,6 +26,7 @@ pub mod state;
 pub mod store;
 #[cfg_attr(any(loom, shuttle), path = "models/standin/sync.rs")]
 mod sync;
+pub mod touched;
 
 #[cfg(all(test, any(loom, shuttle)))]
 mod models;

@@ -9,6 +9,8 @@
 //! | `Class` | one size class, or all of z3fold | its lists and the descriptors of their zspages |
 //! | `Adjust` | the arena's reserve | who takes memory from the system, or gives it back |
 //! | `Arena` | the arena | which of its pages are in use, and which are resident |
+//! | `Lru` | the list of pages in the pool | which of them was used least recently |
+//! | `Backing` | the backing disk | which of its segments are free, and how much lives in the others |
 //!
 //! Who moves objects or allocates takes `Zspage` under `Class`, against the order: it only tries, or knows that no mover
 //! has it, and so waits for nobody.
@@ -29,6 +31,8 @@ pub enum Rank {
     Class,
     Adjust,
     Arena,
+    Lru,
+    Backing,
 }
 
 /// A mutex with a place in the lock order.

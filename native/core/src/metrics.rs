@@ -128,7 +128,11 @@ pub struct Metrics {
     pub pages_same_filled: Counter,
     pub pages_incompressible: Counter,
     pub pages_lost: Counter,
-    /// Bytes of all stored objects without their headers.
+    /// Pages whose object lies on the backing disk; those of the pool are counted by codec above.
+    pub pages_on_disk: Counter,
+    /// Pages of the pool that nobody has read or written since they were last marked idle.
+    pub idle_pages: Counter,
+    /// Bytes of all objects of the pool without their headers.
     pub compressed_bytes: Counter,
     /// Bytes of the pages that objects lie on, now and at most, and their limit.
     pub pool_bytes: Counter,
@@ -140,6 +144,19 @@ pub struct Metrics {
     pub metadata_bytes: Counter,
     pub arena_metadata_bytes: Counter,
 
+    /// 0: there is no backing disk, 1: it serves, 2: it has failed, and nothing more is written to it.
+    pub backing_state: Counter,
+    /// Of the backing disk, and of its segments that hold nothing.
+    pub backing_bytes: Counter,
+    pub backing_free_bytes: Counter,
+    /// Bytes of records on the disk that slots name, each with its header and padding.
+    pub disk_live_bytes: Counter,
+    /// Segments being written for evictions, and segments being cleaned.
+    pub writebacks_in_flight: Counter,
+    pub cleanings_in_flight: Counter,
+    /// Bytes that may still be written; [`u64::MAX`]: no budget.
+    pub writeback_budget_bytes: Counter,
+
     pub loads: Counter,
     pub stores: Counter,
     pub discards: Counter,
@@ -147,19 +164,39 @@ pub struct Metrics {
     /// The reserve of memory was used up.
     pub rejected_no_memory: Counter,
     pub rejected_out_of_range: Counter,
+    /// The pool was full, and nothing could be written back: no healthy disk with room, or the budget was used up.
+    pub rejected_no_writeback: Counter,
+    /// Stores that found no room at first, and were tried again while the shrinker made some.
+    pub stores_waited_for_room: Counter,
     pub errors_lost: Counter,
     pub errors_corrupt: Counter,
     /// Pages of zspages that compaction has freed.
     pub pages_compacted: Counter,
+    /// Pages moved to the disk, and back to the pool when they were read.
+    pub pages_written_back: Counter,
+    pub pages_promoted: Counter,
+    /// Whole blocks, written for evictions and for cleaning.
+    pub writeback_bytes: Counter,
+    pub cleaning_bytes: Counter,
+    pub cleaned_segments: Counter,
+    /// Reads of pages from the disk, and the whole blocks that they took.
+    pub disk_reads: Counter,
+    pub disk_read_bytes: Counter,
+    /// Segments that could not be written, and pages that could not be read.
+    pub writeback_errors: Counter,
+    pub disk_read_errors: Counter,
     pub load_latency: Histogram,
     pub store_latency: Histogram,
     /// How long loads have waited for an object that was being moved; those that have not waited are not in it.
     pub mover_waits: Histogram,
+    /// Of pages read from the disk, and of segments written for evictions.
+    pub disk_read_latency: Histogram,
+    pub writeback_latency: Histogram,
     pub classes: [ClassMetrics; MAX_CLASSES],
 }
 
 /// Changes with every change of [`Metrics`], so that nobody reads one layout as another.
-pub const LAYOUT: u64 = 4;
+pub const LAYOUT: u64 = 5;
 
 impl Default for Metrics {
     fn default() -> Metrics {

@@ -15,11 +15,14 @@
 //! What a slot holds changes under its lock. Where it lies may also change without: [`SlotTable::relocate`], by who
 //! has moved the object. Both exchange the word they have seen for a new one, so that one of them wins.
 
+use crate::error::Result;
 use crate::locks::{Guard, Rank, Ranked};
 use crate::pool::Location;
 use crate::state::State;
 use crate::sync::Ordering::{AcqRel, Acquire};
 use crate::sync::MODEL;
+use crate::touched::Touched;
+use std::ops::Range;
 use std::sync::Arc;
 
 const CHECK_SHIFT: u32 = 60;
@@ -91,6 +94,7 @@ const STRIPES: usize = if MODEL { 4 } else { 1024 };
 /// The slot words of the state file, and the locks that guard them (rank `Slot`).
 pub struct SlotTable {
     state: Arc<State>,
+    touched: Touched,
     stripes: Box<[Ranked<()>]>,
 }
 
@@ -102,8 +106,21 @@ pub struct Slot<'a> {
 }
 
 impl SlotTable {
-    pub fn new(state: Arc<State>) -> SlotTable {
-        SlotTable { state, stripes: (0..STRIPES).map(|_| Ranked::new(Rank::Slot, ())).collect() }
+    /// A table over slot words that are all EMPTY. Errors: [`crate::error::Error::System`].
+    pub fn new(state: Arc<State>) -> Result<SlotTable> {
+        let stripes = (0..STRIPES).map(|_| Ranked::new(Rank::Slot, ())).collect();
+        Ok(SlotTable { touched: Touched::new(state.slots())?, state, stripes })
+    }
+
+    /// Takes memory for all slot words, so that using them faults no more. May wait for memory.
+    pub fn populate(&self) -> Result<()> {
+        self.state.populate_words()?;
+        self.touched.populate()
+    }
+
+    /// The slots of a range that may hold something: all others have been EMPTY for ever.
+    pub fn touched(&self, range: Range<u64>) -> impl Iterator<Item = u32> + '_ {
+        self.touched.within(range).flatten().map(|index| index as u32)
     }
 
     /// Locks a slot; waits for whoever works on it, or on another one in its stripe.
@@ -122,9 +139,9 @@ impl SlotTable {
         old.entry() == Entry::Pool(from) && word.compare_exchange(old.0, new.0, AcqRel, Acquire).is_ok()
     }
 
-    /// Bytes of slot words and locks.
+    /// Bytes of slot words, marks and locks.
     pub fn metadata_bytes(&self) -> u64 {
-        self.state.slots() * 8 + (STRIPES * size_of::<Ranked<()>>()) as u64
+        self.state.slots() * 8 + self.touched.metadata_bytes() + (STRIPES * size_of::<Ranked<()>>()) as u64
     }
 }
 
@@ -141,6 +158,7 @@ impl Slot<'_> {
     ///
     /// Release order: the object's bytes are written before its location can be seen.
     pub fn publish(&mut self, entry: Entry) -> Entry {
+        self.table.touched.mark(self.index);
         loop {
             let old = self.word();
             let new = Word::new(entry, old.generation() + 1);
@@ -182,13 +200,26 @@ mod tests {
 
         #[test]
         fn every_change_is_a_new_generation(before in entries(), after in entries()) {
-            let table = SlotTable::new(Arc::new(State::create(1, 512, None).expect("state")));
+            let table = SlotTable::new(Arc::new(State::create(1, 512, None).expect("state"))).expect("table");
             let mut slot = table.lock(0);
             slot.publish(before);
             let old = slot.word();
             prop_assert_eq!(slot.publish(after), before);
             prop_assert_ne!(slot.word(), old);
         }
+    }
+
+    /// Resident is not touched: in a large swap a punch would look at all of it.
+    #[test]
+    fn only_chunks_that_were_published_to_are_looked_at() {
+        let slots = 1 << 20;
+        let table = SlotTable::new(Arc::new(State::create(slots, 512, None).expect("state"))).expect("table");
+        table.populate().expect("memory");
+        assert_eq!(table.touched(0..slots).count(), 0);
+        table.lock(700_000).publish(Entry::Lost);
+        let found: Vec<u32> = table.touched(0..slots).collect();
+        assert!(found.contains(&700_000) && found.len() <= 512, "{} slots", found.len());
+        assert_eq!(table.touched(700_000..700_001).collect::<Vec<_>>(), [700_000]);
     }
 
     #[test]

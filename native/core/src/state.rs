@@ -82,33 +82,6 @@ impl State {
         unsafe { std::slice::from_raw_parts(self.mapping.start().as_ptr().add(PAGE_SIZE).cast(), self.slots as usize) }
     }
 
-    /// The next run of slots at or after `slot` whose words have ever been touched, as `(first, end)`.
-    ///
-    /// Untouched words are zero (EMPTY); asking the file for its data (SEEK_DATA) skips them without making them
-    /// resident. Without SEEK_DATA every slot counts as touched.
-    pub fn touched_slots(&self, slot: u64) -> Option<(u64, u64)> {
-        if slot >= self.slots {
-            return None;
-        }
-        let words_end = PAGE_SIZE as u64 + self.slots * 8;
-        let seek = |from: u64, whence| {
-            // SAFETY: plain system call; the file offset of this descriptor is used for nothing else.
-            let at = unsafe { libc::lseek(self.file.as_raw_fd(), from as libc::off_t, whence) };
-            u64::try_from(at).ok()
-        };
-        let from = PAGE_SIZE as u64 + slot * 8;
-        let Some(data) = seek(from, libc::SEEK_DATA) else {
-            let nothing_left = std::io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO);
-            return (!nothing_left).then_some((slot, self.slots));
-        };
-        if data >= words_end {
-            return None;
-        }
-        let hole = seek(data, libc::SEEK_HOLE).unwrap_or(words_end).min(words_end);
-        let to_slot = |offset: u64| (offset - PAGE_SIZE as u64) / 8;
-        Some((to_slot(data).max(slot), to_slot(hole)))
-    }
-
     /// Bytes of memory that the file takes now: header, touched slot words and resident arena pages.
     pub fn resident_bytes(&self) -> u64 {
         status_of(self.file.as_fd()).map_or(0, |status| status.st_blocks as u64 * 512)
@@ -159,18 +132,6 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sync::Ordering::Relaxed;
-
-    #[test]
-    fn only_touched_slots_are_found() {
-        let state = State::create(1 << 20, 512, None).expect("state");
-        assert_eq!(state.touched_slots(0), None);
-        state.words()[700_000].store(1, Relaxed);
-        let (first, end) = state.touched_slots(0).expect("one run");
-        assert!((first..end).contains(&700_000) && end - first <= 512);
-        assert_eq!(state.touched_slots(700_001), Some((700_001, end)));
-        assert_eq!(state.touched_slots(end), None);
-    }
 
     #[test]
     fn punched_pages_read_zeros() {

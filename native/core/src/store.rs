@@ -72,7 +72,7 @@ impl Store {
         let metrics = SharedMetrics::new(files.counters.as_ref().map(AsFd::as_fd))?;
         let state = Arc::new(State::create(slots, Pool::arena_pages_for(slots), files.state)?);
         Ok(Store {
-            slots: SlotTable::new(state.clone()),
+            slots: SlotTable::new(state.clone())?,
             pool: Pool::new(state.clone(), allocator, limit_bytes, metrics.clone())?,
             state,
             metrics,
@@ -93,7 +93,7 @@ impl Store {
 
     /// Takes memory for all slot words, so that using them faults no more. May wait for memory.
     pub fn populate_slots(&self) -> Result<()> {
-        self.state.populate_words()
+        self.slots.populate()
     }
 
     /// Brings the gauges up to date that are too dear to keep so on the page path.
@@ -151,22 +151,19 @@ impl Store {
     ///
     /// Their objects go to `detached`, for [`Store::free_detached`]; those that find no room there are freed now.
     pub fn discard(&self, range: Range<u64>, detached: &mut Detached) -> u64 {
-        let (mut from, mut emptied) = (range.start, 0);
-        while let Some((first, end)) = self.state.touched_slots(from).filter(|&(first, _)| first < range.end) {
-            for index in first..end.min(range.end) {
-                let mut slot = self.slots.lock(index as u32);
-                if slot.word().entry() == Entry::Empty {
-                    continue;
-                }
-                emptied += 1;
-                if let Some(location) = self.publish(&mut slot, Entry::Empty) {
-                    match detached.objects.len() < detached.objects.capacity() {
-                        true => detached.objects.push(location),
-                        false => self.free_object(location),
-                    }
+        let mut emptied = 0;
+        for index in self.slots.touched(range) {
+            let mut slot = self.slots.lock(index);
+            if slot.word().entry() == Entry::Empty {
+                continue;
+            }
+            emptied += 1;
+            if let Some(location) = self.publish(&mut slot, Entry::Empty) {
+                match detached.objects.len() < detached.objects.capacity() {
+                    true => detached.objects.push(location),
+                    false => self.free_object(location),
                 }
             }
-            from = end;
         }
         emptied
     }
@@ -190,7 +187,7 @@ impl Store {
         });
         match moving {
             0 => Ok(leaked),
-            movers => Err(Error::Busy { movers }),
+            movers => Err(Error::Busy { writebacks: 0, cleanings: 0, movers }),
         }
     }
 

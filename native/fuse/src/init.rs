@@ -5,9 +5,11 @@
 use crate::reply::OUT_HEADER;
 use crate::wire::{u32_at, IN_HEADER};
 
-/// Largest READ or WRITE, in bytes: 256 pages, the most that the kernel allows by default (fs.fuse.max_pages_limit).
-pub const MAX_TRANSFER: usize = 1 << 20;
-const MAX_PAGES: u16 = (MAX_TRANSFER / 4096) as u16;
+/// Largest WRITE, in bytes: 256 pages, the most that the kernel allows by default (fs.fuse.max_pages_limit).
+pub const MAX_WRITE: usize = 1 << 20;
+const MAX_PAGES: u16 = (MAX_WRITE / 4096) as u16;
+/// Largest READ, in bytes: the most that swap reads at once (`vm.page-cluster` of 5). Agreed on by a mount option.
+pub const MAX_READ: usize = 128 << 10;
 /// Requests that the kernel may have under way in the background. The loop driver's direct I/O counts here: with the
 /// default of 12 its worker blocks.
 const MAX_BACKGROUND: u16 = 128;
@@ -62,7 +64,7 @@ pub fn raise_reply(request: &[u8], reply: &mut [u8]) -> bool {
     change_u32(reply, OUT_HEADER + FLAGS, |flags| (flags & !HIDDEN) | (wanted & offered));
     reply[LIMITS..LIMITS + 2].copy_from_slice(&MAX_BACKGROUND.to_ne_bytes());
     reply[LIMITS + 2..LIMITS + 4].copy_from_slice(&CONGESTION_THRESHOLD.to_ne_bytes());
-    reply[LIMITS + 4..LIMITS + 8].copy_from_slice(&(MAX_TRANSFER as u32).to_ne_bytes());
+    reply[LIMITS + 4..LIMITS + 8].copy_from_slice(&(MAX_WRITE as u32).to_ne_bytes());
     reply[MAX_PAGES_AT..MAX_PAGES_AT + 2].copy_from_slice(&MAX_PAGES.to_ne_bytes());
     true
 }
@@ -98,7 +100,7 @@ mod tests {
         assert!(raise_reply(&request, &mut reply));
         let flags = u32_at(&reply, OUT_HEADER + FLAGS);
         assert_eq!(flags, Some(1 << 3 | flag::BIG_WRITES | flag::MAX_PAGES));
-        assert_eq!(u32_at(&reply, OUT_HEADER + 20), Some(MAX_TRANSFER as u32));
+        assert_eq!(u32_at(&reply, OUT_HEADER + 20), Some(MAX_WRITE as u32));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Mounting by mount(2), without a helper program.
 
-use crate::init::MAX_TRANSFER;
+use crate::init::MAX_READ;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -17,7 +17,7 @@ pub fn mount(mount_point: &Path) -> io::Result<File> {
     let target = CString::new(mount_point.as_os_str().as_bytes())?;
     // rootmode: the root is a directory. Other users may read counters; the modes of the files say what they may do.
     let options = format!(
-        "fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read={MAX_TRANSFER}",
+        "fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read={MAX_READ}",
         device.as_raw_fd()
     );
     let options = CString::new(options)?;

@@ -2,7 +2,7 @@
 //!
 //! Some of them the kernel asks under the inode lock on the path of a page, so that none may wait for Python.
 
-use crate::init::MAX_TRANSFER;
+use crate::init::MAX_READ;
 use crate::wire::Operation;
 use std::task::Poll;
 use zswapd_core::codec::Scratch;
@@ -37,53 +37,58 @@ pub struct Tools {
     pub scratch: Scratch,
     /// What punches have emptied, to be freed after the reply.
     pub detached: Detached,
-    /// How many bytes of the WRITE at hand are stored, and the first error.
+}
+
+/// How far the WRITE at hand has come. Belongs to the requests, not to the worker: another one may go on with it.
+pub struct Progress {
+    /// Bytes that are stored.
     stored: usize,
+    /// The first error.
     result: Result<(), i32>,
 }
 
-impl Tools {
-    pub fn new(scratch: Scratch, detached: Detached) -> Tools {
-        Tools { scratch, detached, stored: 0, result: Ok(()) }
-    }
+impl Progress {
+    /// Of a WRITE that has not begun.
+    pub const NONE: Progress = Progress { stored: 0, result: Ok(()) };
 
-    fn store_part(&mut self, engine: &Engine, offset: u64, data: &[u8]) -> Poll<Result<(), i32>> {
+    fn store_part(
+        &mut self,
+        engine: &Engine,
+        offset: u64,
+        data: &[u8],
+        scratch: &mut Scratch,
+    ) -> Poll<Result<(), i32>> {
         if self.stored == 0 {
             engine.check_range(offset, data.len() as u64).map_err(|error| error.errno())?;
         }
         let from = offset + self.stored as u64;
         let length = (data.len() - self.stored).min((PART - from % PART) as usize);
-        let part = engine.write(from, &data[self.stored..][..length], &mut self.scratch);
+        let part = engine.write(from, &data[self.stored..][..length], scratch);
         self.result = self.result.and(part.map_err(|error| error.errno()));
         self.stored += length;
         if self.stored < data.len() {
             return Poll::Pending;
         }
-        self.stored = 0;
-        Poll::Ready(std::mem::replace(&mut self.result, Ok(())))
+        Poll::Ready(std::mem::replace(self, Progress::NONE).result)
     }
 }
 
 /// Answers an operation: the payload of the reply, written to `out`, or an errno.
 ///
-/// Pending: a part of a WRITE is stored. The same is to be passed again until it is ready; READs may come between.
-/// A READ is answered in full (less only at the end of the file), a WRITE whole or with an error, never short. Does not
-/// block, allocate or touch disk.
+/// Pending: a part of a WRITE is stored. The same is to be passed again, with the same progress, until it is ready; others
+/// may come between. A WRITE is answered whole or with an error, never short. Does not block, allocate or touch disk.
 pub fn answer<'a>(
     engine: &Engine,
     operation: Operation<'_>,
     out: &'a mut [u8],
     tools: &mut Tools,
+    progress: &mut Progress,
 ) -> Poll<Result<&'a [u8], i32>> {
     let payload: &[u8] = match operation {
-        Operation::Read { offset, size } => {
-            // More than was agreed on: refused, since less than asked for would pass for the end of the file.
-            let out = out.get_mut(..size as usize).filter(|out| out.len() <= MAX_TRANSFER).ok_or(libc::EINVAL)?;
-            let read = engine.read(offset, out, &mut tools.scratch).map_err(|error| error.errno())?;
-            &out[..read]
-        }
+        Operation::Read { offset, size } => return Poll::Ready(read(engine, offset, size, out, tools)),
         Operation::Write { offset, data } => {
-            return tools.store_part(engine, offset, data).map_ok(|()| written(out, data.len()));
+            let stored = progress.store_part(engine, offset, data, &mut tools.scratch);
+            return stored.map_ok(|()| written(out, data.len()));
         }
         Operation::Fallocate { offset, length, mode } => {
             fallocate(engine, offset, length, mode as i32, tools)?;
@@ -115,6 +120,20 @@ pub fn answer<'a>(
         Operation::Other => return Poll::Ready(Err(libc::ENOSYS)),
     };
     Poll::Ready(Ok(payload))
+}
+
+/// Answers a READ, in full (less only at the end of the file), as [`answer`] does.
+pub fn read<'a>(
+    engine: &Engine,
+    offset: u64,
+    size: u32,
+    out: &'a mut [u8],
+    tools: &mut Tools,
+) -> Result<&'a [u8], i32> {
+    // More than was agreed on: refused, since less than asked for would pass for the end of the file.
+    let out = out.get_mut(..size as usize).filter(|out| out.len() <= MAX_READ).ok_or(libc::EINVAL)?;
+    let read = engine.read(offset, out, &mut tools.scratch).map_err(|error| error.errno())?;
+    Ok(&out[..read])
 }
 
 /// `struct fuse_write_out`: size, padding.
@@ -201,6 +220,7 @@ mod tests {
         engine: Engine,
         out: Vec<u8>,
         tools: Tools,
+        progress: Progress,
     }
 
     impl Fixture {
@@ -209,14 +229,15 @@ mod tests {
             Fixture {
                 engine: Engine::new(SIZE, Allocator::Zsmalloc, 64 << 20, compression, Files::default())
                     .expect("engine"),
-                out: vec![0xee; MAX_TRANSFER],
-                tools: Tools::new(Scratch::new().expect("scratch"), Detached::with_capacity(8)),
+                out: vec![0xee; MAX_READ],
+                tools: Tools { scratch: Scratch::new().expect("scratch"), detached: Detached::with_capacity(8) },
+                progress: Progress::NONE,
             }
         }
 
         fn answer(&mut self, operation: Operation<'_>) -> Result<Vec<u8>, i32> {
             loop {
-                match answer(&self.engine, operation, &mut self.out, &mut self.tools) {
+                match answer(&self.engine, operation, &mut self.out, &mut self.tools, &mut self.progress) {
                     Poll::Ready(payload) => return payload.map(<[u8]>::to_vec),
                     Poll::Pending => {}
                 }
@@ -239,14 +260,14 @@ mod tests {
     #[test]
     fn a_read_of_more_than_was_agreed_on_is_refused_and_not_cut_short() {
         let compression = Compression::new(Algorithm::Lz4, 3).expect("level");
-        let size = 2 * MAX_TRANSFER as u64;
+        let size = 2 * MAX_READ as u64;
         let mut fixture = Fixture {
             engine: Engine::new(size, Allocator::Zsmalloc, 64 << 20, compression, Files::default()).expect("engine"),
             ..Fixture::new()
         };
         fixture.out.push(0xee);
-        let largest = MAX_TRANSFER as u32;
-        assert_eq!(fixture.answer(Operation::Read { offset: 0, size: largest }), Ok(vec![0; MAX_TRANSFER]));
+        let largest = MAX_READ as u32;
+        assert_eq!(fixture.answer(Operation::Read { offset: 0, size: largest }), Ok(vec![0; MAX_READ]));
         for size in [largest + 1, u32::MAX] {
             assert_eq!(fixture.answer(Operation::Read { offset: 0, size }), Err(libc::EINVAL));
         }
@@ -261,7 +282,7 @@ mod tests {
         let offset = 3 * PAGE_SIZE as u64;
         let mut written = |out: &mut [u8]| {
             let write = Operation::Write { offset, data: &data };
-            answer(&fixture.engine, write, out, &mut fixture.tools).map_ok(<[u8]>::to_vec)
+            answer(&fixture.engine, write, out, &mut fixture.tools, &mut fixture.progress).map_ok(<[u8]>::to_vec)
         };
         let read = |page: u64| {
             let mut bytes = vec![0xee; PAGE_SIZE];

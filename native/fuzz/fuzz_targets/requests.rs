@@ -14,8 +14,8 @@ use zswapd_core::engine::Engine;
 use zswapd_core::page::PAGE_SIZE;
 use zswapd_core::pool::Allocator;
 use zswapd_core::store::{Detached, Files};
-use zswapd_fuse::init::MAX_TRANSFER;
-use zswapd_fuse::swapfile::{self, Tools};
+use zswapd_fuse::init::MAX_READ;
+use zswapd_fuse::swapfile::{self, Progress, Tools};
 use zswapd_fuse::wire::{opcode, Malformed, Operation, Request, IN_HEADER, WRITE_IN};
 use zswapd_fuzz::Contents;
 
@@ -129,6 +129,7 @@ fuzz_target!(|steps: Vec<Step<'_>>| FIXTURE.with_borrow_mut(|fixture| {
 struct Fixture {
     engine: Engine,
     tools: Tools,
+    progress: Progress,
     out: Vec<u8>,
     file: Vec<u8>,
     /// Pages whose last write was refused: EIO until they are written whole or punched.
@@ -141,8 +142,9 @@ impl Fixture {
     fn new() -> Fixture {
         Fixture {
             engine: Engine::new(SIZE as u64, Allocator::Zsmalloc, UNLIMITED, lz4(), Files::default()).expect("engine"),
-            tools: Tools::new(Scratch::new().expect("scratch"), Detached::with_capacity(3)),
-            out: vec![0; MAX_TRANSFER + PAGE_SIZE],
+            tools: Tools { scratch: Scratch::new().expect("scratch"), detached: Detached::with_capacity(3) },
+            progress: Progress::NONE,
+            out: vec![0; MAX_READ + PAGE_SIZE],
             file: vec![0; SIZE],
             lost: [false; PAGES],
             limited: false,
@@ -264,7 +266,7 @@ impl Fixture {
     fn read(&mut self, offset: u64, size: u32) {
         let answer = self.answer(Operation::Read { offset, size });
         let range = clipped(offset, u64::from(size));
-        let expected = match size as usize > MAX_TRANSFER {
+        let expected = match size as usize > MAX_READ {
             true => Err(libc::EINVAL),
             false if pages(&range).any(|page| self.lost[page]) => Err(libc::EIO),
             false => Ok(&self.file[range]),
@@ -297,15 +299,10 @@ impl Fixture {
         (0..PAGES).for_each(|page| self.read((page * PAGE_SIZE) as u64, PAGE_SIZE as u32));
     }
 
-    /// As the worker does it: what is read goes into the large buffer, all else into a small one.
     fn answer(&mut self, operation: Operation<'_>) -> Result<Vec<u8>, i32> {
-        let mut small = [0; 128];
         let answer = loop {
-            let out = match operation {
-                Operation::Read { .. } => &mut self.out[..],
-                _ => &mut small,
-            };
-            match swapfile::answer(&self.engine, operation, out, &mut self.tools).map_ok(<[u8]>::to_vec) {
+            let Fixture { engine, out, tools, progress, .. } = self;
+            match swapfile::answer(engine, operation, out, tools, progress).map_ok(<[u8]>::to_vec) {
                 Poll::Pending => assert!(matches!(operation, Operation::Write { .. })),
                 Poll::Ready(answer) => break answer,
             }

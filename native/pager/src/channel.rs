@@ -1,92 +1,66 @@
 //! The page channel: workers that read requests from /dev/fuse and answer those on the swap file.
 //!
-//! A task waits for every READ, for most WRITEs nobody does. A READ therefore goes before whatever else a worker has
-//! taken in: it waits for a part of a WRITE at most. All else keeps its order.
+//! One worker leads at a time (see [`crew`](crate::crew)), and takes the requests in. A task waits for every READ, for
+//! most WRITEs nobody does. A READ therefore goes before whatever else is taken in: it waits for a part of a WRITE at
+//! most. What is not on the swap file does not wait for WRITEs either. All else keeps its order.
 //!
 //! From a request to its reply a worker allocates nothing, takes no page fault, and takes no lock whose holder may wait
-//! for memory. It sleeps only when there is no request.
+//! for memory. It sleeps only when there is no request, or another leads.
 
 use crate::args::Args;
+use crate::crew::Crew;
 use crate::idle::Idle;
 use crate::inbox::{Inbox, ROOM};
-use crate::process::spawn as spawn_thread;
+use crate::process::{spawn as spawn_thread, touch};
 use crate::{no_alloc, Shared};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::task::{ready, Poll};
 use std::thread;
 use std::time::{Duration, Instant};
 use zswapd_core::codec::Scratch;
 use zswapd_core::store::Detached;
+use zswapd_fuse::init::MAX_READ;
 use zswapd_fuse::reply;
-use zswapd_fuse::swapfile::{self, Tools};
-use zswapd_fuse::wire::{opcode, Malformed, Operation, Request};
+use zswapd_fuse::swapfile::{self, Progress, Tools};
+use zswapd_fuse::wire::{Malformed, Operation, Request};
 
-/// READs that are answered before the oldest of what waits goes on: as much work as a part of a WRITE, or a little more.
-const READS: usize = 8;
+/// Requests that are answered at once before the oldest of what waits goes on: with READs, as much work as a part of a
+/// WRITE, or a little more.
+const AT_ONCE: usize = 8;
 /// Objects of a punched cluster of 2 MiB, and then some.
 const DETACHED: usize = 1024;
 
 /// Starts the workers.
-pub fn spawn(shared: &Arc<Shared>, device: BorrowedFd<'_>, args: &Args) -> io::Result<()> {
+pub fn spawn(shared: &Arc<Shared>, device: &Arc<File>, args: &Args) -> io::Result<()> {
     // On the only processor there is, who looks for a request keeps away who would make it.
     let alone = thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
     let spin = if alone { Duration::ZERO } else { args.spin };
+    let crew = Arc::new(Crew::new(Lead::new(device.clone(), spin)));
     for n in 0..args.workers {
-        let mut worker = Worker::new(shared.clone(), device.try_clone_to_owned()?, spin)?;
+        let mut worker = Worker::new(shared.clone(), device.clone(), crew.clone())?;
         spawn_thread(&format!("worker-{n}"), move || no_alloc::forbidden(|| worker.serve()))?;
     }
     Ok(())
 }
 
-struct Worker {
-    shared: Arc<Shared>,
-    device: OwnedFd,
+/// What only the worker that leads has: requests, and what there is to know about them.
+struct Lead {
+    device: Arc<File>,
     idle: Idle,
     inbox: Inbox,
-    tools: Tools,
+    /// Of the oldest request in the inbox.
+    progress: Progress,
+    /// Requests that were answered at once since the oldest had its turn.
+    at_once: usize,
 }
 
-impl Worker {
-    fn new(shared: Arc<Shared>, device: OwnedFd, spin: Duration) -> io::Result<Worker> {
-        let scratch = Scratch::new().map_err(io::Error::other)?;
-        let tools = Tools::new(scratch, Detached::with_capacity(DETACHED));
-        Ok(Worker { shared, device, idle: Idle::new(spin), inbox: Inbox::new(), tools })
-    }
-
-    fn serve(&mut self) {
-        while let Ok(busy) = self.turn() {
-            if !busy {
-                self.wait();
-            }
-        }
-        // Unmounted or aborted: there is nothing left to serve.
-        self.shared.closer.close();
-    }
-
-    /// Takes in what there is and answers the READs, then goes on with the oldest of the rest. False: there was nothing
-    /// to do. An error means that the device is gone.
-    fn turn(&mut self) -> io::Result<bool> {
-        let mut busy = false;
-        let mut reads = 0;
-        while reads < READS {
-            let Some(request) = self.receive()? else { break };
-            busy = true;
-            match self.is_read(&request) {
-                true => {
-                    reads += 1;
-                    let _answered_whole = self.handle(request);
-                }
-                false => self.inbox.push(request),
-            }
-        }
-        let Some(oldest) = self.inbox.oldest() else { return Ok(busy) };
-        if self.handle(oldest).is_ready() {
-            self.inbox.pop();
-        }
-        Ok(true)
+impl Lead {
+    fn new(device: Arc<File>, spin: Duration) -> Lead {
+        Lead { device, idle: Idle::new(spin), inbox: Inbox::new(), progress: Progress::NONE, at_once: 0 }
     }
 
     /// Receives a request into the inbox's room. None if there is no request now, or no room.
@@ -116,22 +90,126 @@ impl Worker {
         unsafe { libc::poll(&mut waiting, 1, -1) };
     }
 
-    fn is_read(&mut self, request: &Range<usize>) -> bool {
-        Request::parse(self.inbox.bytes(request.clone())).is_ok_and(|request| request.opcode == opcode::READ)
+    /// When a request is to be answered.
+    fn turn_of(&mut self, at: Range<usize>) -> Turn {
+        match Request::parse(self.inbox.bytes(at)) {
+            Ok(request) if request.nodeid == swapfile::NODEID => match Operation::parse(&request) {
+                Some(Operation::Read { offset, size }) => Turn::Read(Read { unique: request.unique, offset, size }),
+                _ => Turn::InOrder,
+            },
+            _ => Turn::AtOnce,
+        }
+    }
+}
+
+/// A READ of the swap file.
+struct Read {
+    unique: u64,
+    offset: u64,
+    size: u32,
+}
+
+enum Turn {
+    Read(Read),
+    /// No READ, and not on the swap file.
+    AtOnce,
+    InOrder,
+}
+
+struct Worker {
+    shared: Arc<Shared>,
+    device: Arc<File>,
+    crew: Arc<Crew<Lead>>,
+    tools: Tools,
+    reply: Vec<u8>,
+}
+
+impl Worker {
+    fn new(shared: Arc<Shared>, device: Arc<File>, crew: Arc<Crew<Lead>>) -> io::Result<Worker> {
+        let scratch = Scratch::new().map_err(io::Error::other)?;
+        let tools = Tools { scratch, detached: Detached::with_capacity(DETACHED) };
+        let mut reply = vec![0; MAX_READ];
+        touch(&mut reply);
+        Ok(Worker { shared, device, crew, tools, reply })
+    }
+
+    fn serve(&mut self) {
+        let mut lead = self.crew.take();
+        let gone = loop {
+            match self.step(lead) {
+                Ok(next) => lead = next,
+                Err(last) => break last,
+            }
+        };
+        // Unmounted or aborted: there is nothing left to serve, as whoever leads next finds too.
+        self.crew.give(gone);
+        self.shared.closer.close();
+    }
+
+    /// Answers the next READ. If there is none, goes on with the oldest of the other requests; if there is none either,
+    /// waits. Returns the lead, as an error if the device is gone.
+    fn step(&mut self, mut lead: Box<Lead>) -> Result<Box<Lead>, Box<Lead>> {
+        match self.take_in(&mut lead) {
+            Ok(Some(read)) => return Ok(self.read(lead, read)),
+            Ok(None) => {}
+            Err(_) => return Err(lead),
+        }
+        let Some(oldest) = lead.inbox.oldest() else {
+            lead.wait();
+            return Ok(lead);
+        };
+        lead.at_once = 0;
+        if self.handle(&mut lead, oldest).is_ready() {
+            lead.inbox.pop();
+        }
+        Ok(lead)
+    }
+
+    /// Takes in requests until one is a READ, or there are no more, or the oldest has waited long enough.
+    fn take_in(&mut self, lead: &mut Lead) -> io::Result<Option<Read>> {
+        while lead.at_once < AT_ONCE || lead.inbox.oldest().is_none() {
+            let Some(at) = lead.receive()? else { break };
+            match lead.turn_of(at.clone()) {
+                Turn::InOrder => {
+                    lead.inbox.push(at);
+                    continue;
+                }
+                Turn::Read(read) => {
+                    lead.at_once += 1;
+                    return Ok(Some(read));
+                }
+                Turn::AtOnce => {
+                    lead.at_once += 1;
+                    let _never_in_parts = self.handle(lead, at);
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Answers a READ. Returns the lead: if it was given away meanwhile, when it is our turn again.
+    fn read(&mut self, lead: Box<Lead>, read: Read) -> Box<Lead> {
+        let Read { unique, offset, size } = read;
+        let mut lead = Some(lead);
+        {
+            let _until_the_end = self.shared.gate.begin();
+            let payload = swapfile::read(&self.shared.engine, offset, size, &mut self.reply, &mut self.tools);
+            let _ = reply::send(self.device.as_fd(), unique, payload);
+        }
+        lead.take().unwrap_or_else(|| self.crew.take())
     }
 
     /// Answers a request, or, pending, does a part of what it asks for.
     ///
     /// A reply that the kernel refuses is the matter of one request. Whether the device is gone, the next read tells.
-    fn handle(&mut self, at: Range<usize>) -> Poll<()> {
+    fn handle(&mut self, lead: &mut Lead, at: Range<usize>) -> Poll<()> {
         let gate = &self.shared.gate;
         let _until_the_end = gate.begin();
-        let start = at.start;
-        let request = match Request::parse(self.inbox.bytes(at)) {
+        let request = match Request::parse(lead.inbox.bytes(at)) {
             Ok(request) => request,
             Err(Malformed { unique }) => {
                 if let Some(unique) = unique {
-                    let _ = reply::send(as_fd(&self.device), unique, Err(libc::EIO));
+                    let _ = reply::send(self.device.as_fd(), unique, Err(libc::EIO));
                 }
                 return Poll::Ready(());
             }
@@ -144,22 +222,18 @@ impl Worker {
         let (opens, releases) =
             (matches!(operation, Some(Operation::Open { .. })), operation == Some(Operation::Release));
         let engine = &self.shared.engine;
-        let mut small = [0; 128];
         let payload = match operation {
             None => Err(libc::EINVAL),
             Some(Operation::Open { .. }) if gate.is_closed() => Err(libc::ENODEV),
-            // A READ is answered from the room that it was received into: what is read takes its place.
-            Some(Operation::Read { offset, size }) => {
-                let room = self.inbox.bytes(start..start + ROOM);
-                ready!(swapfile::answer(engine, Operation::Read { offset, size }, room, &mut self.tools))
-            }
             Some(Operation::Write { offset, data }) if (self.shared.stored..engine.size()).contains(&offset) => {
-                Ok(swapfile::written(&mut small, data.len()))
+                Ok(swapfile::written(&mut self.reply, data.len()))
             }
-            Some(other) => ready!(swapfile::answer(engine, other, &mut small, &mut self.tools)),
+            Some(other) => {
+                ready!(swapfile::answer(engine, other, &mut self.reply, &mut self.tools, &mut lead.progress))
+            }
         };
         let opened = opens && payload.is_ok();
-        let delivered = reply::send(as_fd(&self.device), unique, payload).unwrap_or(false);
+        let delivered = reply::send(self.device.as_fd(), unique, payload).unwrap_or(false);
         // An open that nobody waited for will not be released.
         if opened && delivered {
             gate.opened();
@@ -172,10 +246,6 @@ impl Worker {
         }
         Poll::Ready(())
     }
-}
-
-fn as_fd(device: &OwnedFd) -> BorrowedFd<'_> {
-    std::os::fd::AsFd::as_fd(device)
 }
 
 #[cfg(test)]

@@ -195,7 +195,7 @@ fn emptying() -> impl FnMut(&Shared) -> Result<bool, Error> {
 /// Ends the pool, whose objects are all freed. False if somebody is still moving some: ask again.
 fn destroyed(shared: &Shared) -> Result<bool, Error> {
     let leaked = match shared.engine.store().destroy(PATIENCE) {
-        Err(Error::Busy { movers }) => {
+        Err(Error::Busy { movers, .. }) => {
             eprintln!("zswapd-pager: waiting for {movers} who move objects of the pool");
             return Ok(false);
         }

@@ -3,10 +3,10 @@
 use crate::process::touch;
 use std::collections::VecDeque;
 use std::ops::Range;
-use zswapd_fuse::init::MAX_TRANSFER;
+use zswapd_fuse::init::MAX_WRITE;
 
 /// What the kernel wants to find for any request: room for the largest, with its header.
-pub const ROOM: usize = MAX_TRANSFER + 4096;
+pub const ROOM: usize = MAX_WRITE + 4096;
 /// A few WRITEs of the usual size. It is most of the pager's own memory, which is to stay below 8 MiB.
 const MEMORY: usize = 5 * ROOM / 2;
 const REQUESTS: usize = 128;

@@ -4,7 +4,7 @@
 //!
 //! | thread | does | may wait for memory |
 //! | --- | --- | --- |
-//! | worker | reads requests from /dev/fuse, answers those on the swap file | never |
+//! | workers | one leads: reads requests from /dev/fuse, answers those on the swap file | never |
 //! | relay-out, relay-in | carry all other requests to pyfuse3, and its replies back | in the kernel's socket code |
 //! | refill | keeps the pool's reserve of memory filled | yes |
 //! | compactor | moves objects together when the pool is fragmented | never |
@@ -13,6 +13,7 @@
 mod args;
 mod channel;
 mod control;
+mod crew;
 mod gate;
 mod idle;
 mod inbox;
@@ -24,7 +25,6 @@ mod state_file;
 #[cfg(test)]
 mod testing;
 
-use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 use zswapd_core::codec::Compression;
@@ -100,7 +100,7 @@ fn run() -> Result<(), String> {
         process::spawn("compactor", move || compact(&shared))
     })
     .and_then(|()| relay::spawn(&shared))
-    .and_then(|()| channel::spawn(&shared, device.as_fd(), &args));
+    .and_then(|()| channel::spawn(&shared, &device, &args));
     let result =
         spawned.map_err(|error| failed("cannot start a thread")(&error)).map(|()| control::serve(&listener, &shared));
     // Nobody has the swap file open when we come here; a failed start is not attached yet.

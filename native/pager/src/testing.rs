@@ -3,7 +3,7 @@
 
 use crate::{args, channel, gate, relay, socket, Shared};
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
@@ -64,7 +64,7 @@ impl Kernel {
         );
         let args = args::parse(words.split(' ').map(String::from)).expect("arguments");
         relay::spawn(&shared).expect("threads");
-        channel::spawn(&shared, device.as_fd(), &args).expect("threads");
+        channel::spawn(&shared, &device, &args).expect("threads");
         set_patience(&socket);
         Kernel { shared, listener, socket }
     }

@@ -132,6 +132,7 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
         ("zstd", metrics.pages_zstd.get()),
         ("same_filled", metrics.pages_same_filled.get()),
         ("incompressible", metrics.pages_incompressible.get()),
+        ("on_disk", metrics.pages_on_disk.get()),
         ("lost", metrics.pages_lost.get()),
     ];
     let stored: u64 = pages.iter().filter(|(kind, _)| *kind != "lost").map(|(_, pages)| pages).sum();
@@ -164,9 +165,14 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
         ("pool_full", metrics.rejected_pool_full.get()),
         ("no_memory", metrics.rejected_no_memory.get()),
         ("out_of_range", metrics.rejected_out_of_range.get()),
+        ("no_writeback", metrics.rejected_no_writeback.get()),
     ];
     stats.set_item("rejected_stores", counts(py, &rejected)?)?;
-    let errors = [("lost", metrics.errors_lost.get()), ("corrupt", metrics.errors_corrupt.get())];
+    let errors = [
+        ("lost", metrics.errors_lost.get()),
+        ("corrupt", metrics.errors_corrupt.get()),
+        ("disk", metrics.disk_read_errors.get()),
+    ];
     stats.set_item("errors", counts(py, &errors)?)?;
     stats.set_item("load_latency", histogram(py, &metrics.load_latency.snapshot())?)?;
     stats.set_item("store_latency", histogram(py, &metrics.store_latency.snapshot())?)?;
@@ -187,7 +193,42 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
         Ok(entry)
     });
     stats.set_item("classes", classes.collect::<PyResult<Vec<_>>>()?)?;
+    stats.set_item("writeback", writeback(py, metrics)?)?;
     Ok(stats)
+}
+
+fn writeback<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>> {
+    let dict = counts(
+        py,
+        &[
+            ("backing_bytes", metrics.backing_bytes.get()),
+            ("backing_free_bytes", metrics.backing_free_bytes.get()),
+            ("live_bytes", metrics.disk_live_bytes.get()),
+            ("idle_pages", metrics.idle_pages.get()),
+            ("writebacks_in_flight", metrics.writebacks_in_flight.get()),
+            ("cleanings_in_flight", metrics.cleanings_in_flight.get()),
+            ("pages_written", metrics.pages_written_back.get()),
+            ("pages_promoted", metrics.pages_promoted.get()),
+            ("written_bytes", metrics.writeback_bytes.get()),
+            ("cleaning_bytes", metrics.cleaning_bytes.get()),
+            ("cleaned_segments", metrics.cleaned_segments.get()),
+            ("reads", metrics.disk_reads.get()),
+            ("read_bytes", metrics.disk_read_bytes.get()),
+            ("write_errors", metrics.writeback_errors.get()),
+            ("stores_waited", metrics.stores_waited_for_room.get()),
+        ],
+    )?;
+    let state = match metrics.backing_state.get() {
+        0 => "none",
+        1 => "ok",
+        _ => "failed",
+    };
+    dict.set_item("state", state)?;
+    let budget = Some(metrics.writeback_budget_bytes.get()).filter(|&bytes| bytes != u64::MAX);
+    dict.set_item("budget_bytes", budget)?;
+    dict.set_item("read_latency", histogram(py, &metrics.disk_read_latency.snapshot())?)?;
+    dict.set_item("write_latency", histogram(py, &metrics.writeback_latency.snapshot())?)?;
+    Ok(dict)
 }
 
 fn histogram<'py>(py: Python<'py>, snapshot: &HistogramSnapshot) -> PyResult<Bound<'py, PyDict>> {

@@ -3,7 +3,7 @@
 use crate::testing::*;
 use proptest::prelude::*;
 use zswapd_core::page::PAGE_SIZE;
-use zswapd_fuse::init::MAX_TRANSFER;
+use zswapd_fuse::init::{MAX_READ, MAX_WRITE};
 use zswapd_fuse::swapfile::NODEID;
 use zswapd_fuse::wire::{opcode, u64_at};
 
@@ -92,14 +92,16 @@ fn what_is_not_known_is_not_implemented() {
 #[test]
 fn the_largest_requests_are_answered_whole_and_larger_ones_refused() {
     let kernel = Kernel::new();
-    let data = noise(3, MAX_TRANSFER / PAGE_SIZE);
-    assert_eq!(kernel.write(4096, &data), Ok(MAX_TRANSFER as u32));
-    assert_eq!(kernel.read(4096, MAX_TRANSFER as u32), Ok(data));
-    for size in [MAX_TRANSFER as u32 + 1, 2 << 20, u32::MAX] {
+    let data = noise(3, MAX_WRITE / PAGE_SIZE);
+    assert_eq!(kernel.write(4096, &data), Ok(MAX_WRITE as u32));
+    for (at, part) in data.chunks(MAX_READ).enumerate() {
+        assert_eq!(kernel.read((4096 + at * MAX_READ) as u64, MAX_READ as u32).as_deref(), Ok(part));
+    }
+    for size in [MAX_READ as u32 + 1, 2 << 20, u32::MAX] {
         assert_eq!(kernel.read(0, size), Err(libc::EINVAL));
     }
     // /dev/fuse refuses what is longer than the buffer; the socket cuts it short.
-    let larger = vec![1; MAX_TRANSFER + 8192];
+    let larger = vec![1; MAX_WRITE + 8192];
     expect_error(
         &kernel,
         &request(opcode::WRITE, 8, NODEID, &write_arguments(0, larger.len() as u32, &larger)),
@@ -174,7 +176,9 @@ fn punches_are_answered_and_read_zeros() {
     };
     let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     assert_eq!(ask(0, SIZE, punch), Ok(vec![]));
-    assert_eq!(kernel.read(0, 1 << 20), Ok(vec![0; 1 << 20]));
+    for at in (0..1 << 20).step_by(MAX_READ) {
+        assert_eq!(kernel.read(at, MAX_READ as u32), Ok(vec![0; MAX_READ]));
+    }
     assert_eq!(ask(SIZE, 4096, punch), Ok(vec![]));
     assert_eq!(ask(u64::MAX, 2, punch), Err(libc::EFBIG));
     assert_eq!(ask(0, 4096, 0), Err(libc::EOPNOTSUPP));

@@ -11,7 +11,7 @@ use zswapd_core::engine::Engine;
 use zswapd_core::pool::Allocator;
 use zswapd_core::store::Files;
 use zswapd_fuse::reply::OUT_HEADER;
-use zswapd_fuse::wire::u64_at;
+use zswapd_fuse::wire::{opcode, u64_at};
 
 const PAGE: usize = 4096;
 /// Pages of a WRITE that takes more than one turn.
@@ -37,14 +37,39 @@ fn worker() -> (Worker, File) {
         protected: false,
         stored: u64::MAX,
     };
-    (Worker::new(Arc::new(shared), device.into(), Duration::ZERO).expect("worker"), kernel)
+    let device = Arc::new(device);
+    let crew = Arc::new(Crew::new(Lead::new(device.clone(), Duration::ZERO)));
+    (Worker::new(Arc::new(shared), device, crew).expect("worker"), kernel)
+}
+
+/// A step of the worker, which leads; it must have something to do, or it waits for ever.
+fn step(worker: &mut Worker) {
+    let lead = worker.step(worker.crew.take()).ok().expect("the device is there");
+    worker.crew.give(lead);
+}
+
+/// Steps, until nothing is left in the inbox.
+fn finish(worker: &mut Worker) {
+    loop {
+        let lead = worker.crew.take();
+        let waits = lead.inbox.oldest().is_some();
+        worker.crew.give(lead);
+        if !waits {
+            return;
+        }
+        step(worker);
+    }
 }
 
 /// A request on the swap file.
 fn send(kernel: &File, opcode: u32, unique: u64, arguments: &[u64], data: &[u8]) {
+    send_to(kernel, swapfile::NODEID, opcode, unique, arguments, data);
+}
+
+fn send_to(kernel: &File, nodeid: u64, opcode: u32, unique: u64, arguments: &[u64], data: &[u8]) {
     let arguments: Vec<u8> = arguments.iter().flat_map(|word| word.to_ne_bytes()).collect();
     let length = 40 + arguments.len() + data.len();
-    let header = [(length as u64) | u64::from(opcode) << 32, unique, swapfile::NODEID, 0, 0];
+    let header = [(length as u64) | u64::from(opcode) << 32, unique, nodeid, 0, 0];
     let header: Vec<u8> = header.iter().flat_map(|word| word.to_ne_bytes()).collect();
     let message = [&header, &arguments, data].concat();
     assert_eq!(io::Write::write(&mut &*kernel, &message).expect("room in the socket"), length);
@@ -73,18 +98,16 @@ fn answered(kernel: &File) -> Vec<u64> {
 fn a_read_goes_before_writes_and_waits_for_a_part_of_one_at_most() {
     let (mut worker, kernel) = worker();
     send_write(&kernel, 1, 0, &[1; MANY * PAGE]);
-    worker.turn().expect("device");
+    step(&mut worker);
     assert_eq!(answered(&kernel), [0; 0], "it takes more than a turn");
     send_write(&kernel, 2, MANY, &[2; PAGE]);
     send_read(&kernel, 3, MANY + 1);
-    worker.turn().expect("device");
+    step(&mut worker);
     assert_eq!(replies(&kernel), [(3, vec![0; PAGE])]);
-    while worker.inbox.oldest().is_some() {
-        worker.turn().expect("device");
-    }
+    finish(&mut worker);
     assert_eq!(answered(&kernel), [1, 2]);
     send_read(&kernel, 4, MANY - 1);
-    worker.turn().expect("device");
+    step(&mut worker);
     assert_eq!(replies(&kernel), [(4, vec![1; PAGE])]);
 }
 
@@ -98,13 +121,13 @@ fn all_but_reads_keep_their_order() {
     send_write(&kernel, 4, 1, &[4; PAGE]);
     let mut order = vec![];
     while order.len() < 4 {
-        worker.turn().expect("device");
+        step(&mut worker);
         order.extend(answered(&kernel));
     }
     assert_eq!(order, [1, 2, 3, 4]);
     for (page, byte) in [(0, 0), (1, 4), (MANY - 1, 0)] {
         send_read(&kernel, 5, page);
-        worker.turn().expect("device");
+        step(&mut worker);
         assert_eq!(replies(&kernel), [(5, vec![byte; PAGE])]);
     }
 }
@@ -114,10 +137,25 @@ fn many_reads_do_not_keep_a_write_waiting() {
     let (mut worker, kernel) = worker();
     send_write(&kernel, 1, 0, &[1; PAGE]);
     // Beyond the end of the file, so that the replies are short.
-    for _ in 0..2 * READS {
+    for _ in 0..2 * AT_ONCE {
         send_read(&kernel, 2, 1 << 20);
     }
-    worker.turn().expect("device");
+    for _ in 0..=AT_ONCE {
+        step(&mut worker);
+    }
     let answered = answered(&kernel);
-    assert!(answered.contains(&1) && answered.len() <= READS + 1, "{answered:?}");
+    assert!(answered.contains(&1) && answered.len() <= AT_ONCE + 1, "{answered:?}");
+}
+
+#[test]
+fn what_is_not_on_the_swap_file_waits_for_no_write() {
+    let (mut worker, kernel) = worker();
+    send_write(&kernel, 1, 0, &[1; MANY * PAGE]);
+    step(&mut worker);
+    // Nobody is connected to the relay.
+    send_to(&kernel, swapfile::NODEID + 1, opcode::FSYNC, 2, &[0, 0], &[]);
+    step(&mut worker);
+    assert_eq!(answered(&kernel), [2]);
+    finish(&mut worker);
+    assert_eq!(answered(&kernel), [1]);
 }

@@ -2,7 +2,7 @@
 
 use crate::testing::*;
 use std::os::fd::OwnedFd;
-use zswapd_fuse::init::MAX_TRANSFER;
+use zswapd_fuse::init::MAX_WRITE;
 use zswapd_fuse::swapfile::NODEID;
 use zswapd_fuse::wire::{opcode, u32_at};
 
@@ -168,7 +168,7 @@ fn init_is_shown_without_what_is_hidden_and_answered_to_the_kernel_once() {
             let raised = kernel.reply();
             assert_eq!((raised.unique, raised.errno, raised.payload.len()), (unique, 0, 64));
             assert_eq!(u32_at(&raised.payload, 12), Some(1 << 5 | 1 << 22));
-            assert_eq!(u32_at(&raised.payload, 20), Some(MAX_TRANSFER as u32));
+            assert_eq!(u32_at(&raised.payload, 20), Some(MAX_WRITE as u32));
         }
         let unique = look_up(&kernel);
         assert!(receive(&peer).is_some());

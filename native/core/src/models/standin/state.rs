@@ -46,10 +46,6 @@ impl State {
         &self.words
     }
 
-    pub fn touched_slots(&self, slot: u64) -> Option<(u64, u64)> {
-        (slot < self.slots()).then(|| (slot, self.slots()))
-    }
-
     pub fn resident_bytes(&self) -> u64 {
         0
     }

@@ -1,0 +1,40 @@
+"""What a swap file costs in memory beside its pages: the tables of whoever serves it, which are locked."""
+
+from zswapd.config import PAGE_SIZE, Config, format_size, mem_total
+from zswapd.errors import ConfigError
+
+#: Per page of the swap file, taken at the start: its slot word, and its links and note in the LRU.
+SLOT_BYTES = 8 + 8 + 4
+#: Per page of the pool, taken as it grows: its descriptor (zsmalloc's, the larger one).
+DESCRIPTOR_BYTES = 24
+#: Where the locations of slot words end: the pool does not grow beyond, whatever pool.mem_limit is.
+ARENA_END = 1 << 40
+#: A page takes two pages of the pool at worst: itself, and a header.
+_WORST = 2
+#: The tables may take one part in this many of RAM: there have to be pages, and others, too.
+_SHARE = 2
+
+
+def tables_bytes(size: int, mem_limit: int) -> int:
+    """Bytes of the tables of a full swap file of `size` bytes whose pool may take `mem_limit`."""
+    pool = min(mem_limit, ARENA_END, _WORST * size)
+    return size // PAGE_SIZE * SLOT_BYTES + pool // PAGE_SIZE * DESCRIPTOR_BYTES
+
+
+def refuse_huge(config: Config, ram: int | None = None) -> None:
+    """Raises ConfigError if the tables for swap.size would not fit in half of `ram` bytes (None: this machine's RAM).
+
+    For who makes a swap file. Loading the configuration does not ask: what is attached must always be detachable.
+    """
+    ram = mem_total() if ram is None else ram
+    size, limit, most = config.swap.size, config.pool.mem_limit_bytes, ram // _SHARE
+    if (tables := tables_bytes(size, limit)) <= most:
+        return
+    # With as much of the pool as there can be, or with the worst pages, whichever leaves more.
+    beside_pool = (most - min(limit, ARENA_END) // PAGE_SIZE * DESCRIPTOR_BYTES) // SLOT_BYTES
+    fits = max(beside_pool, most // (SLOT_BYTES + _WORST * DESCRIPTOR_BYTES)) * PAGE_SIZE
+    raise ConfigError(
+        f"swap.size = {format_size(size)}: its tables, which are locked in memory, would take {format_size(tables)} of "
+        f"the {format_size(ram)} that this machine has: more than half",
+        f"make swap.size {fits >> 30}GiB or less",
+    )

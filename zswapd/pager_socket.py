@@ -1,0 +1,51 @@
+"""The pager's control socket: where it is, and how a command is asked (native/pager/src/control.rs has them all)."""
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+#: In so long a pager that is alive answers `status`, whatever else it is about.
+ANSWER_SECONDS = 10
+_PROBE = "status"
+
+
+def socket_path(mount_point: Path) -> Path:
+    """Where the pager of a mount point listens."""
+    return mount_point.with_name(mount_point.name + ".sock")
+
+
+def ask(path: Path, command: str) -> tuple[str, int | None]:
+    """What the pager replies to `command`, and the descriptor that comes with it.
+
+    A command takes as long as there are pages for it: it is waited for as long as the pager answers others meanwhile,
+    which it does between two steps. Raises OSError: the pager's own; TimeoutError if it answers nothing for
+    ANSWER_SECONDS; FileNotFoundError or a ConnectionError if it has ended.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(ANSWER_SECONDS)
+        try:
+            connection.connect(os.fspath(path))
+            connection.send(command.encode())
+            data, fds = _receive(connection, path, command)
+        except TimeoutError:
+            raise TimeoutError(errno.ETIMEDOUT, f"no answer to {command!r} in {ANSWER_SECONDS} s") from None
+    status, _, text = data.decode().partition(" ")
+    if status == "error":
+        number, _, message = text.partition(" ")
+        raise OSError(int(number), message)
+    if status != "ok":
+        raise BrokenPipeError(errno.EPIPE, "the pager is gone")
+    return text, fds[0] if fds else None
+
+
+def _receive(connection: socket.socket, path: Path, command: str) -> tuple[bytes, list[int]]:
+    while True:
+        try:
+            data, fds, _, _ = socket.recv_fds(connection, 512, 1)
+        except TimeoutError:
+            if command == _PROBE:
+                raise
+            ask(path, _PROBE)
+        else:
+            return data, fds

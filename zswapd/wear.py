@@ -1,0 +1,146 @@
+"""The wear budget: how much may still be written to the backing disk in this hour, and in this day.
+
+An hour is one of the clock, a day this hour and the 23 before it. The pager is granted some of what is left, and takes
+every segment that it writes from that, before it writes it. A grant is in the state file, on the disk, before the pager
+has it: after a crash of anything, what was granted and is not known to be left counts as written. So no more is ever
+written than the budget, but less may be.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote
+
+from zswapd.config import Writeback, format_size
+
+log = logging.getLogger(__name__)
+
+HOUR_SECONDS, DAY_HOURS = 3600, 24
+#: What is granted at a time, unless a quarter of what is left is more; a new grant comes when half of it is used up.
+GRANT_BYTES = 1 << 30
+
+
+def state_path(backing: Path) -> Path:
+    """Where the budget of a backing disk is counted: in systemd's StateDirectory, or /var/lib/zswapd."""
+    directory = os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or "/var/lib/zswapd"
+    return Path(directory, f"wear-{quote(os.fspath(backing), safe='')}.json")
+
+
+class Budget:
+    """What was written to a backing disk, by hour, and what the pager may still write."""
+
+    def __init__(self, settings: Writeback, now: Callable[[], float] = time.time) -> None:
+        """Reads the state file. One that is damaged counts as if the whole budget were used up in this hour."""
+        assert settings.backing is not None, "a backing disk is configured"
+        self._hourly, self._daily = settings.budget_per_hour, settings.budget_per_day
+        self._now = now
+        self._path = state_path(settings.backing)
+        #: Bytes by hours since 1970. Invariant: no hour is in the future, or a day past.
+        self._hours: dict[int, int] = {}
+        #: What the pager has been granted and is not known to have written: all of it may be.
+        self._granted = 0
+        try:
+            self._read(self._path.read_text())
+        except FileNotFoundError:
+            log.info("counting what is written to %s in %s, from 0", settings.backing, self._path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.error(
+                "the wear budget's state %s is damaged (%s): all of the budget counts as used up; to begin at 0 remove it",
+                self._path,
+                error,
+            )
+            self._hours, self._granted = {self._hour(): max(self._hourly, self._daily)}, 0
+
+    def left(self) -> int:
+        """Bytes that may still be written in this hour, what is granted included. Not below 0."""
+        used_by_day = self._used()
+        lefts = []
+        if self._hourly:
+            lefts.append(self._hourly - self._hours.get(self._hour(), 0))
+        if self._daily:
+            lefts.append(self._daily - used_by_day)
+        return max(0, min(lefts))
+
+    def observe(self, unused: int | None) -> None:
+        """Counts what the pager has written: `unused` is what it has left of what it was granted; None: it is a pager
+        that was not granted anything, and the one that was is gone."""
+        unused = unused or 0
+        written = max(0, self._granted - unused)
+        self._hours[self._hour()] = self._hours.get(self._hour(), 0) + written
+        self._granted = unused
+
+    def next_grant(self) -> int:
+        """Bytes to grant now, which may be 0. They count as granted: `save`, and only then tell the pager."""
+        left = self.left()
+        enough = min(left, max(GRANT_BYTES, left // 4))
+        if self._granted * 2 > enough or self._granted >= enough:
+            return 0
+        grant = enough - self._granted
+        self._granted = enough
+        return grant
+
+    def is_overdrawn(self) -> bool:
+        """Whether more is granted than there is left: the settings are lower than they were."""
+        return self._granted > self.left()
+
+    def save(self) -> None:
+        """Writes the state file, and waits for the disk. Raises OSError: the file is as it was."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._used()
+        state = {"hours": {str(hour): count for hour, count in self._hours.items()}, "granted": self._granted}
+        new = self._path.with_suffix(".new")
+        with new.open("w") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self._path)
+        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def _read(self, text: str) -> None:
+        state = json.loads(text)
+        hours = {int(hour): int(count) for hour, count in state["hours"].items()}
+        granted = int(state["granted"])
+        if granted < 0 or any(count < 0 for count in hours.values()):
+            raise ValueError("a number is negative")
+        self._hours, self._granted = hours, granted
+
+    def _hour(self) -> int:
+        return int(self._now()) // HOUR_SECONDS
+
+    def _used(self) -> int:
+        """Bytes written in the day. Forgets what is older; what a wrong clock has put into the future is of now."""
+        now = self._hour()
+        kept: dict[int, int] = {}
+        for hour, count in self._hours.items():
+            if hour > now - DAY_HOURS:
+                kept[min(hour, now)] = kept.get(min(hour, now), 0) + count
+        self._hours = kept
+        return sum(kept.values())
+
+
+def has_budget(settings: Writeback) -> bool:
+    """Whether anything is to be counted."""
+    return settings.backing is not None and bool(settings.budget_per_hour or settings.budget_per_day)
+
+
+def left_of(settings: Writeback, unused: int | None) -> int | None:
+    """What may still be written, as who is not the daemon sees it: from the state file, and what the pager has left.
+    None: there is no budget."""
+    if not has_budget(settings):
+        return None
+    budget = Budget(settings)
+    budget.observe(unused)
+    return budget.left()
+
+
+def describe(settings: Writeback) -> str:
+    """The budget for people."""
+    limits = ((settings.budget_per_hour, "hour"), (settings.budget_per_day, "day"))
+    return ", ".join(f"{format_size(limit)} per {unit}" for limit, unit in limits if limit)
