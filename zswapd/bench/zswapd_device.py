@@ -229,10 +229,12 @@ class Zswapd(Device):
         stats, pager = await self.daemon.stats(), self.daemon.processes().get("pager")
         text = Path(f"/proc/{pager}/io").read_text() if pager else ""
         count = dict(re.findall(r"^((?:read|write)_bytes): (\d+)$", text, re.MULTILINE))
-        return Traffic(stats["pages_written_back"], int(count.get("write_bytes", 0)), int(count.get("read_bytes", 0)))
+        return Traffic(
+            stats["writeback"]["pages_written"], int(count.get("write_bytes", 0)), int(count.get("read_bytes", 0))
+        )
 
     async def on_disk(self) -> int | None:
-        return (await self.daemon.stats())["pages_on_disk"] * PAGE if self.pool_limit else None
+        return (await self.daemon.stats())["pages"]["on_disk"] * PAGE if self.pool_limit else None
 
     async def refused(self) -> int:
         return sum((await self.daemon.stats())["rejected_stores"].values())
@@ -245,9 +247,9 @@ class Zswapd(Device):
 
 
 def held(stats: Mapping[str, Any]) -> Held:
-    """What an engine holds, from its statistics."""
+    """What an engine holds in memory, from its statistics."""
     used = stats["pool_bytes"] + stats["pool_reserve_bytes"] + stats["metadata_bytes"]
-    return Held(stats["original_bytes"], used)
+    return Held(stats["original_bytes"] - stats["pages"]["on_disk"] * PAGE, used)
 
 
 async def _ended(pidfd: int) -> bool:
