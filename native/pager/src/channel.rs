@@ -31,6 +31,8 @@ use zswapd_fuse::wire::{Malformed, Operation, Request};
 /// Requests that are answered at once before the oldest of what waits goes on: with READs, as much work as a part of a
 /// WRITE, or a little more.
 const AT_ONCE: usize = 8;
+/// How long the leader waits after an error of the device before it tries again.
+const PAUSE: Duration = Duration::from_millis(10);
 /// Objects of a punched cluster of 2 MiB, and then some.
 const DETACHED: usize = 1024;
 
@@ -39,7 +41,7 @@ pub fn spawn(shared: &Arc<Shared>, device: &Arc<File>, args: &Args) -> io::Resul
     // On the only processor there is, who looks for a request keeps away who would make it.
     let alone = thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
     let spin = if alone { Duration::ZERO } else { args.spin };
-    let crew = Arc::new(Crew::new(Lead::new(device.clone(), spin)));
+    let crew = Arc::new(Crew::new(Lead::new(shared.clone(), device.clone(), spin)));
     for n in 0..args.workers {
         let mut worker = Worker::new(shared.clone(), device.clone(), crew.clone())?;
         spawn_thread(&format!("worker-{n}"), move || no_alloc::forbidden(|| worker.serve()))?;
@@ -49,8 +51,11 @@ pub fn spawn(shared: &Arc<Shared>, device: &Arc<File>, args: &Args) -> io::Resul
 
 /// What only the worker that leads has: requests, and what there is to know about them.
 struct Lead {
+    shared: Arc<Shared>,
     device: Arc<File>,
     idle: Idle,
+    /// The last read(2) has failed, and the device is not gone.
+    cannot_read: bool,
     inbox: Inbox,
     /// Of the oldest request in the inbox.
     progress: Progress,
@@ -59,8 +64,9 @@ struct Lead {
 }
 
 impl Lead {
-    fn new(device: Arc<File>, spin: Duration) -> Lead {
-        Lead { device, idle: Idle::new(spin), inbox: Inbox::new(), progress: Progress::NONE, at_once: 0 }
+    fn new(shared: Arc<Shared>, device: Arc<File>, spin: Duration) -> Lead {
+        let (idle, inbox) = (Idle::new(spin), Inbox::new());
+        Lead { shared, device, idle, cannot_read: false, inbox, progress: Progress::NONE, at_once: 0 }
     }
 
     /// Receives a request into the inbox's room. None if there is no request now, or no room.
@@ -76,12 +82,22 @@ impl Lead {
         let error = io::Error::last_os_error();
         match error.raw_os_error() {
             // ENOENT: the request was interrupted before we had it. EINTR: a signal.
-            Some(libc::EAGAIN | libc::ENOENT | libc::EINTR) => Ok(None),
-            _ => Err(error),
+            Some(libc::EAGAIN | libc::ENOENT | libc::EINTR) => {}
+            Some(errno) if is_gone(errno) => return Err(error),
+            // The kernel had no memory, for one: no reason to leave everybody's pages.
+            errno => {
+                self.cannot_read = true;
+                self.shared.trouble.note(errno.unwrap_or(libc::EIO));
+            }
         }
+        Ok(None)
     }
 
     fn wait(&mut self) {
+        // There may be a request, which poll(2) would not wait for.
+        if std::mem::take(&mut self.cannot_read) {
+            return thread::sleep(PAUSE);
+        }
         if !self.idle.no_request(Instant::now()) {
             return std::hint::spin_loop();
         }
@@ -246,6 +262,11 @@ impl Worker {
         }
         Poll::Ready(())
     }
+}
+
+/// Whether an error of read(2) says that the file system was unmounted, or its connection aborted.
+fn is_gone(errno: i32) -> bool {
+    matches!(errno, libc::ENODEV | libc::ECONNABORTED)
 }
 
 #[cfg(test)]

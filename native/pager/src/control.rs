@@ -82,7 +82,7 @@ pub fn serve(listener: &Listener, shared: &Shared) {
         if accept {
             match listener.accept() {
                 Ok(Some(connection)) => silent.push_back(connection),
-                Ok(None) => return,
+                Ok(None) => return eprintln!("zswapd-pager: the file system is gone: unmounted, or aborted"),
                 Err(error) => pause_after(&error),
             }
             if silent.len() > SILENT {

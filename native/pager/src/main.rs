@@ -7,7 +7,7 @@
 //! | workers | one leads: reads requests from /dev/fuse, answers those on the swap file | never |
 //! | relay-out, relay-in | carry all other requests to pyfuse3, and its replies back | in the kernel's socket code |
 //! | refill | keeps the pool's reserve of memory filled | yes |
-//! | compactor | moves objects together when the pool is fragmented | never |
+//! | compactor | moves objects together when the pool is fragmented; says what workers have to say | in the log |
 //! | main | answers commands on the control socket | yes |
 
 mod args;
@@ -24,6 +24,7 @@ mod socket;
 mod state_file;
 #[cfg(test)]
 mod testing;
+mod trouble;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -49,6 +50,7 @@ pub struct Shared {
     pub relay: relay::Relay,
     pub counters: std::fs::File,
     pub gate: gate::Gate,
+    pub trouble: trouble::Trouble,
     /// Ends the pager when the file system is gone.
     pub closer: socket::Closer,
     /// Of the mount.
@@ -85,6 +87,7 @@ fn run() -> Result<(), String> {
         relay: relay::Relay::new(device.clone()),
         counters: counters.into(),
         gate: gate::Gate::default(),
+        trouble: trouble::Trouble::default(),
         closer: listener.closer().map_err(|error| failed("control socket")(&error))?,
         device_number,
         protected,
@@ -103,8 +106,11 @@ fn run() -> Result<(), String> {
     .and_then(|()| channel::spawn(&shared, &device, &args));
     let result =
         spawned.map_err(|error| failed("cannot start a thread")(&error)).map(|()| control::serve(&listener, &shared));
-    // Nobody has the swap file open when we come here; a failed start is not attached yet.
-    let _gone_already = mount::unmount(&args.mount_point);
+    // Nobody has the swap file open when we come here; a failed start is not attached yet. Somebody else may have
+    // unmounted it, and mounted something else there.
+    if mount::device_number(&args.mount_point).is_ok_and(|now| now == device_number) {
+        let _gone_already = mount::unmount(&args.mount_point);
+    }
     result
 }
 
@@ -129,8 +135,10 @@ fn refill(shared: &Shared) {
 fn compact(shared: &Shared) {
     let store = shared.engine.store();
     store.pool().become_compactor();
+    shared.trouble.become_teller();
     loop {
         std::thread::park();
+        shared.trouble.say();
         if store.pool().wants_compaction() {
             store.compact();
         }

@@ -4,6 +4,7 @@ use super::*;
 use crate::gate::Gate;
 use crate::relay::Relay;
 use crate::socket::Listener;
+use crate::trouble::Trouble;
 use std::fs::File;
 use std::os::fd::FromRawFd;
 use zswapd_core::codec::{Algorithm, Compression};
@@ -32,14 +33,16 @@ fn worker() -> (Worker, File) {
         relay: Relay::new(Arc::new(device.try_clone().expect("device"))),
         counters: File::open("/dev/null").expect("null"),
         gate: Gate::default(),
+        trouble: Trouble::default(),
         closer: Listener::bind(&path).and_then(|listener| listener.closer()).expect("socket"),
         device_number: 0,
         protected: false,
         stored: u64::MAX,
     };
     let device = Arc::new(device);
-    let crew = Arc::new(Crew::new(Lead::new(device.clone(), Duration::ZERO)));
-    (Worker::new(Arc::new(shared), device, crew).expect("worker"), kernel)
+    let shared = Arc::new(shared);
+    let crew = Arc::new(Crew::new(Lead::new(shared.clone(), device.clone(), Duration::ZERO)));
+    (Worker::new(shared, device, crew).expect("worker"), kernel)
 }
 
 /// A step of the worker, which leads; it must have something to do, or it waits for ever.
@@ -158,4 +161,23 @@ fn what_is_not_on_the_swap_file_waits_for_no_write() {
     assert_eq!(answered(&kernel), [2]);
     finish(&mut worker);
     assert_eq!(answered(&kernel), [1]);
+}
+
+#[test]
+fn a_device_that_cannot_be_read_now_is_read_again() {
+    let (mut worker, kernel) = worker();
+    let mut lead = worker.crew.take();
+    // EISDIR, and EIO where there is no memory of one's own: neither is a device that is gone.
+    for path in ["/", "/proc/self/mem"] {
+        let device = std::mem::replace(&mut lead.device, Arc::new(File::open(path).expect("readable")));
+        assert!(worker.take_in(&mut lead).expect("no end").is_none());
+        assert!(lead.cannot_read, "it would try again at once");
+        lead.wait();
+        assert!(!lead.cannot_read);
+        assert!(worker.shared.trouble.say());
+        lead.device = device;
+        send_read(&kernel, 1, 0);
+        assert!(worker.take_in(&mut lead).expect("device").is_some());
+    }
+    assert_eq!([libc::ENODEV, libc::ECONNABORTED, libc::ENOMEM, libc::EIO].map(is_gone), [true, true, false, false]);
 }
