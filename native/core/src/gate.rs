@@ -46,6 +46,10 @@ impl Gate {
         self.state.fetch_or(CLOSED, Acquire);
     }
 
+    pub fn is_closed(&self) -> bool {
+        self.state.load(Acquire) & CLOSED != 0
+    }
+
     /// How many are inside.
     pub fn inside(&self) -> u32 {
         self.state.load(Acquire) & !CLOSED

@@ -1,7 +1,7 @@
 //! The state file: what must outlive the process, addressed by index and never by pointer.
 //!
 //! ```text
-//! page 0      header: magic, version, sizes, checksum
+//! page 0      header: magic, version, sizes, checksum; key and next nonce of the backing disk
 //! then        slot words, 8 bytes per page of the swap file
 //! at 2 MiB·n  the arena: objects, each with its own header
 //! ```
@@ -17,10 +17,23 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use xxhash_rust::xxh3::xxh3_64;
 
 const MAGIC: [u8; 8] = *b"zswapd\0\x01";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
-/// The arena ends at 1 TiB: a location in a slot word has 37 bits and counts 8 bytes.
+/// The arena ends at 1 TiB: a location in a slot word counts 8 bytes, and has 45 bits.
 pub const MAX_ARENA_PAGES: u64 = 1 << 28;
+
+/// Where the header has the [`CipherState`]: behind what the checksum covers, since it changes.
+const CIPHER_AT: usize = 64;
+
+/// What the cipher of the backing disk must not forget as long as the state lives.
+#[derive(Default)]
+#[repr(C)]
+pub struct CipherState {
+    /// The next nonce. Invariant: taken from here before it is used, so that none is used twice, whoever dies between.
+    pub next_nonce: AtomicU64,
+    /// All zero: there is none.
+    pub key: [AtomicU64; 4],
+}
 
 /// Regions of the arena are huge pages, if the system makes them so.
 const ARENA_ALIGNMENT: usize = 2 << 20;
@@ -73,6 +86,12 @@ impl State {
 
     pub fn arena_pages(&self) -> u32 {
         self.arena_pages
+    }
+
+    pub fn cipher(&self) -> &CipherState {
+        // SAFETY: page 0 of the mapping is the header's, which is shorter, and aligned; every bit pattern is valid, and
+        // it is only ever accessed as atomics.
+        unsafe { &*self.mapping.start().as_ptr().add(CIPHER_AT).cast() }
     }
 
     /// The slot words, one per page of the swap file.

@@ -4,10 +4,11 @@
 
 use crate::init::MAX_READ;
 use crate::wire::Operation;
-use std::task::Poll;
-use zswapd_core::codec::Scratch;
+use std::task::{ready, Poll};
 use zswapd_core::engine::Engine;
+use zswapd_core::error::{self, Error};
 use zswapd_core::page::PAGE_SIZE;
+use zswapd_core::scratch::Scratch;
 use zswapd_core::store::Detached;
 
 /// Nodeid, inode number and mode of the swap file. pyfuse3's side uses the same.
@@ -39,17 +40,32 @@ pub struct Tools {
     pub detached: Detached,
 }
 
-/// How far the WRITE at hand has come. Belongs to the requests, not to the worker: another one may go on with it.
+/// How far the request at hand has come. Belongs to the requests, not to the worker: another one may go on with it.
 pub struct Progress {
-    /// Bytes that are stored.
+    /// Bytes of a WRITE that are stored.
     stored: usize,
     /// The first error.
     result: Result<(), i32>,
+    waits_for_room: bool,
 }
 
 impl Progress {
-    /// Of a WRITE that has not begun.
-    pub const NONE: Progress = Progress { stored: 0, result: Ok(()) };
+    /// Of a request that has not begun.
+    pub const NONE: Progress = Progress { stored: 0, result: Ok(()), waits_for_room: false };
+
+    /// Whether the last thing that was tried found no room: it is to be tried again when the shrinker has made some.
+    pub fn waits_for_room(&self) -> bool {
+        self.waits_for_room
+    }
+
+    /// `result`, or pending if it is to be tried again.
+    fn unless_no_room<T>(&mut self, result: error::Result<T>) -> Poll<Result<T, i32>> {
+        self.waits_for_room = matches!(result, Err(Error::NoRoomYet));
+        match self.waits_for_room {
+            true => Poll::Pending,
+            false => Poll::Ready(result.map_err(|error| error.errno())),
+        }
+    }
 
     fn store_part(
         &mut self,
@@ -61,22 +77,28 @@ impl Progress {
         if self.stored == 0 {
             engine.check_range(offset, data.len() as u64).map_err(|error| error.errno())?;
         }
-        let from = offset + self.stored as u64;
-        let length = (data.len() - self.stored).min((PART - from % PART) as usize);
-        let part = engine.write(from, &data[self.stored..][..length], scratch);
-        self.result = self.result.and(part.map_err(|error| error.errno()));
-        self.stored += length;
-        if self.stored < data.len() {
-            return Poll::Pending;
+        // A page at a time: what has found room stays stored.
+        loop {
+            let from = offset + self.stored as u64;
+            let length = (data.len() - self.stored).min(PAGE_SIZE - (from % PAGE_SIZE as u64) as usize);
+            let page = engine.write(from, &data[self.stored..][..length], scratch);
+            let page = ready!(self.unless_no_room(page));
+            self.result = self.result.and(page);
+            self.stored += length;
+            if self.stored == data.len() {
+                return Poll::Ready(std::mem::replace(self, Progress::NONE).result);
+            }
+            if (offset + self.stored as u64) % PART == 0 {
+                return Poll::Pending;
+            }
         }
-        Poll::Ready(std::mem::replace(self, Progress::NONE).result)
     }
 }
 
 /// Answers an operation: the payload of the reply, written to `out`, or an errno.
 ///
-/// Pending: a part of a WRITE is stored. The same is to be passed again, with the same progress, until it is ready; others
-/// may come between. A WRITE is answered whole or with an error, never short. Does not block, allocate or touch disk.
+/// Pending: a part of a WRITE is stored, or there is no room yet. The same is to be passed again, with the same progress,
+/// until it is ready; others may come between. A WRITE is answered whole or with an error, never short. Does not block, allocate or touch disk.
 pub fn answer<'a>(
     engine: &Engine,
     operation: Operation<'_>,
@@ -91,7 +113,12 @@ pub fn answer<'a>(
             return stored.map_ok(|()| written(out, data.len()));
         }
         Operation::Fallocate { offset, length, mode } => {
-            fallocate(engine, offset, length, mode as i32, tools)?;
+            let within = hole(engine.size(), offset, length, mode as i32)?;
+            if within > 0 {
+                // What of it is done may be done again.
+                let result = engine.discard(offset, within, &mut tools.detached, &mut tools.scratch);
+                ready!(progress.unless_no_room(result))?;
+            }
             &[]
         }
         Operation::Lseek { offset, whence } => {
@@ -141,23 +168,20 @@ pub fn written(out: &mut [u8], length: usize) -> &[u8] {
     put(out, &[&(length as u32).to_ne_bytes(), &[0; 4]])
 }
 
-/// Punches holes and zeroes ranges; both read zeros afterwards. Allocating in advance is not offered.
-fn fallocate(engine: &Engine, offset: u64, length: u64, mode: i32, tools: &mut Tools) -> Result<(), i32> {
+/// How much of a range within the file is to be emptied: punched holes and zeroed ranges both read zeros afterwards.
+/// Allocating in advance is not offered.
+fn hole(size: u64, offset: u64, length: u64, mode: i32) -> Result<u64, i32> {
     const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     const ZERO_KEEP: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
     if !matches!(mode, PUNCH | ZERO_KEEP | libc::FALLOC_FL_ZERO_RANGE) {
         return Err(libc::EOPNOTSUPP);
     }
     let end = offset.checked_add(length).ok_or(libc::EFBIG)?;
-    if end > engine.size() && mode == libc::FALLOC_FL_ZERO_RANGE {
+    if end > size && mode == libc::FALLOC_FL_ZERO_RANGE {
         return Err(libc::EFBIG);
     }
     // What lies beyond the end is a hole already.
-    let within = engine.size().min(end).saturating_sub(offset);
-    if within == 0 {
-        return Ok(());
-    }
-    engine.discard(offset, within, &mut tools.detached, &mut tools.scratch).map_err(|error| error.errno())
+    Ok(size.min(end).saturating_sub(offset))
 }
 
 /// The whole file counts as data.

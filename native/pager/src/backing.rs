@@ -5,13 +5,16 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+#[cfg(debug_assertions)]
+use zswapd_core::backing::Faults;
 use zswapd_core::backing::{Disk, FileDisk};
+use zswapd_core::store::DiskOptions;
 
-/// The disk, and its size in bytes. Nobody else gets a block device as long as it is open (O_EXCL); a file is locked by
+/// The disk, all of it. Nobody else gets a block device as long as it is open (O_EXCL); a file is locked by
 /// the descriptor that zswapd leaves to this process.
 ///
 /// Errors: what was wrong, and what to do.
-pub fn open(args: &args::Backing) -> Result<(Box<dyn Disk>, u64), String> {
+pub fn open(args: &args::Backing) -> Result<DiskOptions, String> {
     let path = args.path.display();
     let file = exclusive(&args.path).map_err(|error| match error.raw_os_error() {
         Some(libc::EBUSY) => format!("the backing disk {path} is in use: free it, or name another"),
@@ -20,9 +23,12 @@ pub fn open(args: &args::Backing) -> Result<(Box<dyn Disk>, u64), String> {
     })?;
     let disk = FileDisk::new(file.into());
     let bytes = disk.bytes().map_err(|error| format!("cannot tell the size of {path}: {error}"))?;
-    #[cfg(debug_assertions)]
-    let disk = crate::faults::FaultyDisk::new(disk, args.faults.clone());
-    Ok((Box::new(disk), bytes))
+    let disk: Box<dyn Disk> = match args.faults.as_deref() {
+        #[cfg(debug_assertions)]
+        Some(rules) => Box::new(Faults::new(disk, rules).map_err(|error| format!("--faults: {error}"))?),
+        _ => Box::new(disk),
+    };
+    Ok(DiskOptions { disk, bytes, encryption: args.encryption, incompressible: args.incompressible })
 }
 
 fn exclusive(path: &Path) -> io::Result<File> {

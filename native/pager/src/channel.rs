@@ -8,7 +8,7 @@
 //! for memory. It sleeps only when there is no request, or another leads.
 
 use crate::args::Args;
-use crate::crew::Crew;
+use crate::crew::{Crew, Pocket};
 use crate::idle::Idle;
 use crate::inbox::{Inbox, ROOM};
 use crate::process::{spawn as spawn_thread, touch};
@@ -18,10 +18,10 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::task::{ready, Poll};
+use std::task::Poll;
 use std::thread;
 use std::time::{Duration, Instant};
-use zswapd_core::codec::Scratch;
+use zswapd_core::scratch::Scratch;
 use zswapd_core::store::Detached;
 use zswapd_fuse::init::MAX_READ;
 use zswapd_fuse::reply;
@@ -35,6 +35,9 @@ const AT_ONCE: usize = 8;
 const PAUSE: Duration = Duration::from_millis(10);
 /// Objects of a punched cluster of 2 MiB, and then some.
 const DETACHED: usize = 1024;
+/// How long to wait, without a request, before a WRITE that found no room is tried again. A shrinker needs about as long
+/// to write a segment.
+const RETRY_MS: libc::c_int = 1;
 
 /// Starts the workers.
 pub fn spawn(shared: &Arc<Shared>, device: &Arc<File>, args: &Args) -> io::Result<()> {
@@ -42,7 +45,8 @@ pub fn spawn(shared: &Arc<Shared>, device: &Arc<File>, args: &Args) -> io::Resul
     let alone = thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
     let spin = if alone { Duration::ZERO } else { args.spin };
     let crew = Arc::new(Crew::new(Lead::new(shared.clone(), device.clone(), spin)));
-    for n in 0..args.workers {
+    let workers = if args.backing.is_some() { args.workers } else { 1 };
+    for n in 0..workers {
         let mut worker = Worker::new(shared.clone(), device.clone(), crew.clone())?;
         spawn_thread(&format!("worker-{n}"), move || no_alloc::forbidden(|| worker.serve()))?;
     }
@@ -93,17 +97,24 @@ impl Lead {
         Ok(None)
     }
 
+    /// There is nothing to do: looks for the next request, or sleeps until it comes.
     fn wait(&mut self) {
+        match self.cannot_read || self.idle.no_request(Instant::now()) {
+            true => self.sleep(-1),
+            false => std::hint::spin_loop(),
+        }
+    }
+
+    /// Sleeps until there is a request that can be taken in, for so many milliseconds at most (-1: for ever).
+    fn sleep(&mut self, milliseconds: libc::c_int) {
         // There may be a request, which poll(2) would not wait for.
         if std::mem::take(&mut self.cannot_read) {
             return thread::sleep(PAUSE);
         }
-        if !self.idle.no_request(Instant::now()) {
-            return std::hint::spin_loop();
-        }
         let mut waiting = libc::pollfd { fd: self.device.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one valid pollfd. Whatever it returns, the next read tells.
-        unsafe { libc::poll(&mut waiting, 1, -1) };
+        let requests = self.inbox.room().map_or(0, |_| 1);
+        // SAFETY: one valid pollfd, or none. Whatever it returns, the next read tells.
+        unsafe { libc::poll(&mut waiting, requests, milliseconds) };
     }
 
     /// When a request is to be answered.
@@ -136,17 +147,24 @@ struct Worker {
     shared: Arc<Shared>,
     device: Arc<File>,
     crew: Arc<Crew<Lead>>,
+    /// Has the lead while a READ is answered, until that needs the disk.
+    pocket: Arc<Pocket<Lead>>,
     tools: Tools,
     reply: Vec<u8>,
 }
 
 impl Worker {
     fn new(shared: Arc<Shared>, device: Arc<File>, crew: Arc<Crew<Lead>>) -> io::Result<Worker> {
-        let scratch = Scratch::new().map_err(io::Error::other)?;
+        let pocket = Arc::new(Pocket::new());
+        let before_disk = {
+            let (pocket, crew) = (pocket.clone(), crew.clone());
+            move || pocket.take().into_iter().for_each(|lead| crew.give(lead))
+        };
+        let scratch = Scratch::with_hook(before_disk).map_err(io::Error::other)?;
         let tools = Tools { scratch, detached: Detached::with_capacity(DETACHED) };
         let mut reply = vec![0; MAX_READ];
         touch(&mut reply);
-        Ok(Worker { shared, device, crew, tools, reply })
+        Ok(Worker { shared, device, crew, pocket, tools, reply })
     }
 
     fn serve(&mut self) {
@@ -175,8 +193,10 @@ impl Worker {
             return Ok(lead);
         };
         lead.at_once = 0;
-        if self.handle(&mut lead, oldest).is_ready() {
-            lead.inbox.pop();
+        match self.handle(&mut lead, oldest) {
+            Poll::Ready(()) => lead.inbox.pop(),
+            Poll::Pending if lead.progress.waits_for_room() => lead.sleep(RETRY_MS),
+            Poll::Pending => {}
         }
         Ok(lead)
     }
@@ -206,13 +226,12 @@ impl Worker {
     /// Answers a READ. Returns the lead: if it was given away meanwhile, when it is our turn again.
     fn read(&mut self, lead: Box<Lead>, read: Read) -> Box<Lead> {
         let Read { unique, offset, size } = read;
-        let mut lead = Some(lead);
-        {
-            let _until_the_end = self.shared.gate.begin();
-            let payload = swapfile::read(&self.shared.engine, offset, size, &mut self.reply, &mut self.tools);
-            let _ = reply::send(self.device.as_fd(), unique, payload);
-        }
-        lead.take().unwrap_or_else(|| self.crew.take())
+        let answering = self.shared.gate.begin();
+        self.pocket.put(lead);
+        let payload = swapfile::read(&self.shared.engine, offset, size, &mut self.reply, &mut self.tools);
+        let _ = reply::send(self.device.as_fd(), unique, payload);
+        drop(answering);
+        self.pocket.take().unwrap_or_else(|| self.crew.take())
     }
 
     /// Answers a request, or, pending, does a part of what it asks for.
@@ -239,28 +258,28 @@ impl Worker {
             (matches!(operation, Some(Operation::Open { .. })), operation == Some(Operation::Release));
         let engine = &self.shared.engine;
         let payload = match operation {
-            None => Err(libc::EINVAL),
-            Some(Operation::Open { .. }) if gate.is_closed() => Err(libc::ENODEV),
+            None => Poll::Ready(Err(libc::EINVAL)),
+            Some(Operation::Open { .. }) if gate.is_closed() => Poll::Ready(Err(libc::ENODEV)),
             Some(Operation::Write { offset, data }) if (self.shared.stored..engine.size()).contains(&offset) => {
-                Ok(swapfile::written(&mut self.reply, data.len()))
+                Poll::Ready(Ok(swapfile::written(&mut self.reply, data.len())))
             }
-            Some(other) => {
-                ready!(swapfile::answer(engine, other, &mut self.reply, &mut self.tools, &mut lead.progress))
-            }
+            Some(other) => swapfile::answer(engine, other, &mut self.reply, &mut self.tools, &mut lead.progress),
         };
-        let opened = opens && payload.is_ok();
-        let delivered = reply::send(self.device.as_fd(), unique, payload).unwrap_or(false);
-        // An open that nobody waited for will not be released.
-        if opened && delivered {
-            gate.opened();
-        } else if releases {
-            gate.released();
-        }
+        let answered = payload.map(|payload| {
+            let opened = opens && payload.is_ok();
+            let delivered = reply::send(self.device.as_fd(), unique, payload).unwrap_or(false);
+            // An open that nobody waited for will not be released.
+            if opened && delivered {
+                gate.opened();
+            } else if releases {
+                gate.released();
+            }
+        });
         // Behind the reply: nobody waits for this.
         if !self.tools.detached.is_empty() {
             engine.store().free_detached(&mut self.tools.detached);
         }
-        Poll::Ready(())
+        answered
     }
 }
 
@@ -269,6 +288,8 @@ fn is_gone(errno: i32) -> bool {
     matches!(errno, libc::ENODEV | libc::ECONNABORTED)
 }
 
+#[cfg(test)]
+mod disk_tests;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

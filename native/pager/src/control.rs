@@ -9,8 +9,22 @@
 //! | `compression NAME LEVEL` | `ok` |
 //! | `compact` | `ok`: it has begun |
 //! | `reset` | `ok` when every page is dropped, or EBUSY while the swap file is open |
-//! | `drain` | `ok objects=N pages=N`, or EBUSY while the swap file is open |
+//! | `drain` | `ok objects=N pages=N writebacks=N cleanings=N`, or EBUSY while the swap file is open |
 //! | `stop` | as `drain`, with every page dropped; then the pager unmounts and ends |
+//!
+//! With a backing disk; without one these fail with ENODEV:
+//!
+//! | command | reply |
+//! | --- | --- |
+//! | `idle all` | `ok pages=N`: so many pages of the pool are marked as idle now |
+//! | `idle SECONDS` | the same, after marking only those that nobody has used for so long |
+//! | `writeback all`, `idle`, `huge`, `page N` | `ok pages=N bytes=N end=...`: so many pages were written back, and so much of the pool freed; EBUSY while another writeback or `shrink` is under way |
+//! | `shrink BYTES` | the same, of the coldest pages, until so much of the pool is free |
+//! | `writeback-limit BYTES`, `none` | `ok`: so much may still be written to the disk |
+//! | `accept-threshold PERCENT` | `ok`: of its limit, to which a full pool shrinks |
+//! | `promote on`, `off` | `ok`: whether pages that are read from the disk may move to the pool, while it has room |
+//!
+//! `end` is `done`, or why it has ended early: `stopped` (paging ends), `full`, `budget`, `failed` (the disk).
 //!
 //! A failure is `error ERRNO TEXT`.
 //!
@@ -20,32 +34,41 @@
 //!
 //! No connection waits for another one: whoever says nothing is not waited for, and what takes long is done in steps.
 
+use crate::shrinker::{End, Swept};
 use crate::socket::{Connection, Listener};
 use crate::Shared;
 use std::collections::VecDeque;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::str::FromStr;
+use std::sync::mpsc::TryRecvError;
 use std::time::Duration;
+use zswapd_core::backing::Backing;
 use zswapd_core::codec::{Algorithm, Compression};
 use zswapd_core::error::Error;
 use zswapd_core::page::PAGE_SIZE;
-use zswapd_core::store::{Detached, Leaked};
+use zswapd_core::store::{Detached, InFlight, Leaked, What};
 
 /// Connections that have not said anything yet. The oldest one makes room for the next.
 const SILENT: usize = 16;
 /// Slots that are emptied in one step: about a millisecond.
 const STEP: u64 = 8192;
-/// For those who move objects when the pool ends: they need some microseconds, unless they do not run.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// For those who are at work when the pager ends, at a time: shrinkers wait for the disk, who moves objects needs some
+/// microseconds, unless it does not run.
+const PATIENCE: Duration = Duration::from_millis(100);
 /// Of leaked objects. There should be none, and never are there few.
 const SHOWN: usize = 10;
+/// Between two looks at what others do.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// What becomes of the connection, or the pager, after a command.
 enum Reply {
     Text(String),
     Descriptor(OwnedFd),
     Later(Job),
+    /// As `Later`, but others do the work: it is only looked at, and keeps no other command waiting.
+    Meanwhile(Job),
     Stop(String),
 }
 
@@ -61,8 +84,14 @@ pub fn serve(listener: &Listener, shared: &Shared) {
     let mut silent = VecDeque::new();
     // One at a time, in the order in which they came.
     let mut jobs: VecDeque<(Connection, Job)> = VecDeque::new();
+    let mut meanwhile: Vec<(Connection, Job)> = Vec::new();
     loop {
-        let (accept, speaking) = match listener.poll(&silent, jobs.is_empty()) {
+        let wait = match (jobs.is_empty(), meanwhile.is_empty()) {
+            (false, _) => Some(Duration::ZERO),
+            (true, false) => Some(LOOK),
+            (true, true) => None,
+        };
+        let (accept, speaking) = match listener.poll(&silent, wait) {
             Ok(found) => found,
             Err(error) => {
                 pause_after(&error);
@@ -75,6 +104,7 @@ pub fn serve(listener: &Listener, shared: &Shared) {
             let Some(command) = connection.receive() else { continue };
             match command.and_then(|command| execute(&command.split_whitespace().collect::<Vec<_>>(), shared)) {
                 Ok(Reply::Later(job)) => jobs.push_back((connection, job)),
+                Ok(Reply::Meanwhile(job)) => meanwhile.push((connection, job)),
                 result if answer(&connection, &result) => return,
                 _ => {}
             }
@@ -89,6 +119,10 @@ pub fn serve(listener: &Listener, shared: &Shared) {
                 silent.pop_front();
             }
         }
+        meanwhile.retain_mut(|(connection, job)| match job(shared).transpose() {
+            None => true,
+            Some(result) => answer(connection, &result),
+        });
         if let Some((connection, mut job)) = jobs.pop_front() {
             match job(shared).transpose() {
                 None => jobs.push_front((connection, job)),
@@ -111,7 +145,7 @@ fn answer(connection: &Connection, result: &Result<Reply, Error>) -> bool {
     match result {
         Ok(Reply::Text(text) | Reply::Stop(text)) => connection.send(&format!("ok {text}"), None),
         Ok(Reply::Descriptor(descriptor)) => connection.send("ok", Some(descriptor)),
-        Ok(Reply::Later(_)) => {}
+        Ok(Reply::Later(_) | Reply::Meanwhile(_)) => {}
         Err(error) => connection.send(&format!("error {} {error}", error.errno()), None),
     }
     matches!(result, Ok(Reply::Stop(_)))
@@ -142,14 +176,50 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
             done()
         }
         ["mem-limit", bytes] => {
-            let bytes = bytes.parse().map_err(|_| Error::Invalid(format!("not a size: {bytes}")))?;
-            shared.engine.store().pool().set_limit_bytes(bytes);
+            let store = shared.engine.store();
+            store.pool().set_limit_bytes(number(bytes, "bytes")?);
+            store.ask_for_shrinking();
             done()
         }
         ["compression", name, level] => {
             let algorithm: Algorithm = name.parse()?;
-            let level = level.parse().map_err(|_| Error::Invalid(format!("not a level: {level}")))?;
-            shared.engine.set_compression(Compression::new(algorithm, level)?);
+            shared.engine.set_compression(Compression::new(algorithm, number(level, "a level")?)?);
+            done()
+        }
+        ["idle", age] => {
+            let age = if *age == "all" { 0 } else { number(age, "seconds, or all")? };
+            backing(shared)?;
+            let pages = shared.engine.store().mark_idle(Duration::from_secs(age));
+            Ok(Reply::Text(format!("pages={pages}")))
+        }
+        ["writeback", "all"] => sweep(shared, What::All),
+        ["writeback", "idle"] => sweep(shared, What::Idle),
+        ["writeback", "huge"] => sweep(shared, What::Huge),
+        ["writeback", "page", page] => {
+            let page = number(page, "a page")?;
+            if u64::from(page) >= shared.engine.store().slots() {
+                return Err(Error::Invalid(format!("there is no page {page}")));
+            }
+            sweep(shared, What::Page(page))
+        }
+        ["shrink", bytes] => sweep(shared, What::Coldest { bytes: number(bytes, "bytes")? }),
+        ["writeback-limit", bytes] => {
+            let bytes = if *bytes == "none" { None } else { Some(number(bytes, "bytes, or none")?) };
+            backing(shared)?.set_budget(bytes);
+            done()
+        }
+        ["accept-threshold", percent] => {
+            let percent = number(percent, "a percentage")?;
+            if !(1..=100).contains(&percent) {
+                return Err(Error::Invalid(format!("{percent} is no percentage from 1 to 100")));
+            }
+            backing(shared)?;
+            shared.engine.store().set_accept_threshold(percent);
+            done()
+        }
+        ["promote", on @ ("on" | "off")] => {
+            backing(shared)?;
+            shared.engine.store().set_promoting(*on == "on");
             done()
         }
         ["reset"] => {
@@ -165,11 +235,8 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
         }
         ["drain"] => later(|shared| Ok(shared.gate.close()?.then(|| Reply::Text(left(shared))))),
         ["stop"] => {
-            let (mut empty, mut emptied) = (emptying(), false);
-            later(move |shared| {
-                emptied = emptied || empty(shared)?;
-                Ok((emptied && destroyed(shared)?).then(|| Reply::Stop(left(shared))))
-            })
+            let mut stop = stopping();
+            later(move |shared| Ok(stop(shared)?.then(|| Reply::Stop(left(shared)))))
         }
         _ => Err(Error::Invalid(format!("unknown command: {}", words.join(" ")))),
     }
@@ -192,27 +259,90 @@ fn emptying() -> impl FnMut(&Shared) -> Result<bool, Error> {
     }
 }
 
-/// Ends the pool, whose objects are all freed. False if somebody is still moving some: ask again.
-fn destroyed(shared: &Shared) -> Result<bool, Error> {
-    let leaked = match shared.engine.store().destroy(PATIENCE) {
-        Err(Error::Busy { movers, .. }) => {
-            eprintln!("zswapd-pager: waiting for {movers} who move objects of the pool");
+/// Ends the store, a step at a time: closes the gate, then waits for who writes to the backing disk, drops every page,
+/// and ends the pool. True when all is done. Each step that is done is said, and whom the next one waits for.
+///
+/// Errors: EBUSY while the swap file is open; all goes on then.
+fn stopping() -> impl FnMut(&Shared) -> Result<bool, Error> {
+    let mut say = {
+        let mut last = String::new();
+        move |what: String| {
+            if what != last {
+                eprintln!("zswapd-pager: {what}");
+                last = what;
+            }
+        }
+    };
+    let (mut empty, mut emptied) = (emptying(), false);
+    move |shared| {
+        let store = shared.engine.store();
+        if !emptied {
+            if !shared.gate.close()? {
+                say("stopping: waiting for page operations".into());
+                return Ok(false);
+            }
+            let InFlight { writebacks, cleanings, .. } = store.stop_writeback(PATIENCE);
+            if writebacks + cleanings > 0 {
+                say(format!("stopping: waiting for {writebacks} writebacks and {cleanings} cleanings"));
+                return Ok(false);
+            }
+            say("stopping: no page operation, writeback or cleaning is under way".into());
+            emptied = empty(shared)?;
             return Ok(false);
         }
-        leaked => leaked?,
-    };
-    for Leaked { size, slot } in leaked.iter().take(SHOWN) {
-        let slot = slot.map_or("none".into(), |slot| slot.to_string());
-        eprintln!("zswapd-pager: leaked: an object of {size} bytes, of slot {slot} as it says");
+        let leaked = match store.destroy(PATIENCE) {
+            Err(Error::Busy { movers, .. }) => {
+                say(format!("stopping: waiting for {movers} who move objects of the pool"));
+                return Ok(false);
+            }
+            leaked => leaked?,
+        };
+        say("stopping: nothing is moved any more, and every page is dropped".into());
+        for Leaked { size, slot } in leaked.iter().take(SHOWN) {
+            let slot = slot.map_or("none".into(), |slot| slot.to_string());
+            eprintln!("zswapd-pager: leaked: an object of {size} bytes, of slot {slot} as it says");
+        }
+        Ok(true)
     }
-    Ok(true)
 }
 
-/// What is in the pool.
+fn number<T: FromStr>(text: &str, what: &str) -> Result<T, Error> {
+    text.parse().map_err(|_| Error::Invalid(format!("not {what}: {text}")))
+}
+
+fn backing(shared: &Shared) -> Result<&Backing, Error> {
+    shared.engine.store().backing().ok_or(Error::NoWriteback)
+}
+
+/// Has the sweeper write pages back; the reply says what it has done.
+fn sweep(shared: &Shared, what: What) -> Result<Reply, Error> {
+    backing(shared)?;
+    let busy =
+        || Error::System { what: "another writeback is under way", source: io::Error::from_raw_os_error(libc::EBUSY) };
+    let swept = shared.sweeper.sweep(what).ok_or_else(busy)?;
+    Ok(Reply::Meanwhile(Box::new(move |_| match swept.try_recv() {
+        Ok(Swept { job, end }) => {
+            let end = match end {
+                End::Done => "done",
+                End::Stopped => "stopped",
+                End::Full => "full",
+                End::Budget => "budget",
+                End::Failed => "failed",
+            };
+            Ok(Some(Reply::Text(format!("pages={} bytes={} end={end}", job.pages, job.bytes))))
+        }
+        Err(TryRecvError::Empty) => Ok(None),
+        Err(TryRecvError::Disconnected) => Err(Error::NoWriteback),
+    })))
+}
+
+/// What is in the pool, and who still writes to the backing disk.
 fn left(shared: &Shared) -> String {
     let metrics = shared.engine.store().metrics();
     let objects: u64 = metrics.classes.iter().map(|class| class.objects.get()).sum();
-    format!("objects={objects} pages={}", metrics.pool_bytes.get() / PAGE_SIZE as u64)
+    let pages = metrics.pool_bytes.get() / PAGE_SIZE as u64;
+    let InFlight { writebacks, cleanings, .. } = shared.engine.store().in_flight();
+    format!("objects={objects} pages={pages} writebacks={writebacks} cleanings={cleanings}")
 }
 
 /// The mount's device number; how often the swap file is open; whether this process is protected (see `process::protect`); whether it forgets

@@ -5,35 +5,59 @@
 //! the disk it gives the lead away first, for whoever is free, answers on its own, and is free again. So requests are
 //! served while the disk is waited for; and as long as no answer needs it, one thread does everything, and wakes nobody.
 
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// Room for the lead. None: somebody leads.
+type Place<Lead> = Mutex<Option<Box<Lead>>>;
+
+fn lock<Lead>(place: &Place<Lead>) -> MutexGuard<'_, Option<Box<Lead>>> {
+    place.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 pub struct Crew<Lead> {
-    /// None: somebody leads.
-    lead: Mutex<Option<Box<Lead>>>,
+    place: Place<Lead>,
     given: Condvar,
 }
+
+/// Where a worker keeps the lead while an answer may still need the disk, and from where it is given away then: once,
+/// however often that happens.
+pub struct Pocket<Lead>(Place<Lead>);
 
 impl<Lead> Crew<Lead> {
     /// Nobody leads yet.
     pub fn new(lead: Lead) -> Crew<Lead> {
-        Crew { lead: Mutex::new(Some(Box::new(lead))), given: Condvar::new() }
+        Crew { place: Mutex::new(Some(Box::new(lead))), given: Condvar::new() }
     }
 
     /// Waits for the lead, and takes it. Allocates nothing.
     pub fn take(&self) -> Box<Lead> {
-        let mut lead = self.lead.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut place = lock(&self.place);
         loop {
-            match lead.take() {
+            match place.take() {
                 Some(lead) => return lead,
-                None => lead = self.given.wait(lead).unwrap_or_else(PoisonError::into_inner),
+                None => place = self.given.wait(place).unwrap_or_else(PoisonError::into_inner),
             }
         }
     }
 
     /// Gives the lead to whoever waits for it, or else will next. Never blocks, and allocates nothing.
     pub fn give(&self, lead: Box<Lead>) {
-        *self.lead.lock().unwrap_or_else(PoisonError::into_inner) = Some(lead);
+        *lock(&self.place) = Some(lead);
         self.given.notify_one();
+    }
+}
+
+impl<Lead> Pocket<Lead> {
+    pub fn new() -> Pocket<Lead> {
+        Pocket(Mutex::new(None))
+    }
+
+    pub fn put(&self, lead: Box<Lead>) {
+        *lock(&self.0) = Some(lead);
+    }
+
+    pub fn take(&self) -> Option<Box<Lead>> {
+        lock(&self.0).take()
     }
 }
 

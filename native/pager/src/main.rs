@@ -8,9 +8,12 @@
 //! | relay-out, relay-in | carry all other requests to pyfuse3, and its replies back | in the kernel's socket code |
 //! | refill | keeps the pool's reserve of memory filled | yes |
 //! | compactor | moves objects together when the pool is fragmented; says what workers have to say | in the log |
+//! | shrinkers, sweeper | write pages to the backing disk: when the pool is full, and when somebody asks | in the block layer |
+//! | cleaner | moves what lives in sparse segments of the disk together | in the block layer |
 //! | main | answers commands on the control socket | yes |
 
 mod args;
+mod backing;
 mod channel;
 mod control;
 mod crew;
@@ -20,6 +23,7 @@ mod inbox;
 mod no_alloc;
 mod process;
 mod relay;
+mod shrinker;
 mod socket;
 mod state_file;
 #[cfg(test)]
@@ -51,6 +55,7 @@ pub struct Shared {
     pub counters: std::fs::File,
     pub gate: gate::Gate,
     pub trouble: trouble::Trouble,
+    pub sweeper: shrinker::Sweeper,
     /// Ends the pager when the file system is gone.
     pub closer: socket::Closer,
     /// Of the mount.
@@ -73,8 +78,12 @@ fn run() -> Result<(), String> {
         counters: Some(counters.try_clone().map_err(|error| failed("counters")(&error))?),
     };
     let compression = Compression::new(args.algorithm, args.zstd_level).map_err(|error| error.to_string())?;
-    let engine = Engine::new(args.size, args.allocator, args.mem_limit, compression, files)
+    let mut engine = Engine::new(args.size, args.allocator, args.mem_limit, compression, files)
         .map_err(|error| error.to_string())?;
+    if let Some(backing) = &args.backing {
+        engine = engine.with_disk(backing::open(backing)?).map_err(|error| error.to_string())?;
+        engine.store().set_accept_threshold(backing.accept_threshold_percent);
+    }
     engine.store().populate_slots().map_err(|error| error.to_string())?;
     // The first write finds a reserve: it may come before the refill thread runs.
     while engine.store().pool().adjust().map_err(|error| error.to_string())? {}
@@ -82,12 +91,14 @@ fn run() -> Result<(), String> {
     let device = mount::mount(&args.mount_point).map_err(|error| failed("cannot mount")(&error))?;
     let device_number = mount::device_number(&args.mount_point).map_err(|error| failed("cannot mount")(&error))?;
     let device = Arc::new(device);
+    let (sweeper, orders) = shrinker::Sweeper::new();
     let shared = Arc::new(Shared {
         engine,
         relay: relay::Relay::new(device.clone()),
         counters: counters.into(),
         gate: gate::Gate::default(),
         trouble: trouble::Trouble::default(),
+        sweeper,
         closer: listener.closer().map_err(|error| failed("control socket")(&error))?,
         device_number,
         protected,
@@ -102,6 +113,7 @@ fn run() -> Result<(), String> {
         let shared = shared.clone();
         process::spawn("compactor", move || compact(&shared))
     })
+    .and_then(|()| args.backing.as_ref().map_or(Ok(()), |backing| shrinker::spawn(&shared, orders, backing)))
     .and_then(|()| relay::spawn(&shared))
     .and_then(|()| channel::spawn(&shared, &device, &args));
     let result =

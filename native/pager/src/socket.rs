@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use zswapd_core::error::Error;
 
 /// The longest message that is received.
@@ -66,13 +67,18 @@ impl Listener {
     }
 
     /// Whether there is something to accept, and which of `connections` have something to receive (or have hung up).
-    /// Waits until there is anything, or not at all.
-    pub fn poll(&self, connections: &VecDeque<Connection>, wait: bool) -> io::Result<(bool, Vec<bool>)> {
+    /// Waits until there is anything, for `patience` at most (None: for ever).
+    pub fn poll(
+        &self,
+        connections: &VecDeque<Connection>,
+        patience: Option<Duration>,
+    ) -> io::Result<(bool, Vec<bool>)> {
         let readable = |fd: RawFd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         let connections = connections.iter().map(|connection| connection.0.as_raw_fd());
         let mut all: Vec<_> = std::iter::once(self.socket.as_raw_fd()).chain(connections).map(readable).collect();
+        let milliseconds = patience.map_or(-1, |patience| patience.as_millis() as libc::c_int);
         // SAFETY: so many pollfds.
-        if unsafe { libc::poll(all.as_mut_ptr(), all.len() as libc::nfds_t, if wait { -1 } else { 0 }) } < 0 {
+        if unsafe { libc::poll(all.as_mut_ptr(), all.len() as libc::nfds_t, milliseconds) } < 0 {
             return Err(io::Error::last_os_error());
         }
         Ok((all[0].revents != 0, all[1..].iter().map(|one| one.revents != 0).collect()))

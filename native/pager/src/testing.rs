@@ -1,29 +1,119 @@
 //! A pager without a mount, for tests, which take the kernel's side of its device: a pair of sockets that keep messages
 //! whole, as /dev/fuse does.
 
-use crate::{args, channel, gate, relay, socket, trouble, Shared};
+use crate::{args, channel, gate, relay, shrinker, socket, trouble, Shared};
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+use zswapd_core::backing::{Disk, MemoryDisk};
 use zswapd_core::codec::{Algorithm, Compression};
 use zswapd_core::engine::Engine;
+use zswapd_core::lru::Incompressible;
 use zswapd_core::metrics::SharedMetrics;
 use zswapd_core::page::PAGE_SIZE;
 use zswapd_core::pool::Allocator;
-use zswapd_core::store::Files;
+use zswapd_core::store::{DiskOptions, Files};
 use zswapd_fuse::swapfile;
 use zswapd_fuse::wire::{opcode, u32_at, u64_at};
 
 /// Bytes of the swap file: more than one request can carry.
 pub const SIZE: u64 = 4 << 20;
 
+/// Bytes of the backing disk, where there is one, and workers that may wait for it.
+pub const DISK: usize = 16 << 20;
+pub const WORKERS: usize = 3;
+/// For what is to happen soon.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a pager's threads share, of one that serves `device`; and what its sweeper is to be given.
+pub fn shared(
+    device: &Arc<File>,
+    listener: &socket::Listener,
+    mem_limit: u64,
+    disk: Option<DiskOptions>,
+) -> (Shared, shrinker::Orders) {
+    let compression = Compression::new(Algorithm::Lz4, 1).expect("in range");
+    let mut engine = Engine::new(SIZE, Allocator::Zsmalloc, mem_limit, compression, Files::default()).expect("engine");
+    if let Some(disk) = disk {
+        engine = engine.with_disk(disk).expect("disk");
+    }
+    let (sweeper, orders) = shrinker::Sweeper::new();
+    let shared = Shared {
+        engine,
+        relay: relay::Relay::new(device.clone()),
+        counters: SharedMetrics::file().expect("counters").into(),
+        gate: gate::Gate::default(),
+        trouble: trouble::Trouble::default(),
+        sweeper,
+        closer: listener.closer().expect("descriptor"),
+        device_number: 0,
+        protected: false,
+        stored: u64::MAX,
+    };
+    (shared, orders)
+}
+
 /// The kernel's side. A thread waits for requests as long as the process lives, and with it all that it uses.
 pub struct Kernel {
     pub shared: Arc<Shared>,
     pub listener: socket::Listener,
     pub socket: OwnedFd,
+}
+
+/// A disk on which reads, or writes, wait as long as they are held.
+pub struct Held {
+    disk: MemoryDisk,
+    /// Held reads and writes, and how many of both wait.
+    state: Mutex<([bool; 2], [usize; 2])>,
+    changed: Condvar,
+}
+
+pub const READS: usize = 0;
+pub const WRITES: usize = 1;
+
+impl Held {
+    pub fn new() -> Arc<Held> {
+        Arc::new(Held { disk: MemoryDisk::new(DISK), state: Mutex::default(), changed: Condvar::new() })
+    }
+
+    pub fn hold(&self, which: usize, held: bool) {
+        self.state.lock().expect("no panic").0[which] = held;
+        self.changed.notify_all();
+    }
+
+    /// Waits until so many wait.
+    pub fn wait_for(&self, which: usize, waiting: usize) {
+        let state = self.state.lock().expect("no panic");
+        let result = self.changed.wait_timeout_while(state, PATIENCE, |state| state.1[which] != waiting);
+        assert!(!result.expect("no panic").1.timed_out(), "not {waiting} that wait for the disk");
+    }
+
+    fn pass(&self, which: usize) {
+        let mut state = self.state.lock().expect("no panic");
+        state.1[which] += 1;
+        self.changed.notify_all();
+        while state.0[which] {
+            state = self.changed.wait(state).expect("no panic");
+        }
+        state.1[which] -= 1;
+        self.changed.notify_all();
+    }
+}
+
+impl Disk for Held {
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.pass(READS);
+        self.disk.read(offset, into)
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
+        self.pass(WRITES);
+        self.disk.write(offset, from)
+    }
 }
 
 /// A reply of the pager: to which request, an errno (positive, 0 for none), and what follows the header.
@@ -41,30 +131,39 @@ impl Kernel {
 
     /// A pager whose pool may have `mem_limit` bytes, and which forgets what is written at `stored` and beyond.
     pub fn with(mem_limit: u64, stored: u64) -> Kernel {
+        Kernel::start(mem_limit, stored, None)
+    }
+
+    /// A pager with a backing disk of `DISK` bytes.
+    pub fn with_disk(mem_limit: u64, disk: impl Disk + 'static) -> Kernel {
+        let (bytes, encryption, incompressible) = (DISK as u64, true, Incompressible::Writeback);
+        Kernel::start(
+            mem_limit,
+            u64::MAX,
+            Some(DiskOptions { disk: Box::new(disk), bytes, encryption, incompressible }),
+        )
+    }
+
+    fn start(mem_limit: u64, stored: u64, disk: Option<DiskOptions>) -> Kernel {
         let (socket, device) = relay::socket_pair().expect("sockets");
         // SAFETY: sets a flag of a descriptor that we own.
         assert_eq!(unsafe { libc::fcntl(device.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) }, 0);
         // Never closed: a worker that found it closed would end, as no test wants it to.
         std::mem::forget(socket.try_clone().expect("descriptor"));
         let device = Arc::new(File::from(device));
-        let compression = Compression::new(Algorithm::Lz4, 1).expect("in range");
         let listener = socket::Listener::bind(&socket_path()).expect("control socket");
-        let shared = Arc::new(Shared {
-            engine: Engine::new(SIZE, Allocator::Zsmalloc, mem_limit, compression, Files::default()).expect("engine"),
-            relay: relay::Relay::new(device.clone()),
-            counters: SharedMetrics::file().expect("counters").into(),
-            gate: gate::Gate::default(),
-            trouble: trouble::Trouble::default(),
-            closer: listener.closer().expect("descriptor"),
-            device_number: 0,
-            protected: false,
-            stored,
-        });
+        let backing = if disk.is_some() { "--backing /dev/null" } else { "" };
+        let (shared, orders) = shared(&device, &listener, mem_limit, disk);
+        let shared = Arc::new(Shared { stored, ..shared });
         let words = format!(
-            "--mount-point / --control / --size {SIZE} --allocator zsmalloc --mem-limit {mem_limit} --algorithm lz4 --zstd-level 1 --spin-us 0"
+            "--mount-point / --control / --size {SIZE} --allocator zsmalloc --mem-limit {mem_limit} --algorithm lz4 \
+             --zstd-level 1 --spin-us 0 --workers {WORKERS} {backing}"
         );
-        let args = args::parse(words.split(' ').map(String::from)).expect("arguments");
+        let args = args::parse(words.split_whitespace().map(String::from)).expect("arguments");
         relay::spawn(&shared).expect("threads");
+        if let Some(backing) = &args.backing {
+            shrinker::spawn(&shared, orders, backing).expect("threads");
+        }
         channel::spawn(&shared, &device, &args).expect("threads");
         set_patience(&socket);
         Kernel { shared, listener, socket }

@@ -1,26 +1,56 @@
 //! The backing disk: where objects go that the pool has no room for.
+//!
+//! Log-structured: objects are written as they are, compressed, many at a time. A [`Writer`] fills a segment in memory
+//! with records (`record.rs`), sealed by AES-256-GCM (`cipher.rs`), and writes it once. Nothing on the disk says which
+//! records are live; the slot words do, and `table.rs` counts the bytes for each segment. A segment in which nothing
+//! lives is free at once; the live records of a sparse one are moved to a new segment by the cleaner.
+//!
+//! ```text
+//! pool ── Writer ──> segment ── Backing::read ──> reply
+//!            ^          │ Backing::victim
+//!            └──────────┘ CleanBuffer
+//! ```
+//!
+//! Whoever holds a slot's lock may read and free the record that its word names; a record is never freed while it is
+//! read. Nothing here allocates on the way of a page, and no lock is held over a transfer.
 
+mod cipher;
+#[cfg(test)]
+mod cleaning_tests;
 mod disk;
+#[cfg(any(test, debug_assertions))]
+mod faults;
 mod reader;
 mod record;
+mod table;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 #[cfg(any(test, debug_assertions))]
 pub use disk::MemoryDisk;
 pub use disk::{Disk, FileDisk};
+#[cfg(any(test, debug_assertions))]
+pub use faults::Faults;
 pub use reader::{CleanBuffer, ReadBuffer};
-pub use record::{DiskLocation, Record};
+pub use record::{records_of, Damaged, DiskLocation, Record, Records};
 pub use writer::{Purpose, Writer};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::locks::{Rank, Ranked};
 use crate::metrics::SharedMetrics;
 use crate::state::State;
 use crate::sync::MODEL;
-use std::io;
+use cipher::Cipher;
+use record::MAX_DISK_BYTES;
 use std::sync::Arc;
+use std::time::Instant;
+use table::{Table, MIN_SEGMENTS};
 
-/// What is written at a time: filled in memory, written once, and freed as a whole.
+/// What is written at a time, and freed as a whole.
 pub const SEGMENT_BYTES: usize = if MODEL { 8 << 10 } else { 256 << 10 };
+/// Transfers are whole blocks: no disk has larger ones.
+pub const BLOCK: usize = 4096;
 
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -28,11 +58,17 @@ pub struct Options {
     pub encryption: bool,
 }
 
-/// All methods take `&self` and may be called from several threads.
-pub struct Backing {}
+/// All methods take `&self` and may be called from several threads. Dropping it wipes the key: what the disk holds is
+/// then noise.
+pub struct Backing {
+    disk: Box<dyn Disk>,
+    cipher: Cipher,
+    table: Ranked<Table>,
+    metrics: SharedMetrics,
+}
 
-/// A segment that is being cleaned: it is neither freed nor handed out again before it is given to
-/// [`Backing::release`] or [`Backing::put_back`].
+/// A segment that is being cleaned: neither freed nor handed out before it is given to [`Backing::release`] or
+/// [`Backing::put_back`].
 #[must_use]
 #[derive(Debug)]
 pub struct Victim {
@@ -40,9 +76,9 @@ pub struct Victim {
 }
 
 impl Backing {
-    /// The first `bytes` of a disk, all free. Takes memory, and may wait for it.
+    /// The first `bytes` of a disk, in whole segments, all of them free. Takes memory, 20 bytes for a segment.
     ///
-    /// Errors: [`crate::error::Error::Invalid`] if it is too small; [`crate::error::Error::System`] without randomness or memory.
+    /// Errors: [`Error::Invalid`] if it is too small; [`Error::System`] if there is no randomness for a key.
     pub fn new(
         disk: Box<dyn Disk>,
         bytes: u64,
@@ -50,23 +86,29 @@ impl Backing {
         state: Arc<State>,
         metrics: SharedMetrics,
     ) -> Result<Backing> {
-        let _ = (disk, bytes, options, state, metrics);
-        todo!()
+        let segments = (bytes.min(MAX_DISK_BYTES) / SEGMENT_BYTES as u64) as u32;
+        if segments < MIN_SEGMENTS {
+            let least = u64::from(MIN_SEGMENTS) * SEGMENT_BYTES as u64;
+            return Err(Error::Invalid(format!("the backing disk has {bytes} bytes; it needs {least}")));
+        }
+        let cipher = Cipher::new(options.encryption, state)?;
+        metrics.backing_bytes.set(u64::from(segments) * SEGMENT_BYTES as u64);
+        let table = Ranked::new(Rank::Backing, Table::new(segments));
+        let backing = Backing { disk, cipher, table, metrics };
+        backing.change(|_| ());
+        Ok(backing)
     }
 
-    /// A record is dead: no slot names it, and nobody reads it. Takes the lock `Backing`; no disk, no allocation.
+    /// A record is dead: no slot names it, and nobody reads it. Takes the lock `Backing`; does not touch the disk.
     pub fn free(&self, at: DiskLocation) {
-        let _ = at;
-        todo!()
+        self.change(|table| table.free(at));
     }
 
-    /// Reads a record's object (header and payload, as it was given to [`Writer::add`]).
+    /// Reads a record's object, as it was given to [`Writer::add`]: the blocks that it lies in, and no more.
     ///
-    /// The caller holds the slot's lock, so that the record is not freed meanwhile. Reads the blocks that it lies in, and
-    /// waits for the disk. Counts `disk_reads`, `disk_read_bytes`, `disk_read_errors`, `disk_read_latency`.
-    ///
-    /// Errors: `DiskRead` (may be readable another time); `Corrupt` if it is not what was written for this slot,
-    /// generation and location.
+    /// Waits for the disk. The caller holds the slot's lock, so that the record is not freed meanwhile.
+    /// Errors: [`Error::DiskRead`]: it may be readable another time. [`Error::Corrupt`]: what lies there is not what was
+    /// written there for this slot and generation, or `at` is nowhere.
     pub fn read<'b>(
         &self,
         at: DiskLocation,
@@ -74,63 +116,92 @@ impl Backing {
         generation: u16,
         buffer: &'b mut ReadBuffer,
     ) -> Result<&'b [u8]> {
-        let _ = (at, slot, generation, buffer);
-        todo!()
+        let bytes = at.bytes();
+        if bytes.end > self.metrics.backing_bytes.get() {
+            return Err(Error::Corrupt { slot });
+        }
+        let start = Instant::now();
+        let first = bytes.start / BLOCK as u64 * BLOCK as u64;
+        let blocks = &mut buffer.0[..(bytes.end.next_multiple_of(BLOCK as u64) - first) as usize];
+        self.metrics.disk_reads.add(1);
+        self.metrics.disk_read_bytes.add(blocks.len() as u64);
+        self.disk.read(first, blocks).map_err(|source| {
+            self.metrics.disk_read_errors.add(1);
+            Error::DiskRead { slot, source }
+        })?;
+        self.metrics.disk_read_latency.record_since(start);
+        let record = &mut blocks[(bytes.start - first) as usize..(bytes.end - first) as usize];
+        self.cipher.open(record, slot, generation, at).ok_or(Error::Corrupt { slot })
     }
 
-    /// Whether records can be written: now, or when the cleaner has made room (then [`Writer::begin`] says
-    /// `BackingFull` meanwhile). False if the disk has failed or is full, or the budget is used up.
+    /// Whether records can be written: now, or when the cleaner has made room, until when [`Writer::begin`] says
+    /// [`Error::BackingFull`]. False if the disk has failed or is full, or the budget is used up.
     pub fn has_room(&self) -> bool {
-        todo!()
+        self.table.lock().has_room()
     }
 
-    /// Nothing is written to the disk any more. What lies there stays readable.
+    /// Whether nothing is written any more. What lies on the disk stays readable, if the disk can.
     pub fn is_failed(&self) -> bool {
-        todo!()
+        self.table.lock().is_failed()
     }
 
-    /// As after three failed writes in a row.
+    /// Writes nothing any more, as after three failed writes in a row.
     pub fn fail(&self) {
-        todo!()
+        self.change(Table::fail);
     }
 
-    /// Tries again, segments that could not be written included.
+    /// Writes again, also to segments that could not be written.
     pub fn resume(&self) {
-        todo!()
+        self.change(Table::resume);
     }
 
-    /// Bytes that may still be written, for evictions and cleaning together. None: no limit.
+    /// Sets how many bytes may still be written, for evictions and cleaning together. None: no limit.
+    ///
+    /// A segment is begun only if a whole one may be written; those under way count when they are.
     pub fn set_budget(&self, bytes: Option<u64>) {
-        let _ = bytes;
-        todo!()
+        self.change(|table| table.set_budget(bytes));
     }
 
-    /// A segment to clean, now the caller's: the emptiest one, if free segments are few and cleaning gains some. None:
-    /// there is nothing to clean now (also: failed, or no budget).
+    /// A segment that is worth cleaning now, for the caller to clean: the emptiest one, if few are free and cleaning
+    /// makes room (`table.rs` says what it may cost). None otherwise, and if the disk has failed or the budget is used
+    /// up. For one cleaner at a time.
+    ///
+    /// So that there is always a segment to fill, the cleaner puts whole victims into its [`Writer`], one after the
+    /// other; and gives back those that it has moved before it begins the next one.
     pub fn victim(&self) -> Option<Victim> {
-        todo!()
+        self.change(Table::victim).map(|segment| Victim { segment })
     }
 
-    /// Whether [`Backing::victim`] would give one.
+    /// Whether there is a victim.
     pub fn wants_cleaning(&self) -> bool {
-        todo!()
+        self.table.lock().next_victim().is_some()
     }
 
-    /// The end of a cleaning: all records of the segment were looked at and the live ones moved, as far as it could be
-    /// read. It is free if nothing is live in it; else it is not picked again, and free once its last record is.
+    /// The end of a cleaning: all live records were moved, or the segment cannot be read. It is free if nothing lives in
+    /// it; else it is not picked again, and free when its last record is.
     pub fn release(&self, victim: Victim) {
-        let _ = victim;
-        todo!()
+        if self.change(|table| table.end_cleaning(victim.segment, true)) {
+            self.metrics.cleaned_segments.add(1);
+        }
     }
 
-    /// A cleaning was given up, for a reason that is not the segment's (a failed write, no budget, an end): it may be
-    /// picked again.
+    /// A cleaning was given up, for a reason that is not the segment's: a failed write, no budget, the end.
     pub fn put_back(&self, victim: Victim) {
-        let _ = victim;
-        todo!()
+        self.change(|table| table.end_cleaning(victim.segment, false));
     }
-}
 
-fn _unused(victim: &Victim, _: io::Error) -> u32 {
-    victim.segment
+    fn offset_of(segment: u32) -> u64 {
+        u64::from(segment) * SEGMENT_BYTES as u64
+    }
+
+    /// Changes the table, and the gauges with it.
+    fn change<R>(&self, change: impl FnOnce(&mut Table) -> R) -> R {
+        let mut table = self.table.lock();
+        let result = change(&mut table);
+        self.metrics.backing_state.set(if table.is_failed() { 2 } else { 1 });
+        self.metrics.backing_free_bytes.set(u64::from(table.free_segments()) * SEGMENT_BYTES as u64);
+        self.metrics.disk_live_bytes.set(table.live_bytes());
+        self.metrics.writeback_budget_bytes.set(table.budget().unwrap_or(u64::MAX));
+        result
+    }
 }

@@ -1,7 +1,10 @@
-//! A segment that is being filled.
+//! A segment that is being filled, in memory, and then written at once.
 
-use super::{Backing, DiskLocation, Record};
-use crate::error::Result;
+use super::record::{record_bytes, DiskLocation, Record, MAX_OBJECT};
+use super::{Backing, BLOCK, SEGMENT_BYTES};
+use crate::error::{Error, Result};
+use crate::memory::ZeroedTable;
+use std::time::Instant;
 
 /// What a segment is written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,46 +15,113 @@ pub enum Purpose {
     Clean,
 }
 
-/// One segment in memory: `begin`, `add`…, `write`, then publish what `records` says, `finish`; and again.
+/// More than ever fit, unless objects become very small; then a segment is written before it is full.
+const MAX_RECORDS: usize = SEGMENT_BYTES / 64;
+
+/// One segment in memory: `begin`, `add` until it is full, `write`, then publish what `records` says, `finish`; and again.
 ///
-/// Everything is allocated and touched when it is made. Not dropped between `begin` and `finish`, or its segment is lost.
-pub struct Writer {}
+/// All of its memory is taken when it is made. To be dropped only after `finish`, or its segment is never free again.
+pub struct Writer {
+    buffer: ZeroedTable<u8>,
+    used: usize,
+    records: Vec<Record>,
+    /// The segment that is being filled, and for what; none before `begin`, and after a failed `write`.
+    segment: Option<(u32, Purpose)>,
+    written: bool,
+}
 
 impl Writer {
+    /// Errors: [`Error::System`] without memory.
     pub fn new() -> Result<Writer> {
-        todo!()
+        let buffer = ZeroedTable::new(SEGMENT_BYTES)?;
+        buffer.populate(0..SEGMENT_BYTES)?;
+        // Written once, so that it is resident.
+        let nothing = Record { slot: u32::MAX, generation: 0, location: DiskLocation::from_bits(0) };
+        let mut records = vec![nothing; MAX_RECORDS];
+        records.clear();
+        Ok(Writer { buffer, used: 0, records, segment: None, written: false })
     }
 
-    /// Takes a free segment. Errors: `BackingFull`, `NoWriteback`, `BudgetUsedUp`; nothing has changed then.
-    pub fn begin(&mut self, backing: &Backing, purpose: Purpose) -> Result<()> {
-        let _ = (backing, purpose);
-        todo!()
-    }
-
-    /// Appends a record, encrypted. None: there is no room for it. Takes no lock, and touches no disk.
-    pub fn add(&mut self, backing: &Backing, slot: u32, generation: u16, object: &[u8]) -> Option<DiskLocation> {
-        let _ = (backing, slot, generation, object);
-        todo!()
-    }
-
-    /// Writes the segment; waits for the disk. From its success on all records are live. Counts bytes, errors, latency.
+    /// Takes a free segment. Neither waits nor touches the disk.
     ///
-    /// Errors: `DiskWrite`: no record is live, and the segment is no longer the writer's. `records` are still listed,
-    /// until `finish`.
+    /// Errors: [`Error::BackingFull`], [`Error::NoWriteback`], [`Error::BudgetUsedUp`]; nothing has changed then.
+    pub fn begin(&mut self, backing: &Backing, purpose: Purpose) -> Result<()> {
+        debug_assert!(self.segment.is_none() && self.records.is_empty(), "begun before it was finished");
+        self.segment = Some((backing.change(|table| table.take(purpose))?, purpose));
+        Ok(())
+    }
+
+    /// Appends a record of an object (header and payload, without padding), sealed for this slot, generation and the
+    /// place that it returns. None: it does not fit. Takes no lock, and does not touch the disk.
+    pub fn add(&mut self, backing: &Backing, slot: u32, generation: u16, object: &[u8]) -> Option<DiskLocation> {
+        let (segment, _) = self.segment?;
+        let place = self.used..self.used + record_bytes(object.len());
+        let fits = place.end <= SEGMENT_BYTES && self.records.len() < MAX_RECORDS;
+        debug_assert!(object.len() <= MAX_OBJECT && !self.written);
+        if !fits || object.len() > MAX_OBJECT || self.written {
+            return None;
+        }
+        let start = Backing::offset_of(segment);
+        let location = DiskLocation::new(start + place.start as u64..start + place.end as u64);
+        self.used = place.end;
+        backing.cipher.seal(&mut self.buffer[place], slot, generation, location, object);
+        self.records.push(Record { slot, generation, location });
+        Some(location)
+    }
+
+    /// Writes what was added, in whole blocks, and waits for the disk. From its success on all records are live.
+    ///
+    /// Errors: [`Error::DiskWrite`]: no record is live, and none may be published; `records` are listed until `finish`,
+    /// and more cannot be added.
     pub fn write(&mut self, backing: &Backing) -> Result<()> {
-        let _ = backing;
-        todo!()
+        let (segment, purpose) = match self.segment {
+            _ if self.records.is_empty() => return Ok(()),
+            Some(_) if self.written => return Ok(()),
+            Some(segment) => segment,
+            // It has failed before.
+            None => return Err(Error::NoWriteback),
+        };
+        let start = Instant::now();
+        let blocks = self.used.next_multiple_of(BLOCK);
+        self.buffer[self.used..blocks].fill(0);
+        backing.change(|table| table.writing(blocks as u64));
+        let counter = match purpose {
+            Purpose::Evict => &backing.metrics.writeback_bytes,
+            Purpose::Clean => &backing.metrics.cleaning_bytes,
+        };
+        counter.add(blocks as u64);
+        self.written = true;
+        let result = backing.disk.write(Backing::offset_of(segment), &self.buffer[..blocks]);
+        if let Err(error) = result {
+            backing.metrics.writeback_errors.add(1);
+            backing.change(|table| table.write_failed(segment));
+            self.segment = None;
+            return Err(Error::DiskWrite(error));
+        }
+        if purpose == Purpose::Evict {
+            backing.metrics.writeback_latency.record_since(start);
+        }
+        backing.change(|table| table.written(segment, self.used as u32));
+        Ok(())
     }
 
     /// What was added since `begin`.
     pub fn records(&self) -> &[Record] {
-        todo!()
+        &self.records
     }
 
-    /// After publishing, or to give up: the segment may be freed or cleaned from now on, and is free if nothing was
-    /// written to it. To be called after every `begin` that went well, also when `write` has failed.
+    /// After publishing, or to give up: the segment may be freed or cleaned from now on, and is free if nothing lives in
+    /// it. To be called after every `begin` that went well, also when `write` has failed.
     pub fn finish(&mut self, backing: &Backing) {
-        let _ = backing;
-        todo!()
+        if let Some((segment, _)) = self.segment.take() {
+            backing.change(|table| {
+                if !self.written {
+                    table.writing(0);
+                }
+                table.finish(segment);
+            });
+        }
+        self.records.clear();
+        (self.used, self.written) = (0, false);
     }
 }

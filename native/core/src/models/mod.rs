@@ -9,10 +9,11 @@ mod flows;
 #[cfg(loom)]
 mod races;
 
-use crate::codec::{Algorithm, Compression, Scratch};
+use crate::codec::{Algorithm, Compression};
 use crate::engine::Engine;
 use crate::page::{Page, PAGE_SIZE};
 use crate::pool::Allocator;
+use crate::scratch::Scratch;
 use crate::store::{Detached, Files, Store};
 use std::cell::RefCell;
 use std::ops::Deref;

@@ -273,6 +273,16 @@ impl Pool {
         let _only_the_first_counts = self.compactor.set(std::thread::current());
     }
 
+    /// About how many bytes of what is in use [`Pool::compact`] would free.
+    pub fn bytes_to_spare(&self) -> u64 {
+        self.allocator.pages_to_spare() * PAGE_SIZE as u64
+    }
+
+    /// How many are moving objects.
+    pub fn movers(&self) -> u32 {
+        self.base.movers.inside()
+    }
+
     /// Wakes the compactor to compact in any case.
     pub fn ask_for_compaction(&self) {
         self.compaction_asked.store(true, Relaxed);

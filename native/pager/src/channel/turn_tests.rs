@@ -1,16 +1,12 @@
 //! In which order a worker answers what it has taken in, turn by turn.
 
 use super::*;
-use crate::gate::Gate;
-use crate::relay::Relay;
 use crate::socket::Listener;
-use crate::trouble::Trouble;
-use std::fs::File;
+use crate::testing::{self, DISK};
 use std::os::fd::FromRawFd;
-use zswapd_core::codec::{Algorithm, Compression};
-use zswapd_core::engine::Engine;
-use zswapd_core::pool::Allocator;
-use zswapd_core::store::Files;
+use zswapd_core::backing::MemoryDisk;
+use zswapd_core::lru::Incompressible;
+use zswapd_core::store::{DiskOptions, Job, Shrinker, What};
 use zswapd_fuse::reply::OUT_HEADER;
 use zswapd_fuse::wire::{opcode, u64_at};
 
@@ -18,8 +14,8 @@ const PAGE: usize = 4096;
 /// Pages of a WRITE that takes more than one turn.
 const MANY: usize = 32;
 
-/// A worker, and the kernel's end of its device.
-fn worker() -> (Worker, File) {
+/// A crew of two workers that nobody starts, and the kernel's end of their device.
+fn workers(disk: Option<DiskOptions>) -> ([Worker; 2], File) {
     let mut ends = [0; 2];
     let kind = libc::SOCK_SEQPACKET | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
     // SAFETY: `ends` has room for two descriptors.
@@ -27,22 +23,16 @@ fn worker() -> (Worker, File) {
     // SAFETY: just made, and nobody else has them.
     let [device, kernel] = ends.map(|fd| unsafe { File::from_raw_fd(fd) });
     let path = std::env::temp_dir().join(format!("zswapd-test-{}-{}.sock", std::process::id(), ends[0]));
-    let compression = Compression::new(Algorithm::Lz4, 3).expect("level");
-    let shared = Shared {
-        engine: Engine::new(1 << 20, Allocator::Zsmalloc, 64 << 20, compression, Files::default()).expect("engine"),
-        relay: Relay::new(Arc::new(device.try_clone().expect("device"))),
-        counters: File::open("/dev/null").expect("null"),
-        gate: Gate::default(),
-        trouble: Trouble::default(),
-        closer: Listener::bind(&path).and_then(|listener| listener.closer()).expect("socket"),
-        device_number: 0,
-        protected: false,
-        stored: u64::MAX,
-    };
-    let device = Arc::new(device);
-    let shared = Arc::new(shared);
+    let (device, listener) = (Arc::new(device), Listener::bind(&path).expect("socket"));
+    let shared = Arc::new(testing::shared(&device, &listener, 64 << 20, disk).0);
     let crew = Arc::new(Crew::new(Lead::new(shared.clone(), device.clone(), Duration::ZERO)));
-    (Worker::new(shared, device, crew).expect("worker"), kernel)
+    let worker = || Worker::new(shared.clone(), device.clone(), crew.clone()).expect("worker");
+    ([worker(), worker()], kernel)
+}
+
+fn worker() -> (Worker, File) {
+    let ([worker, _], kernel) = workers(None);
+    (worker, kernel)
 }
 
 /// A step of the worker, which leads; it must have something to do, or it waits for ever.
@@ -180,4 +170,48 @@ fn a_device_that_cannot_be_read_now_is_read_again() {
         assert!(worker.take_in(&mut lead).expect("device").is_some());
     }
     assert_eq!([libc::ENODEV, libc::ECONNABORTED, libc::ENOMEM, libc::EIO].map(is_gone), [true, true, false, false]);
+}
+
+#[test]
+fn another_worker_goes_on_with_a_write() {
+    let ([mut first, mut second], kernel) = workers(None);
+    send_write(&kernel, 1, 0, &[1; MANY * PAGE]);
+    step(&mut first);
+    step(&mut second);
+    assert_eq!(answered(&kernel), [0; 0]);
+    let stored = first.shared.engine.store().metrics().stores.get();
+    finish(&mut first);
+    assert_eq!(answered(&kernel), [1]);
+    // No page was stored twice.
+    assert!(stored > 0 && first.shared.engine.store().metrics().stores.get() == MANY as u64);
+}
+
+/// Each READ gives the lead away, and the next leader finds the next READ.
+#[test]
+fn many_reads_of_the_disk_do_not_keep_a_write_waiting() {
+    let disk = DiskOptions {
+        disk: Box::new(MemoryDisk::new(DISK)),
+        bytes: DISK as u64,
+        encryption: true,
+        incompressible: Incompressible::Writeback,
+    };
+    let ([mut worker, _], kernel) = workers(Some(disk));
+    let page: Vec<u8> = (0..PAGE).map(|n| (n / 9) as u8).collect();
+    send_write(&kernel, 1, 0, &page);
+    step(&mut worker);
+    let store = worker.shared.engine.store();
+    store.write_back(&mut Shrinker::new().expect("memory"), &mut Job::new(What::All)).expect("written back");
+    store.set_promoting(false);
+    assert_eq!((answered(&kernel), store.metrics().pages_on_disk.get()), (vec![1], 1));
+    send_write(&kernel, 2, 1, &page);
+    for _ in 0..2 * AT_ONCE {
+        send_read(&kernel, 3, 0);
+    }
+    for _ in 0..=AT_ONCE {
+        step(&mut worker);
+    }
+    let replies = replies(&kernel);
+    assert!(replies.iter().any(|(unique, _)| *unique == 2) && replies.len() <= AT_ONCE + 1);
+    assert!(replies.iter().all(|(unique, bytes)| *unique == 2 || *bytes == page));
+    assert_eq!(worker.shared.engine.store().metrics().disk_reads.get(), AT_ONCE as u64);
 }

@@ -5,6 +5,7 @@ use crate::socket::{address_of, check, seqpacket};
 use crate::testing::*;
 use proptest::prelude::*;
 use std::path::PathBuf;
+use zswapd_core::backing::{Disk, Faults, MemoryDisk};
 use zswapd_fuse::wire::opcode;
 
 /// A pager that answers commands until the process ends, or until `stop`.
@@ -17,7 +18,11 @@ struct Control {
 
 impl Control {
     fn new() -> Control {
-        let kernel = std::sync::Arc::new(Kernel::new());
+        Control::of(Kernel::new())
+    }
+
+    fn of(kernel: Kernel) -> Control {
+        let kernel = std::sync::Arc::new(kernel);
         let serving = {
             let kernel = kernel.clone();
             std::thread::spawn(move || serve(&kernel.listener, &kernel.shared))
@@ -188,7 +193,150 @@ fn nothing_is_dropped_while_the_swap_file_is_open() {
     control.kernel.expect_quiet();
     assert_eq!(control.ask(b"reset").trim(), "ok");
     assert_eq!(control.kernel.read(0, 4096), Ok(vec![0; 4096]));
-    assert_eq!(control.ask(b"stop"), "ok objects=0 pages=0");
+    assert_eq!(control.ask(b"stop"), "ok objects=0 pages=0 writebacks=0 cleanings=0");
+    control.join();
+}
+
+/// A pager with a disk, and so many pages in its pool.
+fn with_disk(disk: impl Disk + 'static, pages: usize) -> Control {
+    let control = Control::of(Kernel::with_disk(1 << 30, disk));
+    assert_eq!(control.kernel.write(0, &noise(1, pages)), Ok(pages as u32 * 4096));
+    control
+}
+
+fn memory() -> MemoryDisk {
+    MemoryDisk::new(DISK)
+}
+
+#[test]
+fn pages_are_written_back_as_told() {
+    let control = with_disk(memory(), 16);
+    let (store, done) = (control.shared.engine.store(), |answer: String, pages: u64| {
+        let expected = format!("ok pages={pages} bytes=");
+        assert!(answer.starts_with(&expected) && answer.ends_with(" end=done"), "{answer}");
+    });
+    assert_eq!(control.ask(b"idle 3600"), "ok pages=0");
+    done(control.ask(b"writeback idle"), 0);
+    done(control.ask(b"writeback page 3"), 1);
+    done(control.ask(b"writeback page 3"), 0);
+    assert_eq!(control.ask(b"idle all"), "ok pages=15");
+    assert_eq!(control.kernel.read(0, 4096), Ok(noise(1, 1)));
+    done(control.ask(b"writeback idle"), 14);
+    let compressible: Vec<u8> = (0..4096).map(|n| (n / 9) as u8).collect();
+    assert_eq!(control.kernel.write(1 << 20, &compressible), Ok(4096));
+    done(control.ask(b"writeback huge"), 1);
+    done(control.ask(b"writeback all"), 1);
+    assert_eq!((store.metrics().pages_on_disk.get(), store.metrics().pool_bytes.get()), (17, 0));
+    assert_eq!(control.kernel.read(0, 16 * 4096), Ok(noise(1, 16)));
+}
+
+#[test]
+fn the_pool_shrinks_by_as_much_as_told() {
+    let control = with_disk(memory(), 64);
+    let answer = control.ask(b"shrink 65536");
+    assert!(answer.starts_with("ok pages=") && answer.ends_with(" end=done"), "{answer}");
+    let pages = control.shared.engine.store().metrics().pages_on_disk.get();
+    assert!((8..32).contains(&pages), "{pages} of 64 pages");
+}
+
+#[test]
+fn the_limit_and_the_disk_end_a_writeback_early() {
+    let control = with_disk(memory(), 128);
+    assert_eq!(control.ask(b"writeback-limit 4096").trim(), "ok");
+    assert_eq!(control.ask(b"writeback all"), "ok pages=0 bytes=0 end=budget");
+    assert_eq!(control.ask(b"writeback-limit none").trim(), "ok");
+    assert!(control.ask(b"writeback all").starts_with("ok pages=128 "));
+
+    let control = with_disk(Faults::new(memory(), "write:1-:eio").expect("valid"), 8);
+    assert_eq!(control.ask(b"writeback all"), "ok pages=0 bytes=0 end=failed");
+    assert_eq!(control.kernel.read(0, 8 * 4096), Ok(noise(1, 8)));
+}
+
+#[test]
+fn thresholds_and_promotion_are_set() {
+    let control = with_disk(memory(), 8);
+    for command in [&b"accept-threshold 50"[..], b"accept-threshold 100", b"promote off", b"promote on"] {
+        assert_eq!(control.ask(command).trim(), "ok");
+    }
+    let on_disk = || control.shared.engine.store().metrics().pages_on_disk.get();
+    assert_eq!(control.ask(b"promote off").trim(), "ok");
+    assert!(control.ask(b"writeback all").starts_with("ok pages=8 "));
+    assert!(control.kernel.read(0, 4096).is_ok());
+    assert_eq!(on_disk(), 8);
+    assert_eq!(control.ask(b"promote on").trim(), "ok");
+    assert!(control.kernel.read(0, 4096).is_ok());
+    assert_eq!(on_disk(), 7);
+}
+
+#[test]
+fn what_is_no_writeback_is_refused() {
+    let control = with_disk(memory(), 1);
+    for wrong in [
+        "idle",
+        "idle -1",
+        "idle soon",
+        "writeback",
+        "writeback none",
+        "writeback page",
+        "writeback page -1",
+        "writeback page 1024",
+        "writeback page 4294967296",
+        "writeback all now",
+        "shrink",
+        "shrink 10%",
+        "writeback-limit",
+        "writeback-limit 1G",
+        "accept-threshold 0",
+        "accept-threshold 101",
+        "accept-threshold 90%",
+        "promote",
+        "promote maybe",
+    ] {
+        let answer = control.ask(wrong.as_bytes());
+        assert!(refused(&answer), "{wrong}: {answer}");
+    }
+    assert_eq!(control.shared.engine.store().metrics().pages_on_disk.get(), 0);
+}
+
+#[test]
+fn without_a_disk_there_is_no_writeback() {
+    let control = Control::new();
+    let none = format!("error {} ", libc::ENODEV);
+    for command in [
+        "idle all",
+        "writeback all",
+        "writeback page 1",
+        "shrink 4096",
+        "writeback-limit none",
+        "accept-threshold 90",
+        "promote on",
+    ] {
+        let answer = control.ask(command.as_bytes());
+        assert!(answer.starts_with(&none), "{command}: {answer}");
+    }
+}
+
+#[test]
+fn a_writeback_keeps_no_other_command_waiting_but_the_next_one_and_ends_with_paging() {
+    let disk = Held::new();
+    let mut control = with_disk(disk.clone(), 128);
+    disk.hold(WRITES, true);
+    let waiting = control.connect();
+    send_message(&waiting, b"writeback all");
+    disk.wait_for(WRITES, 1);
+    control.expect_alive();
+    assert!(control.ask(b"writeback idle").starts_with(&format!("error {} ", libc::EBUSY)));
+    let drained = control.ask(b"drain");
+    assert!(drained.ends_with(" writebacks=1 cleanings=0"), "{drained}");
+    let stopping = control.connect();
+    send_message(&stopping, b"stop");
+    control.expect_alive();
+    assert_eq!(receive_now(&stopping), None, "stopped in the middle of a writeback");
+    disk.hold(WRITES, false);
+    let swept = String::from_utf8(receive(&waiting).expect("an answer")).expect("text");
+    // Nothing, if the pager was gone first.
+    assert!(swept.is_empty() || swept.ends_with(" end=stopped"), "{swept}");
+    assert_eq!(receive(&stopping).as_deref(), Some(&b"ok objects=0 pages=0 writebacks=0 cleanings=0"[..]));
     control.join();
 }
 

@@ -13,7 +13,14 @@ pub const MAX_ARENA_PAGES: u64 = 1 << 29;
 /// must not be used in models (2720 bytes).
 const SHADOWED: usize = PAGE_SIZE / 2;
 
+#[derive(Default)]
+pub struct CipherState {
+    pub next_nonce: AtomicU64,
+    pub key: [AtomicU64; 4],
+}
+
 pub struct State {
+    cipher: CipherState,
     words: Box<[AtomicU64]>,
     arena: UnsafeCell<Box<[u8]>>,
     arena_pages: u32,
@@ -27,6 +34,7 @@ impl State {
     pub fn create(slots: u64, arena_pages: u32, _file: Option<OwnedFd>) -> Result<State> {
         let bytes = arena_pages as usize * PAGE_SIZE;
         Ok(State {
+            cipher: CipherState::default(),
             words: (0..slots).map(|_| AtomicU64::default()).collect(),
             arena: UnsafeCell::new(vec![0; bytes].into()),
             arena_pages,
@@ -40,6 +48,10 @@ impl State {
 
     pub fn arena_pages(&self) -> u32 {
         self.arena_pages
+    }
+
+    pub fn cipher(&self) -> &CipherState {
+        &self.cipher
     }
 
     pub fn words(&self) -> &[AtomicU64] {
