@@ -142,7 +142,7 @@ def corpus_fd() -> Iterator[int]:
 def filled(fd: int, memory: Memory) -> Workload:
     workload = Workload(fd, PAGES, memory, lambda done, total: None)
     workload.fill()
-    assert workload.verify() == {"verified": PAGES, "wrong": 0, "wrong_pages": []}
+    assert workload.verify() == {"verified": PAGES, "wrong": 0, "unreadable": 0, "wrong_pages": []}
     return workload
 
 
@@ -174,7 +174,8 @@ def test_verify_catches_pages_in_each_other_s_place_and_pages_that_cannot_be_rea
     memory.write(3, other)
     memory.write(4, one)
     memory.unreadable = {9}
-    assert workload.verify()["wrong_pages"] == [3, 4, 9]
+    result = workload.verify()
+    assert (result["wrong_pages"], result["unreadable"]) == ([3, 4, 9], 1)
 
 
 def test_verify_does_not_trust_the_corpus_alone(corpus_fd: int) -> None:
