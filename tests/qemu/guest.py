@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ PROGRAMS = {
     "dpkg": "dpkg",
 }
 #: What a guest that hangs has to tell why.
-SYSRQ_SECONDS = 10
+SYSRQ_SECONDS = 20
+#: How often a guest that is to hang is asked whether it does.
+LOOK_SECONDS = 15
 #: Whatever becomes of us, a virtual machine does not outlive us.
 _WITH_US = ("setpriv", "--pdeathsig", "KILL")
 
@@ -65,8 +68,11 @@ class Guest:
         self._kernel = next(kernel.glob("boot/vmlinuz-*"))
         self._initramfs = _initramfs(kernel, self._kernel.name.removeprefix("vmlinuz-"))
 
-    def run(self, script: Path, environment: Mapping[str, str], deadline_seconds: int) -> Outcome:
-        """Boots, runs `script` as root, and switches the guest off; kills it at the deadline."""
+    def run(self, script: Path, environment: Mapping[str, str], deadline_seconds: int, hangs: str = "") -> Outcome:
+        """Boots, runs `script` as root, and switches the guest off; kills it at the deadline.
+
+        Or before that, once what waits for what in the kernel matches the expression `hangs`, twice in a row.
+        """
         with tempfile.TemporaryDirectory(prefix="zswapd-qemu-") as name:
             directory = Path(name)
             output, kernel_log = directory / "output", directory / "kernel.log"
@@ -86,14 +92,16 @@ class Guest:
             ]
             # fmt: on
             with _virtiofsd(directory / "virtiofs"), _process(command) as qemu:
-                if not _ends(qemu, deadline_seconds):
-                    # The kernel says what waits for what, in its log.
-                    assert qemu.stdin is not None
-                    qemu.stdin.write(
-                        b"sendkey alt-sysrq-w\nsendkey alt-sysrq-m\nsendkey alt-sysrq-l\nsendkey alt-sysrq-t\n"
-                    )
-                    qemu.stdin.flush()
-                    _ends(qemu, SYSRQ_SECONDS)
+                deadline = time.monotonic() + deadline_seconds
+                looks = 0
+                while not _ends(qemu, LOOK_SECONDS) and looks < 2 and time.monotonic() < deadline:
+                    if hangs:
+                        said = len(kernel_log.read_bytes())
+                        _sysrq(qemu, "w")
+                        new = kernel_log.read_bytes()[said:].decode(errors="replace")
+                        looks = looks + 1 if re.search(hangs, new, re.DOTALL) else 0
+                if qemu.returncode is None:
+                    _sysrq(qemu, "wmlt")
             text = output.read_text(errors="replace").replace("\r", "")
             ended = re.search(r"^exit status (\d+)$", text, re.MULTILINE)
             return Outcome(int(ended[1]) if ended else None, text, kernel_log.read_text(errors="replace"))
@@ -104,6 +112,14 @@ def _ends(process: subprocess.Popen[bytes], seconds: int) -> bool:
     with suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     return process.returncode is not None
+
+
+def _sysrq(qemu: subprocess.Popen[bytes], keys: str) -> None:
+    """Has the guest's kernel say in its log: w, what tasks are blocked; m, its memory; l and t, where all tasks are."""
+    assert qemu.stdin is not None
+    qemu.stdin.write("".join(f"sendkey alt-sysrq-{key}\n" for key in keys).encode())
+    qemu.stdin.flush()
+    _ends(qemu, SYSRQ_SECONDS)
 
 
 @contextmanager
