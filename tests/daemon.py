@@ -33,6 +33,11 @@ CONTROLS = {
     "comp_algorithm": 0o644,
     "mem_limit": 0o644,
     "reset": 0o200,
+    "writeback": 0o200,
+    "idle": 0o200,
+    "bd_stat": 0o444,
+    "backing_dev": 0o444,
+    "writeback_limit": 0o444,
 }
 
 # Neither the machine's configuration nor the caller's environment decides what is tested.
@@ -85,7 +90,7 @@ class Daemon:
         }
         #: Whose members use the swap: killed before anything that they wait for is taken away.
         self.workloads: MemoryCgroup | None = None
-        self.extra_environment: dict[str, str] = {}
+        self.extra_environment = {"STATE_DIRECTORY": str(self.directory / "state")}
         #: The program that it starts as its pager, if not the one that is installed.
         self.pager: Path | None = None
         self._log = self.directory / "log"
@@ -219,7 +224,7 @@ class Daemon:
             [sys.executable, "-m", "zswapd.ctl", "--config", str(self.config), *arguments],
             capture_output=True,
             text=True,
-            env=ENVIRONMENT,
+            env=ENVIRONMENT | self.extra_environment,
             check=False,
         )
 

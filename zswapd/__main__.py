@@ -1,3 +1,3 @@
-from zswapd.cli import main
+from zswapd.entry import zswapd
 
-main()
+zswapd()

@@ -1,25 +1,31 @@
 """The backing disk: whether what writeback.backing names can be written to without taking memory, and is free for it.
 
-Nothing here changes anything; zswapd/backing_file.py makes the file.
+Looking changes nothing; zswapd/backing_file.py makes the file.
 """
 
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import re
 import stat
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import trio
 
 from zswapd import backing_file
 from zswapd.config import PAGE_SIZE, Writeback, format_size
 from zswapd.errors import BackingError
 from zswapd.swapdev import ROOT, SBIN, read_swaps
 
+log = logging.getLogger(__name__)
+
+REPORT_SECONDS = 5
 #: A few segments. Above the most a record's place on the disk has no number.
 MIN_BYTES, MAX_BYTES = 16 << 20, 1 << 40
 BLKROGET, BLKSSZGET, BLKGETSIZE64 = 0x125E, 0x1268, 0x80081272  # linux/fs.h
@@ -76,6 +82,41 @@ def look(wanted: Writeback, root: Path = ROOT) -> Disk:
     return _look_at_file(path, wanted, root)
 
 
+async def prepare(settings: Writeback, report: Callable[[str], None]) -> int | None:
+    """Looks at the configured disk, and makes it if it is a file. Returns the descriptor that locks that, or None.
+
+    `report` is told how far a file that has to be written has come, every REPORT_SECONDS. Raises BackingError.
+    """
+    if settings.backing is None:
+        return None
+    disk = await trio.to_thread.run_sync(look, settings)
+    for remark in disk.remarks:
+        log.warning("%s: %s", disk.path, remark)
+    if not disk.is_file:
+        return None
+    next_at = trio.current_time()
+
+    def progress(written: int) -> None:
+        nonlocal next_at
+        if written < disk.size_bytes and trio.current_time() >= next_at:
+            next_at = trio.current_time() + REPORT_SECONDS
+            report(f"writing the backing file {disk.path}: {written / disk.size_bytes:.0%}")
+
+    lock = await backing_file.make(disk.path, disk.size_bytes, progress)
+    if backing_file.is_shared(lock):
+        log.warning("%s shares blocks with a copy (cp --reflink): writing to them takes space anew", disk.path)
+    return lock
+
+
+def being_written(settings: Writeback) -> str | None:
+    """How far a zswapd is that is making the configured file before it serves, for people; None: none is at it."""
+    if settings.backing is None or (written := backing_file.written_bytes(settings.backing)) is None:
+        return None
+    if written >= settings.size or not backing_file.is_locked(settings.backing):
+        return None
+    return f"it is writing the backing file first, {written / settings.size:.0%} of {format_size(settings.size)} so far"
+
+
 def _look_at_device(path: Path, wanted: Writeback, root: Path) -> Disk:
     if wanted.size:
         raise BackingError(f"{path} is a block device: all of it is used", "writeback.size is for files: set it to 0")
@@ -101,7 +142,8 @@ def _look_at_device(path: Path, wanted: Writeback, root: Path) -> Disk:
         try_reading(fd, path)
     finally:
         os.close(fd)
-    return Disk(path, False, size, number, is_rotational(number, root), _remarks(size))
+    rotational = is_rotational(number, root)
+    return Disk(path, False, size, number, rotational, _remarks(size, rotational))
 
 
 def _look_at_file(path: Path, wanted: Writeback, root: Path) -> Disk:
@@ -122,11 +164,17 @@ def _look_at_file(path: Path, wanted: Writeback, root: Path) -> Disk:
     if options.exists() and "data=journal" in options.read_text().split():
         raise BackingError(f"{path}: the file system journals data (data=journal)", "mount it with data=ordered")
     backing_file.look(path, wanted.size)
-    return Disk(path, True, wanted.size, number, is_rotational(number, root), _remarks(wanted.size))
+    rotational = is_rotational(number, root)
+    return Disk(path, True, wanted.size, number, rotational, _remarks(wanted.size, rotational))
 
 
-def _remarks(size: int) -> tuple[str, ...]:
-    return (f"only the first {format_size(MAX_BYTES)} are used",) if size > MAX_BYTES else ()
+def _remarks(size: int, rotational: bool) -> tuple[str, ...]:
+    remarks = []
+    if size > MAX_BYTES:
+        remarks.append(f"only the first {format_size(MAX_BYTES)} are used")
+    if rotational:
+        remarks.append("on a rotating disk, or on one that says so: every page read back takes milliseconds there")
+    return tuple(remarks)
 
 
 def refuse_size(path: Path, size: int) -> None:
@@ -221,10 +269,22 @@ def is_rotational(number: int, root: Path = ROOT) -> bool:
     return any(queue.exists() and queue.read_text().strip() == "1" for queue in queues)
 
 
-def disks(number: int, root: Path = ROOT) -> set[str]:
-    """The names of the disks at the bottom, such as vda."""
-    stack = list(_stack(number, root))
-    return {device.name for device in stack if not any((device / name).exists() for name in ("partition", "loop"))}
+def number_of(path: Path, root: Path = ROOT) -> tuple[int, bool]:
+    """The number of a block device, or of the one that a file is on; and whether it turns."""
+    info = path.stat()
+    number = info.st_rdev if stat.S_ISBLK(info.st_mode) else info.st_dev
+    return number, is_rotational(number, root)
+
+
+def is_on(other: str, number: int, root: Path = ROOT) -> bool:
+    """Whether a path (of a swap area) is on a disk that the block device `number` is on too."""
+    try:
+        theirs, _ = number_of(Path(other), root)
+    except OSError:
+        return False
+    return not {device.name for device in _stack(theirs, root)}.isdisjoint(
+        device.name for device in _stack(number, root)
+    )
 
 
 def mount_of(fd: int, root: Path = ROOT) -> Mount:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import trio
 
-from zswapd.config import format_size
+from zswapd.config import PAGE_SIZE, format_size
 from zswapd.errors import BackingError
 
 #: Its value: bytes from the start that are written.
@@ -38,6 +38,18 @@ def written_bytes(path: Path) -> int | None:
         return int(os.getxattr(path, MARK))
     except (OSError, ValueError):
         return None
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a zswapd is making the file, or a pager uses it."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def look(path: Path, size: int) -> None:
@@ -119,7 +131,8 @@ def _begin(fd: int, path: Path, size: int) -> int:
     written = 0
     with suppress(OSError, ValueError):
         written = int(os.getxattr(fd, MARK))
-    written = min(written, size, _first_hole(fd, size) // CHUNK_BYTES * CHUNK_BYTES)
+    # Direct I/O begins at whole pages.
+    written = min(written, size, _first_hole(fd, size)) // PAGE_SIZE * PAGE_SIZE
     if written < size:
         os.setxattr(fd, MARK, str(written).encode())
     os.ftruncate(fd, size)

@@ -144,7 +144,7 @@ class Pool(_Section):
 
 
 class Pager(_Section):
-    workers: Annotated[int, Field(ge=1, le=16, description="an integer from 1 to 16")] = 1
+    workers: Annotated[int, Field(ge=1, le=16, description="an integer from 1 to 16")] = 8
     store: Annotated[Literal["compressed", "none"], Field(description="compressed or none")] = "compressed"
     spin_us: Annotated[int, Field(ge=0, le=1000, description="microseconds from 0 to 1000")] = 100
 

@@ -25,6 +25,7 @@ ENDS = {
     "budget": (errno.EDQUOT, "the budget is used up"),
     "full": (errno.ENOSPC, "the backing disk is full"),
     "failed": (errno.EIO, "the backing disk has failed"),
+    "stopped": (errno.ESHUTDOWN, "the pager is ending"),
 }
 
 

@@ -17,11 +17,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from zswapd import backing, swapdev, wear
 from zswapd import doctor as checks
 from zswapd import status as stats_view
-from zswapd import swapdev
 from zswapd.config import Config, format_size, load
-from zswapd.errors import SwapError, ZswapdError
+from zswapd.errors import DaemonError, SwapError, ZswapdError
+from zswapd.writeback import WritebackProgress, why_ended, write_back
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -117,7 +118,13 @@ def status(config: Config, classes: bool, as_json: bool) -> None:
     """Show what is attached, what is stored and what it costs."""
     mount_point = config.swap.mount_point
     attachment = swapdev.discover(mount_point)
-    stats = stats_view.read_stats(mount_point)
+    try:
+        stats = stats_view.read_stats(mount_point)
+    except DaemonError as error:
+        raise DaemonError(error.message, backing.being_written(config.writeback) or error.hint) from None
+    disk = stats["writeback"]
+    if disk["state"] != "none":
+        disk["budget_bytes"] = wear.left_of(config.writeback, disk["budget_bytes"])
     if classes and as_json:
         _print_json(stats["classes"])
     elif classes:
@@ -126,6 +133,41 @@ def status(config: Config, classes: bool, as_json: bool) -> None:
         _print_json({**stats, "attachment": attachment and dataclasses.asdict(attachment)})
     else:
         _print(stats_view.render(stats, attachment))
+
+
+@cli.command()
+@click.argument("what", type=click.Choice(["all", "idle", "huge", "page"]))
+@click.argument("number", type=click.IntRange(min=0), required=False)
+@click.option(
+    "--older",
+    type=click.IntRange(min=1),
+    metavar="SECONDS",
+    help="First mark what nobody has used for so long as idle.",
+)
+@_json
+@click.pass_obj
+def writeback(config: Config, what: str, number: int | None, older: int | None, as_json: bool) -> None:
+    """Move pages to the backing disk: all, those marked idle, those that do not compress (huge), or page NUMBER.
+
+    Exit status 2 if the disk or the budget ended it early.
+    """
+    if (number is None) == (what == "page"):
+        raise click.UsageError("page takes the number of a slot; all, idle and huge take none")
+    if older and what != "idle":
+        raise click.UsageError("--older goes with idle")
+    order = what if number is None else f"page {number}"
+    with WritebackProgress(quiet=as_json) as progress:
+        written = _run(
+            lambda: write_back(config.swap.mount_point, order, older, progress.update),
+            lambda: "interrupted: the pager goes on writing back; zswapctl status shows it",
+        )
+    if as_json:
+        _print_json(dataclasses.asdict(written))
+    else:
+        click.echo(f"written back: {written.pages:,} pages, {format_size(written.bytes)} of the pool freed")
+    if written.ended != "done":
+        click.echo(f"zswapctl: ended early: {why_ended(config.writeback, written)}", err=True)
+        sys.exit(2)
 
 
 @cli.command()
@@ -223,14 +265,15 @@ class _DetachProgress:
         if not self._bar.disable:
             self._bar.stop()
 
-    def update(self, remaining: int) -> None:
-        self._total = max(self._total, remaining)
-        done = self._total - remaining
+    def update(self, remaining: swapdev.Remaining) -> None:
+        used = remaining.used_bytes
+        self._total = max(self._total, used)
+        done = self._total - used
         self._bar.start()  # only now: there may be nothing to detach
-        self._bar.update(self._task, total=self._total, completed=done, left=format_size(remaining))
+        self._bar.update(self._task, total=self._total, completed=done, left=str(remaining))
         share = 100 * done // self._total if self._total else 100
         if self._bar.disable and not self._quiet and share >= self._shown:
-            click.echo(f"reading pages back: {share}%, {format_size(remaining)} left", err=True)
+            click.echo(f"reading pages back: {share}%, left: {remaining}", err=True)
             self._shown = share // LINE_SHARE * LINE_SHARE + LINE_SHARE
 
 

@@ -6,23 +6,32 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import trio
 
-from zswapd import memcg, metrics, swapdev
+from zswapd import backing, memcg, metrics, policy, swapdev
 from zswapd.config import Config, format_size
 from zswapd.engine import EmbeddedEngine, Engine, protect_process
 from zswapd.errors import DaemonError, LostSwapError, ZswapdError
 from zswapd.footprint import refuse_huge
-from zswapd.fusefs import check_mount_point, mounted, relayed, unmount_dead
+from zswapd.fusefs import check_mount_point, connect, mounted, relayed, unmount_dead
+from zswapd.inuse import refuse_in_use
 from zswapd.pager import Pager
+from zswapd.pager_socket import GONE
 
 log = logging.getLogger(__name__)
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PROGRESS_SECONDS = 2
 _RETRY_SECONDS = 10
+#: For which systemd waits from one report of a slow start to the next.
+_START_PATIENCE_SECONDS = 120
+
+
+class _StoppedEarlyError(Exception):
+    """A signal came before anything was served."""
 
 
 async def run(config: Config) -> None:
@@ -32,36 +41,46 @@ async def run(config: Config) -> None:
     or is refused (daemon.on_sigterm). If that fails, everything goes on serving, and it is tried again: every few
     seconds, since systemd asks only once, and at the next signal.
     """
-    if limited := memcg.limit_of(os.getpid()):
-        group, limit = limited
-        log.warning("in a memory cgroup with a limit, and the pool with it: %s, %s", group, format_size(limit))
-    # From here on a signal waits for us: it must not end a half-made mount.
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+    with _signals() as signals:
         if config.swap.data_path == "pager":
-            await _run_pager(config, signals)
+            with suppress(_StoppedEarlyError):
+                await _run_pager(config, signals)
         else:
             await _run_embedded(config, signals)
 
 
+@contextmanager
+def _signals() -> Iterator[AsyncIterator[int]]:
+    """The signals that ask us to stop. From here on they wait for us: none ends a half-made mount.
+
+    One that comes when we no longer listen changes nothing: all is given back, or the error that ends us says why not.
+    """
+    # None is lost between the two handlers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    for number in _SIGNALS:
+        signal.signal(number, lambda number, frame: None)
+    with trio.open_signal_receiver(*_SIGNALS) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        yield signals
+
+
 async def _run_pager(config: Config, signals: AsyncIterator[int]) -> None:
-    leaked: dict[str, int] | None = None
     mount_point = config.swap.mount_point
-    with _pager(config) as pager, metrics.served(pager, config.metrics.address):
-        mount_device = pager.status()["device"]
-        async with relayed(pager):
-            _ready(config, pager)
-            await _until_stopped(config, lambda: _drained(pager), signals)
-            leaked = pager.stop()
+    leaked: dict[str, int] | None = None
+    async with _pager(config, signals) as (pager, relay):
+        device = pager.status()["device"]
+        with metrics.served(pager, config.metrics.address):
+            async with relayed(pager, relay), trio.open_nursery() as policies:
+                _ready(config, pager)
+                policies.start_soon(policy.run, pager, config.writeback)
+                await _until_stopped(config, lambda: _drained(pager), signals)
+                policies.cancel_scope.cancel()
+                with suppress(*GONE):
+                    leaked = pager.stop()
     if leaked is None:
-        if _find_pager(mount_point):
-            raise DaemonError("the pager has hung up, and goes on serving pages", "start zswapd again")
-        _refuse_lost(mount_point, mount_device)
-        if not swapdev.is_mounted(mount_point):
-            # Not before nobody had the swap file open any more: that is when the kernel ends a file system.
-            log.warning("stopped: somebody else has unmounted %s, with nothing attached", mount_point)
-            return
-        raise DaemonError("the pager has ended unasked, with nothing attached", "its last words are above, or in dmesg")
-    if leaked["objects"]:
+        _refuse_unasked(mount_point, device)
+        log.info("%s has been unmounted, and the pager has ended", mount_point)
+    elif leaked["objects"]:
         log.warning("%(objects)d objects in %(pages)d pages of the pool belonged to no slot", leaked)
     log.info("stopped: nothing is attached or mounted any more")
 
@@ -69,6 +88,8 @@ async def _run_pager(config: Config, signals: AsyncIterator[int]) -> None:
 def _drained(pager: Pager) -> bool:
     try:
         pager.drain()
+    except GONE:
+        pass  # somebody has unmounted its file system, which nobody used
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
@@ -76,23 +97,44 @@ def _drained(pager: Pager) -> bool:
     return True
 
 
-@contextmanager
-def _pager(config: Config) -> Iterator[Pager]:
-    """The pager that an earlier daemon has left, else a new one, which does not outlive a start that fails."""
+def _refuse_unasked(mount_point: Path, device: int) -> None:
+    """Raises DaemonError unless the pager has ended because its file system, number `device`, was unmounted."""
+    if _find_pager(mount_point):
+        raise DaemonError("the pager has hung up, and goes on serving pages", "start zswapd again")
+    _refuse_lost(mount_point, device)
+    if swapdev.is_mounted(mount_point):
+        raise DaemonError("the pager has ended unasked, with nothing attached", "its last words are above, or in dmesg")
+
+
+@asynccontextmanager
+async def _pager(config: Config, signals: AsyncIterator[int]) -> AsyncIterator[tuple[Pager, int]]:
+    """The pager that an earlier daemon has left, else a new one, which does not outlive a start that fails; and the
+    relay to it. Raises InUseError if another daemon has the relay, or serves the mount point without a pager."""
     mount_point = config.swap.mount_point
     if pager := _find_pager(mount_point):
+        relay = await connect(pager)
         log.info("found the pager of %s, pid %d, with its pages", mount_point, pager.status()["pid"])
-        if pager.stats()["swap_size_bytes"] != config.swap.size:
-            log.warning("swap.size is not what the pager serves: stop zswapd and start it again to change it")
-        yield pager
+        if waiting := pager.apply(config):
+            log.warning(
+                "not what the pager was started with: %s; stop zswapd to end it, then start", ", ".join(waiting)
+            )
+        policy.start_budget(pager, config.writeback, new=False)
+        yield pager, relay
         return
+    refuse_in_use(mount_point)
     _refuse_lost(mount_point)
     unmount_dead(mount_point)
     check_mount_point(mount_point)
     refuse_huge(config)
-    pager = Pager.start(config)
+    lock = await _prepare_backing(config, signals)
     try:
-        yield pager
+        pager = Pager.start(config, lock)
+    finally:
+        if lock is not None:
+            os.close(lock)
+    try:
+        policy.start_budget(pager, config.writeback, new=True)
+        yield pager, await connect(pager)
     except BaseException:
         # Refused while the swap file is open: who has pages in it keeps them.
         with suppress(OSError):
@@ -100,33 +142,74 @@ def _pager(config: Config) -> Iterator[Pager]:
         raise
 
 
+async def _prepare_backing(config: Config, signals: AsyncIterator[int]) -> int | None:
+    """Looks at the backing disk, and makes it, if it is a file. Returns the descriptor that locks the file.
+
+    May take minutes. Raises BackingError, or _StoppedEarlyError at a signal: the next start goes on with the file.
+    """
+    lock: int | None = None
+    failure: ZswapdError | None = None
+    done = False
+    async with trio.open_nursery() as nursery:
+
+        async def stop() -> None:
+            async for number in signals:
+                log.info("%s: stopping, before anything is served", signal.Signals(number).name)
+                nursery.cancel_scope.cancel()
+
+        nursery.start_soon(stop)
+        try:
+            lock = await backing.prepare(config.writeback, _starting)
+            done = True
+        except ZswapdError as error:  # not out of the nursery: it would come as a group
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure:
+        raise failure
+    if not done:
+        raise _StoppedEarlyError
+    return lock
+
+
+def _starting(what: str) -> None:
+    """Says what a start that takes long is about, and has systemd wait for it."""
+    log.info("%s", what)
+    _notify(f"STATUS={what}\nEXTEND_TIMEOUT_USEC={_START_PATIENCE_SECONDS * 1_000_000}")
+
+
 def _find_pager(mount_point: Path) -> Pager | None:
     """The pager of a mount point. None if it has ended, or there never was one; DaemonError if it does not answer."""
     try:
         return Pager(mount_point)
-    except (FileNotFoundError, ConnectionError):
+    except GONE:
         return None
     except OSError as error:
-        raise DaemonError(
-            f"the pager of {mount_point} does not answer: {error.strerror}", "it is stopped or stuck"
-        ) from None
+        message = f"the pager of {mount_point} does not answer: {error.strerror}"
+        raise DaemonError(message, "it is stopped or stuck") from None
 
 
-def _refuse_lost(mount_point: Path, mount_device: int | None = None) -> None:
-    """Raises LostSwapError if the pager, which is no more, has left a loop device on its swap file."""
-    if attached := swapdev.discover(mount_point, mount_device=mount_device):
-        device = attached.loop_device
-        # What was unmounted with --lazy, nobody finds who has not known the pager.
-        known = swapdev.discover(mount_point)
-        remedy = "zswapctl detach --force" if known else f"swapoff {device}; losetup --detach {device}"
-        raise LostSwapError(
-            f"the pager has died while {device} was attached: "
-            f"{format_size(attached.used_bytes)} in swap are lost, and who needs them gets SIGBUS",
-            f"end what had pages there, then {remedy}, then start zswapd again",
-        )
+def _refuse_lost(mount_point: Path, device: int | None = None) -> None:
+    """Raises LostSwapError if the pager, which is no more, has left a loop device on its swap file.
+
+    `device`: the number of its file system, by which the loop device is found after umount --lazy.
+    """
+    attached = swapdev.discover(mount_point, device_number=device)
+    if attached is None:
+        return
+    remedy = "zswapctl detach --force"
+    if not swapdev.discover(mount_point):
+        # zswapctl would not find it.
+        swapoff = f"swapoff {attached.loop_device}; " if attached.is_swap else ""
+        remedy = f"{swapoff}losetup --detach {attached.loop_device}"
+    raise LostSwapError(
+        f"the pager has died while {attached.loop_device} was attached: "
+        f"{format_size(attached.used_bytes)} in swap are lost, and who needs them gets SIGBUS",
+        f"end what had pages there, then {remedy}, then start zswapd again",
+    )
 
 
 async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:
+    refuse_in_use(config.swap.mount_point)
     refuse_huge(config)
     # Here, page I/O passes through this process. Beside a pager it may be swapped out itself.
     protect_process()
@@ -148,6 +231,9 @@ async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:
 
 
 def _ready(config: Config, engine: Engine) -> None:
+    if limited := memcg.limit_of(os.getpid()):
+        group, limit = limited
+        log.warning("in a memory cgroup with a limit, and the pool with it: %s, %s", group, format_size(limit))
     stats = engine.stats()
     log.info(
         "serving %s of swap at %s with %s, pool limit %s",
@@ -156,7 +242,8 @@ def _ready(config: Config, engine: Engine) -> None:
         stats["algorithm"],
         format_size(stats["pool_limit_bytes"]),
     )
-    _notify_ready()
+    # That the file system is mounted.
+    _notify("READY=1\nSTATUS=")
 
 
 async def _until_stopped(config: Config, drained: Callable[[], bool], signals: AsyncIterator[int]) -> None:
@@ -220,20 +307,20 @@ def _remaining(config: Config) -> str:
     return f"{format_size(attachment.used_bytes)} of {attachment.loop_device} must come back into memory"
 
 
-def _log_progress() -> Callable[[int], None]:
+def _log_progress() -> Callable[[swapdev.Remaining], None]:
     next_at = trio.current_time() + _PROGRESS_SECONDS
 
-    def report(remaining_bytes: int) -> None:
+    def report(remaining: swapdev.Remaining) -> None:
         nonlocal next_at
         if trio.current_time() >= next_at:
             next_at = trio.current_time() + _PROGRESS_SECONDS
-            log.info("detaching: %s still in swap", format_size(remaining_bytes))
+            log.info("detaching: still in swap %s", remaining)
 
     return report
 
 
-def _notify_ready() -> None:
-    """Tells systemd that the file system is mounted (sd_notify(3)), where it is systemd that started us."""
+def _notify(state: str) -> None:
+    """Tells systemd (sd_notify(3)), where it is systemd that started us."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -241,6 +328,6 @@ def _notify_ready() -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
             # A leading @ stands for the zero byte of an abstract address.
             notify.connect("\0" + address[1:] if address.startswith("@") else address)
-            notify.send(b"READY=1")
+            notify.send(state.encode())
     except OSError as error:
-        log.warning("cannot tell systemd that we are ready (NOTIFY_SOCKET): %s", error.strerror)
+        log.warning("cannot tell systemd how we are (NOTIFY_SOCKET): %s", error.strerror)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from zswapd import kernel, memcg, swapdev
+from zswapd import backing, kernel, memcg, swapdev, wear
 from zswapd.config import PAGE_SIZE, Config, format_size, mem_total
 from zswapd.errors import ZswapdError
 from zswapd.footprint import refuse_huge
@@ -57,6 +57,7 @@ def run(config: Config, root: Path = Path("/")) -> list[Check]:
     return [check(root) for check in checks] + [
         _memory(config),
         _swaps(config, root),
+        *_writeback(config, root),
         _daemon(config),
     ]
 
@@ -297,6 +298,40 @@ def _swaps(config: Config, root: Path) -> Check:
             f"raise swap.priority above that of {', '.join(first)}",
         )
     return Check("swap areas", "ok", detail)
+
+
+def _writeback(config: Config, root: Path) -> list[Check]:
+    settings, name = config.writeback, "backing disk"
+    if settings.backing is None:
+        return []
+    try:
+        counted = read_stats(config.swap.mount_point)["writeback"]
+    except (ZswapdError, KeyError):
+        counted = {"state": "none"}
+    detail = str(settings.backing)
+    try:
+        if counted["state"] == "failed":
+            remedy = "see dmesg; detach brings back what can be read, then name another: writeback.backing"
+            return [Check(name, "fail", f"{detail} has failed: nothing more is written to it", remedy)]
+        if counted["state"] == "ok":  # in use, by us
+            number, rotational = backing.number_of(settings.backing, root)
+        else:
+            disk = backing.look(settings, root)
+            number, rotational = disk.number, disk.rotational
+    except ZswapdError as error:
+        return [Check(name, "fail", error.message, error.hint)]
+    checks = []
+    if rotational:
+        slow = f"{detail} is on a rotating disk, or on one that says so: each page read back takes milliseconds there"
+        checks.append(Check(name, "warn", slow, "name an SSD, if there is one"))
+    others = [area.path for area in swapdev.read_swaps(root) if backing.is_on(area.path, number, root)]
+    if others:
+        detail = f"{detail} is on the same disk as the swap area {others[0]}: both are written at the same time"
+        checks.append(Check(name, "warn", detail, f"swapoff {others[0]}, or name another disk"))
+    if counted["state"] == "ok" and wear.left_of(settings, counted["budget_bytes"]) == 0:
+        used = f"{settings.backing}: the budget is used up ({wear.describe(settings)})"
+        checks.append(Check(name, "warn", used, "raise it, or write back less: writeback.idle_after, pressure"))
+    return checks or [Check(name, "ok", detail)]
 
 
 def _daemon(config: Config) -> Check:

@@ -31,6 +31,13 @@ class DaemonError(ZswapdError):
     """The daemon does not run, or does not answer."""
 
 
+class InUseError(DaemonError):
+    """Another zswapd serves the mount point: nothing was started or changed."""
+
+    #: As for bad usage.
+    exit_status = 2
+
+
 class LostSwapError(DaemonError):
     """The pager has died while a loop device was on its swap file: starting anew brings nothing back."""
 

@@ -3,8 +3,8 @@
 from zswapd.config import PAGE_SIZE, Config, format_size, mem_total
 from zswapd.errors import ConfigError
 
-#: Per page of the swap file, taken at the start: its slot word, and its links and note in the LRU.
-SLOT_BYTES = 8 + 8 + 4
+#: Per page of the swap file, taken at the start: its slot word; with a backing disk, its links and note in the LRU.
+SLOT_BYTES, LRU_BYTES = 8, 12
 #: Per page of the pool, taken as it grows: its descriptor (zsmalloc's, the larger one).
 DESCRIPTOR_BYTES = 24
 #: Where the locations of slot words end: the pool does not grow beyond, whatever pool.mem_limit is.
@@ -15,10 +15,11 @@ _WORST = 2
 _SHARE = 2
 
 
-def tables_bytes(size: int, mem_limit: int) -> int:
-    """Bytes of the tables of a full swap file of `size` bytes whose pool may take `mem_limit`."""
+def tables_bytes(size: int, mem_limit: int, *, slot: int = SLOT_BYTES) -> int:
+    """Bytes of the tables of a full swap file of `size` bytes whose pool may take `mem_limit`, with `slot` for each of
+    its pages."""
     pool = min(mem_limit, ARENA_END, _WORST * size)
-    return size // PAGE_SIZE * SLOT_BYTES + pool // PAGE_SIZE * DESCRIPTOR_BYTES
+    return size // PAGE_SIZE * slot + pool // PAGE_SIZE * DESCRIPTOR_BYTES
 
 
 def refuse_huge(config: Config, ram: int | None = None) -> None:
@@ -28,11 +29,12 @@ def refuse_huge(config: Config, ram: int | None = None) -> None:
     """
     ram = mem_total() if ram is None else ram
     size, limit, most = config.swap.size, config.pool.mem_limit_bytes, ram // _SHARE
-    if (tables := tables_bytes(size, limit)) <= most:
+    slot = SLOT_BYTES + (LRU_BYTES if config.writeback.backing else 0)
+    if (tables := tables_bytes(size, limit, slot=slot)) <= most:
         return
     # With as much of the pool as there can be, or with the worst pages, whichever leaves more.
-    beside_pool = (most - min(limit, ARENA_END) // PAGE_SIZE * DESCRIPTOR_BYTES) // SLOT_BYTES
-    fits = max(beside_pool, most // (SLOT_BYTES + _WORST * DESCRIPTOR_BYTES)) * PAGE_SIZE
+    beside_pool = (most - min(limit, ARENA_END) // PAGE_SIZE * DESCRIPTOR_BYTES) // slot
+    fits = max(beside_pool, most // (slot + _WORST * DESCRIPTOR_BYTES)) * PAGE_SIZE
     raise ConfigError(
         f"swap.size = {format_size(size)}: its tables, which are locked in memory, would take {format_size(tables)} of "
         f"the {format_size(ram)} that this machine has: more than half",

@@ -24,6 +24,7 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT
 from zswapd.control import ControlFile, control_files
 from zswapd.engine import EmbeddedEngine, Engine
 from zswapd.errors import DaemonError
+from zswapd.inuse import in_use, refuse_in_use
 from zswapd.pager import Pager
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ SWAPFILE = "swapfile"
 _SWAP_INODE = InodeT(pyfuse3.ROOT_INODE + 1)
 # Names, sizes and modes never change while mounted.
 _CACHE_SECONDS = 3600.0
-_RELAY_SECONDS = 2
+_RELAY_SECONDS = 10
 # Anyone may open what anyone may read, and each opening keeps its contents.
 _MAX_OPENS = 256
 _MAX_COMMAND = 256
@@ -258,8 +259,7 @@ def check_mount_point(mount_point: Path) -> None:
         hint = f"a dead daemon left it mounted: umount {mount_point}" if dead else "name another: swap.mount_point"
         raise DaemonError(f"the mount point {mount_point} cannot be used: {error.strerror}", hint) from None
     if os.path.ismount(mount_point):
-        hint = f"another zswapd may run there (zswapctl status); else: umount {mount_point}"
-        raise DaemonError(f"the mount point {mount_point} is in use: something is mounted on it", hint)
+        raise DaemonError(f"something is mounted on the mount point {mount_point} already", f"umount {mount_point}")
     if entries:
         hint = "empty it, or name another: swap.mount_point"
         raise DaemonError(f"the mount point {mount_point} is not empty: it has {entries[0]!r}", hint)
@@ -291,27 +291,30 @@ async def mounted(engine: EmbeddedEngine, mount_point: Path) -> AsyncIterator[No
         yield
 
 
-@asynccontextmanager
-async def relayed(pager: Pager) -> AsyncIterator[None]:
-    """Serves what a pager hands on, until the block ends. If the pager ends first, the block is cancelled."""
-    # libfuse takes the descriptor over, and closes it.
-    async with _served(SwapFs(pager), f"/dev/fd/{await _relay(pager)}", set(pyfuse3.default_options), unmount=False):
-        yield
+async def connect(pager: Pager) -> int:
+    """The relay's descriptor, for `relayed`: whoever has it is alone. Raises InUseError if another zswapd has it.
 
-
-async def _relay(pager: Pager) -> int:
-    """The relay's descriptor. Waits for it a little: a daemon that was killed just now may not have been missed yet."""
+    Waits for it a little: a daemon that was killed just now may not have been missed yet.
+    """
     with trio.move_on_after(_RELAY_SECONDS):
         while True:
             try:
                 return pager.relay()
             except OSError as error:
                 if error.errno != errno.EBUSY:
-                    raise DaemonError(
-                        f"the pager does not answer: {error.strerror}", "see its log, and dmesg"
-                    ) from None
+                    hint = "see its log, and dmesg"
+                    raise DaemonError(f"the pager does not answer: {error.strerror}", hint) from None
+            await trio.to_thread.run_sync(refuse_in_use, pager.mount_point)
             await trio.sleep(0.05)
-    raise DaemonError(f"the mount point {pager.mount_point} is in use: another zswapd serves it", "see zswapctl status")
+    raise in_use(pager.mount_point, None)
+
+
+@asynccontextmanager
+async def relayed(pager: Pager, relay: int) -> AsyncIterator[None]:
+    """Serves what a pager hands on, until the block ends. If the pager ends first, the block is cancelled."""
+    # libfuse takes the descriptor over, and closes it.
+    async with _served(SwapFs(pager), f"/dev/fd/{relay}", set(pyfuse3.default_options), unmount=False):
+        yield
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from zswapd import __version__
-from zswapd.engine import Engine, LatencyStats
+from zswapd.engine import Engine, LatencyStats, WritebackStats
 from zswapd.errors import DaemonError
 
 _IDLE_SECONDS = 10
@@ -87,6 +87,8 @@ class EngineCollector(Collector):
             stats["mover_waits"],
         )
 
+        yield from _writeback(stats["writeback"])
+
         classes = {str(entry["size_bytes"]): entry for entry in stats["classes"]}
         for name, text, values in (
             (
@@ -111,6 +113,46 @@ class EngineCollector(Collector):
             "fullness",
             dict(zip(bounds, map(sum, groups), strict=True)),
         )
+
+
+def _writeback(stats: WritebackStats) -> Iterable[Metric]:
+    # To alert on.
+    yield GaugeMetricFamily(
+        "zswapd_backing_failed",
+        "1: the backing disk has failed, and nothing is written back.",
+        value=stats["state"] == "failed",
+    )
+    for name, value, text in (
+        ("backing", stats["backing_bytes"], "Size of the backing disk; 0: there is none."),
+        ("backing_free", stats["backing_free_bytes"], "Room of the backing disk's segments that hold nothing."),
+        ("backing_live", stats["live_bytes"], "Room of the stored pages on the backing disk."),
+    ):
+        yield GaugeMetricFamily(f"zswapd_{name}_bytes", text, value=value)
+    if (left := stats["budget_bytes"]) is not None:
+        text = "What the wear budget leaves to be written; not there without a budget."
+        yield GaugeMetricFamily("zswapd_writeback_budget_bytes", text, value=left)
+    for name, value, text in (
+        ("idle_pages", stats["idle_pages"], "Pages of the pool that are marked as idle."),
+        ("writebacks_in_flight", stats["writebacks_in_flight"], "Segments that are being written."),
+        ("cleanings_in_flight", stats["cleanings_in_flight"], "Segments that are being cleaned."),
+    ):
+        yield GaugeMetricFamily(f"zswapd_{name}", text, value=value)
+    for name, value, text in (
+        ("written_back_pages", stats["pages_written"], "Pages moved to the backing disk."),
+        ("writeback_bytes", stats["written_bytes"], "Bytes written to the backing disk for that."),
+        ("cleaning_bytes", stats["cleaning_bytes"], "Bytes written to the backing disk to clean it."),
+        ("cleaned_segments", stats["cleaned_segments"], "Segments that were cleaned."),
+        ("disk_reads", stats["reads"], "Pages read from the backing disk."),
+        ("disk_read_bytes", stats["read_bytes"], "Bytes read from the backing disk for that."),
+        ("promoted_pages", stats["pages_promoted"], "Pages moved back to the pool when they were read."),
+        ("writeback_errors", stats["write_errors"], "Segments that the backing disk could not write."),
+        ("waiting_stores", stats["stores_waited"], "Writes that waited until pages were written back."),
+    ):
+        yield CounterMetricFamily(f"zswapd_{name}", text, value=value)
+    text = "Time to read one page from the backing disk."
+    yield _histogram("zswapd_disk_read_duration_seconds", text, stats["read_latency"])
+    text = "Time to write one segment to the backing disk."
+    yield _histogram("zswapd_segment_write_duration_seconds", text, stats["write_latency"])
 
 
 def _labelled_gauge(name: str, text: str, label: str, values: dict[str, int]) -> GaugeMetricFamily:

@@ -5,6 +5,7 @@ on where the last one ended.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import subprocess
@@ -13,15 +14,57 @@ from pathlib import Path
 
 from zswapd._native import Counters
 from zswapd.config import Config
-from zswapd.engine import EngineStats
+from zswapd.engine import EngineStats, Written
 from zswapd.errors import DaemonError
 from zswapd.pager_socket import ask, socket_path
+from zswapd.wear import Budget
 
 log = logging.getLogger(__name__)
 
 #: Built beside the Python module, and installed with it.
 PROGRAM = Path(__file__).with_name("zswapd-pager")
-_START_SECONDS = 30
+_START_SECONDS = 120
+
+
+#: The configuration's names of those options of the pager that only a new pager takes.
+_KEYS = {
+    "mount-point": "swap.mount_point",
+    "size": "swap.size",
+    "allocator": "pool.allocator",
+    "workers": "pager.workers",
+    "spin-us": "pager.spin_us",
+    "store": "pager.store",
+    "backing": "writeback.backing",
+    "encryption": "writeback.encryption",
+    "incompressible": "writeback.incompressible",
+    "shrinkers": "writeback.shrinkers",
+}
+
+
+def _options(config: Config) -> dict[str, str]:
+    """The pager's command line, by name."""
+    swap, compression, writeback = config.swap, config.compression, config.writeback
+    options = {
+        "mount-point": swap.mount_point,
+        "control": socket_path(swap.mount_point),
+        "size": swap.size,
+        "allocator": config.pool.allocator,
+        "mem-limit": config.pool.mem_limit_bytes,
+        "algorithm": compression.algorithm,
+        "zstd-level": compression.zstd_level,
+        "workers": config.pager.workers,
+        "spin-us": config.pager.spin_us,
+        "store": config.pager.store,
+    }
+    if writeback.backing:
+        options |= {
+            "backing": writeback.backing,
+            "encryption": "on" if writeback.encryption else "off",
+            "incompressible": writeback.incompressible,
+            "accept-threshold": writeback.accept_threshold_percent,
+            "shrinkers": writeback.shrinkers,
+        }
+    return {name: str(value) for name, value in options.items()}
 
 
 class Pager:
@@ -30,41 +73,64 @@ class Pager:
     def __init__(self, mount_point: Path) -> None:
         """Finds the pager that serves `mount_point`. Raises OSError if there is none."""
         self.mount_point = mount_point
+        #: What counts the bytes that are written to the backing disk, if they are to be counted.
+        self.budget: Budget | None = None
         self._path = socket_path(mount_point)
         _, fd = self._ask("counters")
         assert fd is not None, "the answer to counters"
         self._counters = Counters(fd)
 
     @classmethod
-    def start(cls, config: Config) -> "Pager":
-        """Starts a pager and finds it. Raises DaemonError; the pager has said why on stderr."""
-        swap, compression = config.swap, config.compression
-        arguments = {
-            "mount-point": swap.mount_point,
-            "control": socket_path(swap.mount_point),
-            "size": swap.size,
-            "allocator": config.pool.allocator,
-            "mem-limit": config.pool.mem_limit_bytes,
-            "algorithm": compression.algorithm,
-            "zstd-level": compression.zstd_level,
-            "workers": config.pager.workers,
-            "spin-us": config.pager.spin_us,
-            "store": config.pager.store,
-        }
+    def start(cls, config: Config, lock: int | None = None) -> "Pager":
+        """Starts a pager and finds it. It inherits `lock`, the descriptor that locks its backing file, if it has one.
+
+        Raises DaemonError; the pager has said why on stderr.
+        """
         command = [os.fspath(PROGRAM)]
-        for name, value in arguments.items():
-            command += [f"--{name}", str(value)]
+        for name, value in _options(config).items():
+            command += [f"--{name}", value]
         # A session of its own: what ends the daemon does not reach it.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=() if lock is None else (lock,)
+        )
         deadline = time.monotonic() + _START_SECONDS
         while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                return cls(swap.mount_point)
+            # It may have listened for a while before it answers: a large swap file has large tables.
+            with contextlib.suppress(OSError):
+                pager = cls(config.swap.mount_point)
+                # Somebody may have started one at the same moment: ours, then, finds the socket in use, and ends.
+                if pager.status()["pid"] == process.pid:
+                    return pager
             time.sleep(0.01)
+        if process.poll() is None:
+            # Nobody knows of it: nothing is attached.
+            process.kill()
+            process.wait()
+            raise DaemonError(f"the pager did not start within {_START_SECONDS} s", "the machine is short of memory")
         raise DaemonError(f"the pager did not start (exit status {process.returncode})", "it says why above")
 
+    def apply(self, config: Config) -> list[str]:
+        """Of the settings that have changed since the pager was started, applies those that can be applied. Returns the
+        others, as zswapd names them: they wait until it is started anew."""
+        old, new = self._started_with(), _options(config)
+        changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)} - {"control"}
+        if "mem-limit" in changed:
+            self.set_mem_limit(config.pool.mem_limit_bytes)
+        if changed & {"algorithm", "zstd-level"}:
+            self.set_compression(config.compression.algorithm, config.compression.zstd_level)
+        if "accept-threshold" in changed and "backing" in old.keys() & new.keys():
+            self._ask(f"accept-threshold {config.writeback.accept_threshold_percent}")
+        waiting = changed - {"mem-limit", "algorithm", "zstd-level", "accept-threshold"}
+        return sorted(_KEYS.get(name, name) for name in waiting)
+
+    def _started_with(self) -> dict[str, str]:
+        """The options on the command line of the pager's process."""
+        words = Path(f"/proc/{self.status()['pid']}/cmdline").read_bytes().decode(errors="surrogateescape").split("\0")
+        return {name[2:]: value for name, value in itertools.pairwise(words) if name.startswith("--")}
+
     def relay(self) -> int:
-        """The descriptor over which the pager hands on what is not for the swap file. Cuts off who had it before."""
+        """The descriptor over which the pager hands on what is not for the swap file. Raises OSError (EBUSY)
+        while another zswapd has it."""
         _, fd = self._ask("relay")
         assert fd is not None, "the answer to relay"
         return fd
@@ -91,7 +157,15 @@ class Pager:
     # What every engine does (engine.Engine)
 
     def stats(self) -> EngineStats:
-        return self._counters.stats()
+        stats = self._counters.stats()
+        if self.budget:
+            # Of all that is left the pager has been granted only a part.
+            stats["writeback"]["budget_bytes"] = self.budget.left()
+        return stats
+
+    def unused_budget(self) -> int | None:
+        """What the pager has left of what it was granted; None: it may write without end."""
+        return self._counters.stats()["writeback"]["budget_bytes"]
 
     def set_mem_limit(self, size_bytes: int) -> None:
         self._ask(f"mem-limit {size_bytes}")
@@ -104,6 +178,38 @@ class Pager:
 
     def reset(self) -> None:
         self._ask("reset")
+
+    def backing(self) -> Path | None:
+        path = self._started_with().get("backing")
+        return Path(path) if path else None
+
+    def mark_idle(self, older_seconds: int) -> None:
+        self._ask(f"idle {older_seconds or 'all'}")
+
+    def write_back(self, what: str) -> Written:
+        return self._write_back(f"writeback {what}")
+
+    # What policy decides
+
+    def shrink(self, size_bytes: int) -> Written:
+        """Moves so many bytes of the coldest objects out of the pool."""
+        return self._write_back(f"shrink {size_bytes}")
+
+    def promote(self, on: bool) -> None:
+        """Whether pages that are read from the backing disk may move to the pool."""
+        self._ask(f"promote {'on' if on else 'off'}")
+
+    def limit_writing(self, size_bytes: int | None) -> None:
+        """Sets what may still be written to the backing disk; None: there is no limit."""
+        self._ask(f"writeback-limit {'none' if size_bytes is None else size_bytes}")
+
+    def grant(self, size_bytes: int) -> None:
+        """Adds to what may still be written."""
+        self._ask(f"writeback-limit +{size_bytes}")
+
+    def _write_back(self, command: str) -> Written:
+        words = dict(word.split("=", 1) for word in self._ask(command)[0].split())
+        return Written(int(words["pages"]), int(words["bytes"]), words["end"])
 
     def _ask(self, command: str) -> tuple[str, int | None]:
         return ask(self._path, command)

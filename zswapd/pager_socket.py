@@ -7,6 +7,8 @@ from pathlib import Path
 
 #: In so long a pager that is alive answers `status`, whatever else it is about.
 ANSWER_SECONDS = 10
+#: What a command to a pager raises that has ended, or has never been.
+GONE = (FileNotFoundError, ConnectionError)
 _PROBE = "status"
 
 
@@ -20,7 +22,7 @@ def ask(path: Path, command: str) -> tuple[str, int | None]:
 
     A command takes as long as there are pages for it: it is waited for as long as the pager answers others meanwhile,
     which it does between two steps. Raises OSError: the pager's own; TimeoutError if it answers nothing for
-    ANSWER_SECONDS; FileNotFoundError or a ConnectionError if it has ended.
+    ANSWER_SECONDS; one of GONE if it has ended.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(ANSWER_SECONDS)

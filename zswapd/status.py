@@ -3,7 +3,7 @@
 import contextlib
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from zswapd import __version__
-from zswapd.config import format_size
+from zswapd.config import PAGE_SIZE, format_size
 from zswapd.errors import DaemonError
 from zswapd.pager import Pager
 from zswapd.swapdev import START_HINT, Attachment, is_mounted
@@ -78,9 +78,15 @@ def quantile(q: float, bounds: Sequence[float], counts: Sequence[int]) -> float 
 
 
 def effective_ratio(stats: dict[str, Any]) -> float | None:
-    """Bytes stored over all the memory they take, pool, reserve and metadata included; None if it takes none."""
+    """Bytes stored in memory over all that they take of it, reserve and metadata included; None: they take none."""
     cost = stats["pool_bytes"] + stats["pool_reserve_bytes"] + stats["metadata_bytes"]
-    return stats["original_bytes"] / cost if cost else None
+    return in_memory(stats) / cost if cost else None
+
+
+def in_memory(stats: dict[str, Any]) -> int:
+    """Bytes stored, but for those on the backing disk."""
+    size: int = stats["original_bytes"] - stats["pages"]["on_disk"] * PAGE_SIZE
+    return size
 
 
 def render(stats: dict[str, Any], attachment: Attachment | None) -> RenderableType:
@@ -90,12 +96,14 @@ def render(stats: dict[str, Any], attachment: Attachment | None) -> RenderableTy
     table.add_row("swap", _attachment(stats, attachment))
 
     pages = {kind: count for kind, count in stats["pages"].items() if kind != "lost"}
-    kinds = ", ".join(f"{kind.replace('_', '-')} {count:,}" for kind, count in pages.items())
+    kinds = ", ".join(
+        f"{kind.replace('_', ' ' if kind == 'on_disk' else '-')} {count:,}" for kind, count in pages.items()
+    )
     table.add_row("pages", f"{sum(pages.values()):,} ({kinds})")
-    ratio = effective_ratio(stats) if stats["original_bytes"] else None
+    ratio = effective_ratio(stats) if in_memory(stats) else None
     table.add_row(
         "memory",
-        f"{format_size(stats['original_bytes'])} stored as {format_size(stats['compressed_bytes'])}, "
+        f"{format_size(in_memory(stats))} stored as {format_size(stats['compressed_bytes'])}, "
         f"in a {stats['allocator']} pool of {format_size(stats['pool_bytes'])}"
         + (f" (effective ratio {ratio:.2f})" if ratio is not None else ""),
     )
@@ -108,10 +116,48 @@ def render(stats: dict[str, Any], attachment: Attachment | None) -> RenderableTy
         "limit",
         f"{stats['pool_bytes'] / limit:.1%} of {format_size(limit)} used, peak {format_size(stats['pool_peak_bytes'])}",
     )
+    for name, text in _backing(stats):
+        table.add_row(name, text)
     for operation in ("load", "store"):
         table.add_row(f"{operation}s", f"{stats[f'{operation}s']:,}{_latency(stats[f'{operation}_latency'])}")
     table.add_row("discards", f"{stats['discards']:,}")
     return Group(table, *_errors(stats))
+
+
+def _backing(stats: dict[str, Any]) -> Iterator[tuple[str, Text]]:
+    disk = stats["writeback"]
+    if disk["state"] == "none":
+        return
+    size, free, live = disk["backing_bytes"], disk["backing_free_bytes"], disk["live_bytes"]
+    text = (
+        f"{format_size(stats['pages']['on_disk'] * PAGE_SIZE)} of pages as {format_size(live)}; "
+        f"{format_size(free)} of {format_size(size)} free"
+    )
+    if disk["state"] == "failed":
+        yield "backing disk", Text(f"failed: nothing more is written to it; it has {text}", "bold red")
+    else:
+        yield "backing disk", Text(text)
+    written, cleaned = disk["written_bytes"], disk["cleaning_bytes"]
+    yield (
+        "written back",
+        Text(
+            f"{disk['pages_written']:,} pages in {format_size(written)}, {format_size(cleaned)} for cleaning"
+            + (
+                f"; per page {(written + cleaned) / disk['pages_written'] / PAGE_SIZE:.2f}"
+                if disk["pages_written"]
+                else ""
+            )
+        ),
+    )
+    yield (
+        "read back",
+        Text(f"{disk['reads']:,}{_latency(disk['read_latency'])}; {disk['pages_promoted']:,} into the pool"),
+    )
+    if (left := disk["budget_bytes"]) is not None:
+        yield (
+            "budget",
+            Text("used up", "bold yellow") if not left else Text(f"{format_size(left)} may still be written"),
+        )
 
 
 def render_classes(stats: dict[str, Any]) -> RenderableType:
@@ -181,11 +227,15 @@ def _errors(stats: dict[str, Any]) -> list[Text]:
     meaning = {
         "lost": "loads of lost pages: the processes that needed them got an I/O error",
         "corrupt": "loads of corrupt pages: the processes that needed them got an I/O error",
+        "disk": "loads that the backing disk failed: the processes that needed them got an I/O error",
+        "no_writeback": "stores refused, pool full and nothing could be written back: those pages stayed in memory",
+        "write_errors": "segments that the backing disk could not write: their pages stayed in the pool",
         "pool_full": "stores refused, pool full: those pages stayed in memory",
         "no_memory": "stores refused, no memory was ready: those pages stayed in memory",
         "out_of_range": "stores refused, outside the swap area",
     }
-    counts = {**stats["errors"], **stats["rejected_stores"]}
+    write_errors = {"write_errors": stats["writeback"]["write_errors"]}
+    counts = {**stats["errors"], **stats["rejected_stores"], **write_errors}
     lines = [f"{count:,} {meaning.get(name, name)}" for name, count in counts.items() if count]
     texts = [Text(line, style="bold red") for line in lines]
     if lost := stats["pages"]["lost"]:

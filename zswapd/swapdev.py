@@ -23,7 +23,7 @@ from subprocess import CompletedProcess
 import trio
 
 from zswapd import kernel, memcg
-from zswapd.config import format_size
+from zswapd.config import PAGE_SIZE, format_size
 from zswapd.errors import DaemonError, SwapError
 from zswapd.pager import Pager
 
@@ -67,6 +67,25 @@ class Attachment:
     priority: int
 
 
+@dataclass(frozen=True)
+class Remaining:
+    """What is left while the swap is taken away: bytes in swap; of those, pages on the backing disk; and what the pager
+    still does with that disk: segments that it writes, and that it cleans."""
+
+    used_bytes: int
+    pages_on_disk: int = 0
+    writebacks: int = 0
+    cleanings: int = 0
+
+    def __str__(self) -> str:
+        text = format_size(self.used_bytes)
+        if self.pages_on_disk:
+            text += f", {format_size(self.pages_on_disk * PAGE_SIZE)} of it on the backing disk"
+        if self.writebacks or self.cleanings:
+            text += f" ({self.writebacks} segments being written, {self.cleanings} cleaned)"
+        return text
+
+
 def parse_swaps(text: str) -> list[SwapArea]:
     """The swap areas of /proc/swaps, whose sizes are in KiB."""
     areas = []
@@ -98,11 +117,11 @@ def is_mounted(mount_point: Path, root: Path = ROOT) -> bool:
     return False
 
 
-def discover(mount_point: Path, root: Path = ROOT, mount_device: int | None = None) -> Attachment | None:
+def discover(mount_point: Path, root: Path = ROOT, device_number: int | None = None) -> Attachment | None:
     """What is attached to the swapfile under `mount_point`, from /sys and /proc alone: does not touch the mount.
 
-    `mount_device` (its st_dev) finds what was unmounted with --lazy after its pager's death too; a pager that lives is
-    asked for it. Of several loop devices (half attached, all but one), the one that is swap.
+    After umount --lazy no path leads there: it is found by the mount's `device_number`, which a pager that lives tells.
+    Of several loop devices (half attached, all but one), the one that is swap.
     """
     backing_file = str(mount_point / "swapfile")
     swaps = {area.path: area for area in read_swaps(root)}
@@ -112,9 +131,9 @@ def discover(mount_point: Path, root: Path = ROOT, mount_device: int | None = No
             backing = _text(attribute).rstrip("\n")
             device = f"/dev/{attribute.parent.parent.name}"
             # What was unmounted with --lazy shows only its name within the file system.
-            if backing != backing_file and not (
-                backing == "/swapfile" and _is_hidden(device, mount_point, mount_device)
-            ):
+            if backing == "/swapfile" and device_number is None:
+                device_number = _device_number(mount_point)
+            if backing != backing_file and not (backing == "/swapfile" and _backing_device(device) == device_number):
                 continue
             direct_io = attribute.with_name("dio").read_text().strip() == "1"
             size = int((attribute.parent.parent / "size").read_text()) * 512
@@ -126,20 +145,20 @@ def discover(mount_point: Path, root: Path = ROOT, mount_device: int | None = No
     return found
 
 
-def _is_hidden(device: str, mount_point: Path, mount_device: int | None) -> bool:
-    """Whether a loop device is over the swap file of the pager of `mount_point`, by number: no path leads there."""
-    if mount_device is None:
-        pager = _find_pager(mount_point)
-        if pager is None:
-            return False
-        mount_device = pager.status()["device"]
+def _device_number(mount_point: Path) -> int:
+    """The number of the file system that the pager of `mount_point` serves; -1 without a pager."""
+    pager = _find_pager(mount_point)
+    return pager.status()["device"] if pager else -1
+
+
+def _backing_device(device: str) -> int:
+    """The number of the file system in which a loop device's file lies. That of a pager has but one that can be."""
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
         info = fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(LOOP_INFO64_BYTES))
     finally:
         os.close(fd)
-    # Its first field is the backing file's st_dev, and that file system has no other file that can be a loop device's.
-    return int.from_bytes(info[:8], sys.byteorder) == mount_device
+    return int.from_bytes(info[:8], sys.byteorder)
 
 
 def refuse_full(attachment: Attachment, root: Path = ROOT) -> None:
@@ -237,13 +256,13 @@ def _set_writeback_throttling(device: str, target_us: str) -> None:
 
 
 async def detach(
-    mount_point: Path, *, force: bool = False, progress: Callable[[int], None] = lambda remaining: None
+    mount_point: Path, *, force: bool = False, progress: Callable[[Remaining], None] = lambda remaining: None
 ) -> Attachment | None:
     """Brings every page back into memory, frees the loop device and empties the daemon's pool.
 
     Returns what was attached; None: nothing was. A half attached loop device is cleaned up. Unless `force`, refuses
-    if memory or a memory cgroup cannot take the pages back, or if the daemon does not answer. `progress` is called
-    with the bytes that remain in swap. Takes as long as reading every page back does.
+    if memory or a memory cgroup cannot take the pages back, those on the backing disk too, or if the daemon does not
+    answer. `progress` is called with what remains. Takes as long as reading every page back does.
 
     Raises SwapError or DaemonError. On failure or cancellation the swap stays in use and everything goes on
     serving; cancelling waits for the kernel to leave swapoff, which it does between two processes' pages.
@@ -269,7 +288,7 @@ async def detach(
     return detached
 
 
-async def _dismantle(mount_point: Path, progress: Callable[[int], None] = lambda remaining: None) -> None:
+async def _dismantle(mount_point: Path, progress: Callable[[Remaining], None] = lambda remaining: None) -> None:
     while attached := discover(mount_point):
         if attached.is_swap:
             await _swapoff(mount_point, attached.loop_device, progress)
@@ -277,27 +296,31 @@ async def _dismantle(mount_point: Path, progress: Callable[[int], None] = lambda
         await _free_loop(mount_point, attached.loop_device)
 
 
-async def _swapoff(mount_point: Path, device: str, progress: Callable[[int], None]) -> None:
+async def _swapoff(mount_point: Path, device: str, progress: Callable[[Remaining], None]) -> None:
     # Goes on after a cancellation, until swapoff has really ended.
     reporting = trio.CancelScope(shield=True)
+    pager = await trio.to_thread.run_sync(_find_pager, mount_point)
 
     async def report() -> None:
         with reporting:
             while True:
                 for area in read_swaps():
                     if area.path == device:
-                        progress(area.used_bytes)
+                        progress(_remaining(area.used_bytes, pager))
                 await trio.sleep(POLL_SECONDS)
 
     failure: SwapError | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(report)
         try:
+            await _promote(pager, False)
             result = await _run("swapoff", device, check=False)
         except SwapError as error:  # not out of the nursery: it would come as a group
             failure = error
         finally:
             reporting.cancel()
+            with trio.CancelScope(shield=True):
+                await _promote(pager, True)
     if failure:
         raise failure
 
@@ -316,6 +339,21 @@ async def _swapoff(mount_point: Path, device: str, progress: Callable[[int], Non
         hint = "another swapoff of it may be running: it ends by itself"
     remaining = format_size(attached.used_bytes)
     raise SwapError(f"{reason}; {device} stays in use with {remaining}, everything goes on serving", hint)
+
+
+def _remaining(used_bytes: int, pager: Pager | None) -> Remaining:
+    if pager is None:
+        return Remaining(used_bytes)
+    stats = pager.stats()
+    disk = stats["writeback"]
+    return Remaining(used_bytes, stats["pages"]["on_disk"], disk["writebacks_in_flight"], disk["cleanings_in_flight"])
+
+
+async def _promote(pager: Pager | None, on: bool) -> None:
+    """Whether pages that are read from the disk may move to the pool. Not during swapoff: it would grow meanwhile."""
+    if pager and pager.stats()["writeback"]["state"] != "none":
+        with suppress(OSError):
+            await trio.to_thread.run_sync(pager.promote, on)
 
 
 async def _free_loop(mount_point: Path, device: str) -> None:
@@ -422,6 +460,18 @@ async def _exclusive(mount_point: Path) -> AsyncIterator[None]:
         yield
     finally:
         os.close(directory)
+
+
+def is_changing(mount_point: Path) -> bool:
+    """Whether somebody attaches or detaches the swap now."""
+    directory = os.open(mount_point.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(directory)
+    return False
 
 
 async def _run(*command: str, check: bool = True) -> CompletedProcess[bytes]:

@@ -30,15 +30,16 @@ def state_path(backing: Path) -> Path:
 
 
 class Budget:
-    """What was written to a backing disk, by hour, and what the pager may still write."""
+    """What was written to a backing disk, by hour, and what the pager may still write. Any thread may ask `left`."""
 
     def __init__(self, settings: Writeback, now: Callable[[], float] = time.time) -> None:
-        """Reads the state file. One that is damaged counts as if the whole budget were used up in this hour."""
+        """Reads the state file. One that is damaged counts as if the whole budget were used up in this hour; one that
+        cannot be read raises OSError."""
         assert settings.backing is not None, "a backing disk is configured"
         self._hourly, self._daily = settings.budget_per_hour, settings.budget_per_day
         self._now = now
         self._path = state_path(settings.backing)
-        #: Bytes by hours since 1970. Invariant: no hour is in the future, or a day past.
+        #: Bytes by hours since 1970. Never changed in place: another thread may be reading it.
         self._hours: dict[int, int] = {}
         #: What the pager has been granted and is not known to have written: all of it may be.
         self._granted = 0
@@ -46,51 +47,54 @@ class Budget:
             self._read(self._path.read_text())
         except FileNotFoundError:
             log.info("counting what is written to %s in %s, from 0", settings.backing, self._path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             log.error(
-                "the wear budget's state %s is damaged (%s): all of the budget counts as used up; to begin at 0 remove it",
-                self._path,
+                "the wear budget's state is damaged, and all of the budget counts as used up (%s); to begin at 0, "
+                "remove %s",
                 error,
+                self._path,
             )
             self._hours, self._granted = {self._hour(): max(self._hourly, self._daily)}, 0
 
     def left(self) -> int:
         """Bytes that may still be written in this hour, what is granted included. Not below 0."""
-        used_by_day = self._used()
+        hours = self._day()
         lefts = []
         if self._hourly:
-            lefts.append(self._hourly - self._hours.get(self._hour(), 0))
+            lefts.append(self._hourly - hours.get(self._hour(), 0))
         if self._daily:
-            lefts.append(self._daily - used_by_day)
+            lefts.append(self._daily - sum(hours.values()))
         return max(0, min(lefts))
 
     def observe(self, unused: int | None) -> None:
         """Counts what the pager has written: `unused` is what it has left of what it was granted; None: it is a pager
         that was not granted anything, and the one that was is gone."""
-        unused = unused or 0
-        written = max(0, self._granted - unused)
-        self._hours[self._hour()] = self._hours.get(self._hour(), 0) + written
-        self._granted = unused
+        hours, hour = self._day(), self._hour()
+        hours[hour] = hours.get(hour, 0) + max(0, self._granted - (unused or 0))
+        self._hours, self._granted = hours, unused or 0
 
-    def next_grant(self) -> int:
-        """Bytes to grant now, which may be 0. They count as granted: `save`, and only then tell the pager."""
+    def top_up(self, grant: Callable[[int], None]) -> None:
+        """Calls `grant`, which tells the pager of more bytes that it may write, if it is time for that.
+
+        Waits for the disk. Raises OSError: `grant`'s own, when the pager may have been told or not; else nothing was
+        granted.
+        """
         left = self.left()
         enough = min(left, max(GRANT_BYTES, left // 4))
-        if self._granted * 2 > enough or self._granted >= enough:
-            return 0
-        grant = enough - self._granted
-        self._granted = enough
-        return grant
+        if enough > self._granted * 2:
+            more = enough - self._granted
+            self._save(enough)
+            self._granted = enough
+            grant(more)
 
     def is_overdrawn(self) -> bool:
         """Whether more is granted than there is left: the settings are lower than they were."""
         return self._granted > self.left()
 
-    def save(self) -> None:
-        """Writes the state file, and waits for the disk. Raises OSError: the file is as it was."""
+    def _save(self, granted: int) -> None:
+        """Replaces the state file. Raises OSError: it is as it was."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._used()
-        state = {"hours": {str(hour): count for hour, count in self._hours.items()}, "granted": self._granted}
+        state = {"hours": {str(hour): count for hour, count in self._day().items()}, "granted": granted}
         new = self._path.with_suffix(".new")
         with new.open("w") as file:
             json.dump(state, file)
@@ -114,15 +118,14 @@ class Budget:
     def _hour(self) -> int:
         return int(self._now()) // HOUR_SECONDS
 
-    def _used(self) -> int:
-        """Bytes written in the day. Forgets what is older; what a wrong clock has put into the future is of now."""
+    def _day(self) -> dict[int, int]:
+        """The hours that count; what a wrong clock has put into the future is of now."""
         now = self._hour()
         kept: dict[int, int] = {}
         for hour, count in self._hours.items():
             if hour > now - DAY_HOURS:
                 kept[min(hour, now)] = kept.get(min(hour, now), 0) + count
-        self._hours = kept
-        return sum(kept.values())
+        return kept
 
 
 def has_budget(settings: Writeback) -> bool:
@@ -132,10 +135,13 @@ def has_budget(settings: Writeback) -> bool:
 
 def left_of(settings: Writeback, unused: int | None) -> int | None:
     """What may still be written, as who is not the daemon sees it: from the state file, and what the pager has left.
-    None: there is no budget."""
+    None: there is no budget. 0 where the state file cannot be read."""
     if not has_budget(settings):
         return None
-    budget = Budget(settings)
+    try:
+        budget = Budget(settings)
+    except OSError:
+        return 0
     budget.observe(unused)
     return budget.left()
 

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.daemon import CONTROLS, Daemon, wait_until
 from tests.errnos import raises_errno
 from tests.pages import PAGE, noise
+from tests.writeback import COUNTS
 
 SIZE = 64 << 20
 
@@ -58,6 +59,8 @@ def test_mem_limit(daemon: Daemon, swapfile: int, command: str, limit: int) -> N
             ("comp_algorithm", bad)
             for bad in (f"zstd level={2**64}", "zstd level=", "zstd speed=1", "ZSTD", "lz4 zstd")
         ),
+        *(("idle", bad) for bad in ("", "none", "0", "-1", "1.5", str(2**32), "all 1")),
+        *(("writeback", bad) for bad in ("", "everything", "page", "page_index=", "page_index=-1", "1" * 12, "ALL")),
         *((name, bad) for name in ("compact", "reset") for bad in ("0", "2", "\n", "yes", "11")),
     ],
 )
@@ -79,6 +82,18 @@ def test_read_only_is_not_written_and_write_only_is_not_read(daemon: Daemon, nam
     for flags in (wrong, os.O_RDWR):
         with raises_errno(errno.EACCES):
             os.close(os.open(daemon.mount_point / name, flags))
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("idle", "all"), ("idle", "60"), ("writeback", "all"), ("writeback", "idle"), ("writeback", "7")],
+)
+def test_without_a_backing_disk_nothing_is_written_back(daemon: Daemon, name: str, command: str) -> None:
+    with raises_errno(errno.ENODEV):
+        daemon.write(name, command)
+    daemon.wait_for_log(f"control file {name}: ")
+    assert daemon.read("backing_dev") == daemon.read("writeback_limit") == "none\n"
+    assert daemon.read("bd_stat").split() == ["0", "0", "0"]
 
 
 def test_reset(daemon: Daemon, swapfile: int) -> None:
@@ -151,7 +166,7 @@ SCHEMA = {
     "algorithm": str,
     "allocator": str,
     "zstd_level": int,
-    "pages": dict.fromkeys(("lz4", "zstd", "same_filled", "incompressible", "lost"), int),
+    "pages": dict.fromkeys(("lz4", "zstd", "same_filled", "incompressible", "on_disk", "lost"), int),
     "original_bytes": int,
     "compressed_bytes": int,
     "pool_bytes": int,
@@ -163,12 +178,13 @@ SCHEMA = {
     "stores": int,
     "discards": int,
     "pages_compacted": int,
-    "rejected_stores": dict.fromkeys(("pool_full", "no_memory", "out_of_range"), int),
-    "errors": dict.fromkeys(("lost", "corrupt"), int),
+    "rejected_stores": dict.fromkeys(("pool_full", "no_memory", "out_of_range", "no_writeback"), int),
+    "errors": dict.fromkeys(("lost", "corrupt", "disk"), int),
     "load_latency": HISTOGRAM,
     "store_latency": HISTOGRAM,
     "mover_waits": HISTOGRAM,
     "classes": list,
+    "writeback": {key: HISTOGRAM if key.endswith("_latency") else type(value) for key, value in COUNTS.items()},
 }
 CLASS = {
     **dict.fromkeys(("size_bytes", "pages_per_zspage", "objects_per_zspage", "zspages", "objects", "waste_bytes"), int),
@@ -190,7 +206,7 @@ def test_stats_json(daemon: Daemon, swapfile: int) -> None:
     assert shape(stats, SCHEMA) == SCHEMA
     assert all(shape(entry, CLASS) == CLASS for entry in stats["classes"])
     assert (stats["pid"], stats["swap_size_bytes"], stats["page_size_bytes"]) == (daemon.pid, SIZE, PAGE)
-    assert stats["pages"] == {"lz4": 1, "zstd": 0, "same_filled": 1, "incompressible": 1, "lost": 0}
+    assert stats["pages"] == {"lz4": 1, "zstd": 0, "same_filled": 1, "incompressible": 1, "on_disk": 0, "lost": 0}
     assert stats["original_bytes"] == 3 * PAGE
     assert PAGE < stats["compressed_bytes"] < 2 * PAGE
     classes = stats["classes"]

@@ -4,19 +4,23 @@ import errno
 import json
 import mmap
 import os
+import re
 import signal
 import socket
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.daemon import PAGE, Daemon
+from tests.daemon import DEADLINE_SECONDS, ENVIRONMENT, PAGE, Daemon, wait_until
 from tests.machine import lacks
 from tests.pages import noise
 from zswapd import swapdev
-from zswapd.errors import LostSwapError
+from zswapd.config import load
+from zswapd.errors import DaemonError, InUseError, LostSwapError
+from zswapd.pager import Pager
 
 MakeDaemon = Callable[..., Daemon]
 
@@ -46,12 +50,62 @@ def test_the_mount_point_is_not_empty(make_daemon: MakeDaemon) -> None:
     assert "precious" in message
 
 
-def test_the_mount_point_is_in_use(make_daemon: MakeDaemon, data_path: str) -> None:
+@pytest.mark.parametrize("second_path", ["pager", "pyfuse3"])
+def test_the_mount_point_is_in_use(make_daemon: MakeDaemon, data_path: str, second_path: str) -> None:
+    """By a daemon of the same configuration, whose metrics have the port too."""
+    first = make_daemon(swap__data_path=data_path).start()
+    second = make_daemon(
+        swap__data_path=second_path,
+        swap__mount_point=str(first.mount_point),
+        metrics__listen=first.settings["metrics.listen"],
+    )
+    with first.opened() as swapfile:
+        os.pwrite(swapfile, noise(1), 0)
+        second.fails(InUseError.exit_status)
+        # Nothing but that.
+        by = f"is in use by zswapd, pid {first.pid}"
+        assert second.log() == f"zswapd: the mount point {first.mount_point} {by}\nsee zswapctl status\n"
+        assert os.pread(swapfile, PAGE, 0) == noise(1)
+    assert first.stats()["pid"] == first.pid
+    first.reset()
+    assert first.stop() == 0
+
+
+def test_the_mount_point_is_in_use_by_one_that_is_stopped(make_daemon: MakeDaemon, data_path: str) -> None:
     first = make_daemon(swap__data_path=data_path).start()
     second = make_daemon(swap__data_path=data_path, swap__mount_point=str(first.mount_point))
-    message = second.fails()
-    assert f"{first.mount_point} is in use" in message
-    assert first.stats()["pid"] == first.pid
+    first.signal(signal.SIGSTOP)
+    try:
+        assert "is in use by another zswapd" in second.fails(InUseError.exit_status)
+    finally:
+        first.signal(signal.SIGCONT)
+    assert first.stop() == 0
+
+
+def test_something_else_is_mounted(make_daemon: MakeDaemon, data_path: str) -> None:
+    if os.geteuid() != 0:
+        lacks("root, to mount it")
+    daemon = make_daemon(swap__data_path=data_path)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", daemon.mount_point], check=True)
+    try:
+        assert "something is mounted" in daemon.fails()
+    finally:
+        subprocess.run(["umount", daemon.mount_point], check=True)
+
+
+def test_a_pager_that_another_has_just_started_is_not_taken_for_one_s_own(
+    make_daemon: MakeDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be stopped where the start fails."""
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    first = make_daemon(swap__data_path="pager").start()
+    monkeypatch.setattr("zswapd.pager.PROGRAM", tmp_path / "pager")
+    (tmp_path / "pager").write_text("#!/bin/sh\nsleep 1\nexit 7\n")
+    (tmp_path / "pager").chmod(0o755)
+    with pytest.raises(DaemonError, match="exit status 7"):
+        Pager.start(load(first.config, [], {}))
+    assert first.stop() == 0
 
 
 def test_the_mount_point_may_be_a_symbolic_link(make_daemon: MakeDaemon, data_path: str) -> None:
@@ -126,8 +180,7 @@ def test_a_killed_pager_under_a_loop_device_is_not_started_anew(make_daemon: Mak
     if os.geteuid() != 0:
         lacks("root, which a pager needs to mount")
     daemon = make_daemon(swap__data_path="pager").start()
-    losetup = ["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096", str(daemon.swapfile)]
-    device = subprocess.run(losetup, check=True, capture_output=True, text=True).stdout.strip()
+    device = looped(daemon)
     os.kill(daemon.server_pid, signal.SIGKILL)
     assert daemon.wait() == LostSwapError.exit_status
     for message in (daemon.log(), daemon.fails(LostSwapError.exit_status)):
@@ -216,6 +269,48 @@ def test_a_signal_stops_it_cleanly(make_daemon: MakeDaemon, number: signal.Signa
     assert "stopped" in daemon.log()
 
 
+def test_ctrl_c_before_anything_has_begun_ends_it_without_a_word(tmp_path: Path) -> None:
+    """While it imports what it needs."""
+    (tmp_path / "click.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(600)\n")
+    for program in ("zswapd", "zswapctl"):
+        command = [sys.executable, "-c", f"from zswapd import entry; entry.{program}()"]
+        environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+            try:
+                assert process.stdout
+                assert process.stdout.readline() == "importing\n"
+                process.send_signal(signal.SIGINT)
+                assert process.communicate(timeout=DEADLINE_SECONDS) == ("", "")
+            finally:
+                process.kill()
+        assert process.returncode == -signal.SIGINT
+
+
+def test_ctrl_c_while_it_starts_does_not_hide_why_it_cannot(make_daemon: MakeDaemon) -> None:
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    daemon = make_daemon(swap__data_path="pager")
+    daemon.pager = daemon.directory / "pager"
+    wait = "touch begun; until [ -e go-on ]; do sleep 0.1; done"
+    daemon.pager.write_text(f"#!/bin/sh\ncd {daemon.directory}\n{wait}\necho no pager\nexit 1\n")
+    daemon.pager.chmod(0o755)
+    daemon.launch()
+    wait_until((daemon.directory / "begun").exists, "the pager is started")
+    daemon.signal(signal.SIGINT)
+    # Until the signal has been delivered.
+    wait_until(lambda: not pending(daemon.pid, signal.SIGINT), "SIGINT arrives")
+    (daemon.directory / "go-on").touch()
+    assert daemon.wait() == 1
+    assert daemon.log() == "no pager\nzswapd: the pager did not start (exit status 1)\nit says why above\n"
+
+
+def pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal waits to be delivered (proc_pid_status(5))."""
+    masks = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return any(int(mask, 16) >> number - 1 & 1 for mask in masks)
+
+
 def test_it_can_be_started_again(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon().start()
     with daemon.opened() as swapfile:
@@ -244,6 +339,55 @@ def test_an_unmount_from_outside_ends_it(make_daemon: MakeDaemon, data_path: str
     subprocess.run([*unmount, str(daemon.mount_point)], check=True)
     assert daemon.wait() == 0
     assert not swapdev.is_mounted(daemon.mount_point)
+    assert "stopped" in daemon.log()
+    assert "Traceback" not in daemon.log()
+    daemon.start_again()
+    assert daemon.stop() == 0
+
+
+def looped(daemon: Daemon) -> str:
+    """A loop device over the swap file, without swap on it: nobody's pages are at risk."""
+    losetup = ["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096", str(daemon.swapfile)]
+    return subprocess.run(losetup, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def hidden(make_daemon: MakeDaemon) -> Iterator[tuple[Daemon, str]]:
+    """A daemon whose mount point was unmounted with --lazy while a loop device was over its swap file; and that."""
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    daemon = make_daemon(swap__data_path="pager").start()
+    device = looped(daemon)
+    subprocess.run(["umount", "--lazy", daemon.mount_point], check=True)
+    yield daemon, device
+    if Path("/sys/block", Path(device).name, "loop/backing_file").exists():
+        # It was not found, and will not be by whoever tidies up.
+        subprocess.run(["losetup", "--detach", device], check=False)
+
+
+def test_what_is_attached_is_given_back_after_a_lazy_unmount(hidden: tuple[Daemon, str]) -> None:
+    daemon, device = hidden
+    assert daemon.running
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.log()
+    assert not Path("/sys/block", Path(device).name, "loop/backing_file").exists()
+
+
+def test_a_lazy_unmount_ends_the_daemon_when_all_is_detached(hidden: tuple[Daemon, str]) -> None:
+    daemon, device = hidden
+    result = daemon.ctl("detach")
+    assert result.returncode == 0, result.stderr
+    assert device in result.stdout
+    assert daemon.wait() == 0
+    assert "Traceback" not in daemon.log()
+
+
+def test_what_is_attached_is_not_forgotten_after_a_lazy_unmount(hidden: tuple[Daemon, str]) -> None:
+    daemon, device = hidden
+    os.kill(daemon.server_pid, signal.SIGKILL)
+    assert daemon.wait() == LostSwapError.exit_status
+    assert f"the pager has died while {device} was attached" in daemon.log()
+    assert f"then losetup --detach {device}, then" in daemon.log()
 
 
 def test_the_end_of_a_lazily_unmounted_file_system_leaves_what_was_mounted_there_since(make_daemon: MakeDaemon) -> None:

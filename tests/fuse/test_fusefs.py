@@ -212,10 +212,10 @@ def punch(fd: int, offset: int, length: int) -> None:
 
 
 def test_a_punched_cluster_is_used_again_at_once(make_daemon: Callable[..., Daemon]) -> None:
-    """By another worker, while one still frees its old objects: no page is lost and no count is wrong."""
+    """While its old objects wait to be freed behind the answer: no page is lost and no count is wrong."""
     if os.geteuid() != 0:
         lacks("root, which a pager needs to mount")
-    daemon = make_daemon(swap__data_path="pager", pager__workers=3).start()
+    daemon = make_daemon(swap__data_path="pager").start()
     # Objects of all sizes.
     tails = [noise(page)[8 * page :] + bytes(8 * page) for page in range(CLUSTER_PAGES)]
 

@@ -419,7 +419,7 @@ def test_pages_may_be_forgotten_where_only_the_workload_swaps(tmp_path: Path) ->
     ("path", "text", "reason"),
     [
         ("sys__kernel__mm__damon__admin__kdamonds__1__state", "on\n", "kdamonds/1/state is on"),
-        ("sys__module__damon_reclaim__parameters__enabled", "Y\n", "DAMON reclaims"),
+        ("sys__module__damon_reclaim__parameters__enabled", "Y\n", "parameters/enabled is Y"),
         ("proc__meminfo", f"MemFree: {4095 << 10} kB\n", "less than 4.0 GiB is free"),
         ("cgroup__another__memory.limit_in_bytes", "1048576\n", r"another/memory.limit_in_bytes is 1.0 MiB"),
         ("cgroup__a__b__memory.high", "1048576\n", r"a/b/memory.high is 1.0 MiB"),

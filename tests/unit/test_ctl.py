@@ -11,9 +11,10 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
+from tests.writeback import writeback
 from zswapd import ctl, doctor, status, swapdev
 from zswapd.errors import SwapError
-from zswapd.swapdev import Attachment
+from zswapd.swapdev import Attachment, Remaining
 
 ATTACHED = Attachment("/dev/loop9", True, True, 1 << 30, 1 << 20, 100)
 
@@ -89,7 +90,7 @@ def test_progress_without_a_terminal_is_a_few_lines(monkeypatch: pytest.MonkeyPa
     async def detach(mount_point: Path, *, force: bool, progress: Any) -> Attachment:
         assert not force
         for remaining in range(1000 << 10, -1, -(1 << 10)):
-            progress(remaining)
+            progress(Remaining(remaining))
         return ATTACHED
 
     monkeypatch.setattr(swapdev, "detach", detach)
@@ -97,12 +98,18 @@ def test_progress_without_a_terminal_is_a_few_lines(monkeypatch: pytest.MonkeyPa
     assert result.stdout == "detached: /dev/loop9, 1.0 MiB back in memory\n"
     lines = result.stderr.splitlines()
     assert len(lines) == 11
-    assert lines[0] == "reading pages back: 0%, 1000.0 KiB left"
-    assert lines[-1] == "reading pages back: 100%, 0 B left"
+    assert lines[0] == "reading pages back: 0%, left: 1000.0 KiB"
+    assert lines[-1] == "reading pages back: 100%, left: 0 B"
 
     result = run("detach", "--json")
     assert json.loads(result.stdout)["detached"]["used_bytes"] == 1 << 20
     assert result.stderr == ""
+
+
+def test_what_is_left_says_what_is_on_the_disk() -> None:
+    assert str(Remaining(5 << 20)) == "5.0 MiB"
+    assert str(Remaining(5 << 20, pages_on_disk=512)) == "5.0 MiB, 2.0 MiB of it on the backing disk"
+    assert str(Remaining(1 << 20, writebacks=2, cleanings=1)) == "1.0 MiB (2 segments being written, 1 cleaned)"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +191,7 @@ def test_an_error_is_shown_with_its_hint(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_status_joins_the_daemon_s_word_with_the_kernel_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "read_stats", lambda mount_point: {"pid": 5, "classes": []})
+    monkeypatch.setattr(status, "read_stats", lambda mount_point: {"pid": 5, "classes": [], "writeback": writeback()})
     monkeypatch.setattr(swapdev, "discover", lambda mount_point: ATTACHED)
     shown = json.loads(run("status", "--json").stdout)
     assert shown["pid"] == 5

@@ -196,6 +196,15 @@ def test_threads_never_see_a_torn_page(allocator: str) -> None:
         assert sum(threads.map(work, range(4))) > 1000
     stats = engine.stats()
     assert sum(stats["pages"].values()) <= 4
-    assert stats["errors"] == {"lost": 0, "corrupt": 0}
+    assert stats["errors"] == {"lost": 0, "corrupt": 0, "disk": 0}
     engine.reset()
     assert engine.stats()["pool_bytes"] == engine.stats()["original_bytes"] == 0
+
+
+def test_without_a_backing_disk_nothing_is_written_back() -> None:
+    engine = EmbeddedEngine(size_bytes=PAGE, allocator="zsmalloc", mem_limit=PAGE, algorithm="lz4", zstd_level=3)
+    assert engine.backing() is None
+    assert engine.stats()["writeback"]["state"] == "none"
+    for command in (lambda: engine.mark_idle(0), lambda: engine.write_back("all")):
+        with raises_errno(errno.ENODEV):
+            command()

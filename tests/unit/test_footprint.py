@@ -1,3 +1,5 @@
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,19 @@ from hypothesis import strategies as st
 from zswapd import config, daemon
 from zswapd.config import Config, load
 from zswapd.errors import ConfigError
-from zswapd.footprint import ARENA_END, DESCRIPTOR_BYTES, SLOT_BYTES, refuse_huge, tables_bytes
+from zswapd.footprint import ARENA_END, DESCRIPTOR_BYTES, LRU_BYTES, SLOT_BYTES, refuse_huge, tables_bytes
 
 GIB = 1 << 30
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """As they were: the daemon keeps them."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -27,13 +39,18 @@ def test_tables_grow_with_the_swap_file_and_with_the_pool_up_to_its_end() -> Non
     assert tables_bytes(huge, huge) == tables_bytes(huge, ARENA_END)
 
 
-@given(st.integers(1, 1 << 32), st.integers(1, 1 << 32), st.integers(6, 22))
-def test_what_is_refused_fits_once_it_is_made_as_small_as_is_said(slots: int, limit: int, log_ram_mib: int) -> None:
+@given(st.integers(1, 1 << 32), st.integers(1, 1 << 32), st.integers(6, 22), st.booleans())
+def test_what_is_refused_fits_once_it_is_made_as_small_as_is_said(
+    slots: int, limit: int, log_ram_mib: int, writeback: bool
+) -> None:
     def settings(size: str) -> Config:
-        return load(None, [f"swap.size={size}", f"pool.mem_limit={limit * 4096}"], {})
+        backing = "/dev/x" if writeback else ""
+        overrides = [f"swap.size={size}", f"pool.mem_limit={limit * 4096}", f"writeback.backing={backing}"]
+        return load(None, overrides, {})
 
     ram = 1 << 20 + log_ram_mib
-    if 2 * tables_bytes(slots * 4096, limit * 4096) <= ram:
+    slot = SLOT_BYTES + (LRU_BYTES if writeback else 0)
+    if 2 * tables_bytes(slots * 4096, limit * 4096, slot=slot) <= ram:
         refuse_huge(settings(str(slots * 4096)), ram)
         return
     with pytest.raises(ConfigError, match=r"^swap.size = .* more than half") as caught:

@@ -13,8 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.daemon import free_port
 from tests.machine import lacks
 from tests.pages import PAGE, noise
+from tests.writeback import COUNTS, writeback
 from zswapd import metrics
-from zswapd.engine import EmbeddedEngine
+from zswapd.engine import EmbeddedEngine, EngineStats
 from zswapd.errors import DaemonError
 
 # https://prometheus.io/docs/practices/naming: base units, and no other.
@@ -90,11 +91,11 @@ def test_values_are_those_of_the_statistics(engine: EmbeddedEngine) -> None:
     for key in ("loads", "stores", "discards"):
         assert values[f"zswapd_{key}_total", ""] == stats[key] > 0  # type: ignore[literal-required]
     assert {kind: values["zswapd_pages", kind] for kind in stats["pages"]} == stats["pages"]
-    assert set(stats["pages"]) == {"lz4", "zstd", "same_filled", "incompressible", "lost"}
+    assert set(stats["pages"]) == {"lz4", "zstd", "same_filled", "incompressible", "on_disk", "lost"}
     for name, counts in (("rejected_stores", stats["rejected_stores"]), ("load_errors", stats["errors"])):
         assert {reason: values[f"zswapd_{name}_total", reason] for reason in counts} == counts
-    assert stats["rejected_stores"] == {"pool_full": 1, "no_memory": 0, "out_of_range": 1}
-    assert stats["errors"] == {"lost": 1, "corrupt": 0}
+    assert stats["rejected_stores"] == {"pool_full": 1, "no_memory": 0, "out_of_range": 1, "no_writeback": 0}
+    assert stats["errors"] == {"lost": 1, "corrupt": 0, "disk": 0}
     assert values["zswapd_compression_info", "zstd,3"] == 1
     assert values["zswapd_pool_info", "zsmalloc"] == 1
     assert sum(value for (name, _), value in values.items() if name == "zswapd_class_objects") == sum(
@@ -158,3 +159,38 @@ def test_a_port_in_use_is_named(engine: EmbeddedEngine) -> None:
         ):
             pytest.fail("served")
         assert "metrics.listen" in caught.value.hint
+
+
+def test_the_backing_disk(engine: EmbeddedEngine) -> None:
+    class WithDisk(EmbeddedEngine):
+        def stats(self) -> EngineStats:
+            numbers = {name: number for number, name in enumerate(sorted(COUNTS), 1) if COUNTS[name] == 0}
+            return {**super().stats(), "writeback": writeback(**numbers, **disk)}
+
+    disk: dict[str, object] = {"state": "ok", "budget_bytes": None}
+    engine.__class__ = WithDisk
+    stats, values = engine.stats()["writeback"], samples(scrape(engine))
+    for name, key in {
+        "backing_bytes": "backing_bytes",
+        "backing_free_bytes": "backing_free_bytes",
+        "backing_live_bytes": "live_bytes",
+        "idle_pages": "idle_pages",
+        "writebacks_in_flight": "writebacks_in_flight",
+        "cleanings_in_flight": "cleanings_in_flight",
+        "written_back_pages_total": "pages_written",
+        "writeback_bytes_total": "written_bytes",
+        "cleaning_bytes_total": "cleaning_bytes",
+        "cleaned_segments_total": "cleaned_segments",
+        "disk_reads_total": "reads",
+        "disk_read_bytes_total": "read_bytes",
+        "promoted_pages_total": "pages_promoted",
+        "writeback_errors_total": "write_errors",
+        "waiting_stores_total": "stores_waited",
+    }.items():
+        assert values[f"zswapd_{name}", ""] == stats[key] > 0, name  # type: ignore[literal-required]
+    assert values["zswapd_backing_failed", ""] == 0
+    assert ("zswapd_writeback_budget_bytes", "") not in values
+    disk |= {"state": "failed", "budget_bytes": 7}
+    values = samples(scrape(engine))
+    assert values["zswapd_backing_failed", ""] == 1
+    assert values["zswapd_writeback_budget_bytes", ""] == 7

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.writeback import BOUNDS, writeback
 from zswapd import status
 from zswapd.errors import DaemonError
 from zswapd.swapdev import Attachment
 
-BOUNDS = [0.001, 0.002, 0.004]
 HISTOGRAM = {"bounds_seconds": BOUNDS, "counts": [0, 100, 0, 0], "sum_seconds": 0.15}
 MIB = 1 << 20
 
@@ -22,7 +22,7 @@ def stats(**changes: Any) -> dict[str, Any]:
         "algorithm": "zstd",
         "allocator": "z3fold",
         "zstd_level": 5,
-        "pages": {"lz4": 1000, "zstd": 24, "same_filled": 7, "incompressible": 3, "lost": 0},
+        "pages": {"lz4": 1000, "zstd": 24, "same_filled": 7, "incompressible": 3, "on_disk": 0, "lost": 0},
         "original_bytes": 12 * MIB,
         "compressed_bytes": 3 * MIB,
         "pool_bytes": 4 * MIB,
@@ -39,6 +39,7 @@ def stats(**changes: Any) -> dict[str, Any]:
         "load_latency": HISTOGRAM,
         "store_latency": {"bounds_seconds": BOUNDS, "counts": [0, 0, 0, 0], "sum_seconds": 0},
         "mover_waits": {"bounds_seconds": BOUNDS, "counts": [0, 0, 0, 0], "sum_seconds": 0},
+        "writeback": writeback(),
         **changes,
     }
 
@@ -73,7 +74,7 @@ def test_effective_ratio_counts_all_the_memory() -> None:
 def test_the_state_is_shown() -> None:
     text = shown(stats(), Attachment("/dev/loop5", True, True, 1 << 30, MIB, 100))
     assert "/dev/loop5, 1.0 MiB of 1.0 GiB used, priority 100" in text
-    assert "1,034 (lz4 1,000, zstd 24, same-filled 7, incompressible 3)" in text
+    assert "1,034 (lz4 1,000, zstd 24, same-filled 7, incompressible 3, on disk 0)" in text
     assert "12.0 MiB stored as 3.0 MiB, in a z3fold pool of 4.0 MiB (effective ratio 2.00)" in text
     assert "50.0% of 8.0 MiB used, peak 5.0 MiB" in text
     assert "100, p50 1.5 ms, p99 2.0 ms" in text
@@ -120,9 +121,38 @@ def test_latency_beyond_the_last_bound_is_a_lower_limit() -> None:
     assert "p50 >= 4.0 ms" in shown(stats(load_latency=beyond))
 
 
+def on_disk(**changes: Any) -> dict[str, Any]:
+    """Half of what is stored is on the disk."""
+    pages = {"lz4": 1000, "zstd": 24, "same_filled": 7, "incompressible": 3, "on_disk": 1536, "lost": 0}
+    counts = {"state": "ok", "backing_bytes": 64 * MIB, "backing_free_bytes": 40 * MIB, "live_bytes": 2 * MIB}
+    counts |= {"pages_written": 2048, "written_bytes": 3 * MIB, "cleaning_bytes": MIB, "reads": 100}
+    counts |= {"read_latency": HISTOGRAM, "pages_promoted": 9, **changes}
+    return stats(pages=pages, writeback=writeback(**counts))
+
+
+def test_the_backing_disk_is_shown() -> None:
+    text = shown(on_disk())
+    assert "6.0 MiB stored as 3.0 MiB, in a z3fold pool of 4.0 MiB (effective ratio 1.00)" in text
+    assert "6.0 MiB of pages as 2.0 MiB; 40.0 MiB of 64.0 MiB free" in text
+    assert "2,048 pages in 3.0 MiB, 1.0 MiB for cleaning; per page 0.50" in text
+    assert "100, p50 1.5 ms, p99 2.0 ms; 9 into the pool" in text
+    assert "budget" not in text
+    assert "\x1b[1;31m" not in text
+    assert "backing disk" not in shown(stats())
+
+
+def test_a_failed_disk_is_red_and_a_used_up_budget_yellow() -> None:
+    assert "\x1b[1;31mfailed: nothing more is written to it; it has 6.0 MiB of pages" in shown(on_disk(state="failed"))
+    assert "\x1b[1;33mused up" in shown(on_disk(budget_bytes=0))
+    assert "3.0 MiB may still be written" in shown(on_disk(budget_bytes=3 * MIB))
+    assert "\x1b[1;31m7 segments that the backing disk could not write" in shown(on_disk(write_errors=7))
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
+        ({"errors": {"disk": 5}}, "5 loads that the backing disk failed"),
+        ({"rejected_stores": {"no_writeback": 2}}, "2 stores refused, pool full and nothing could be written back"),
         ({"errors": {"lost": 3, "corrupt": 0}}, "3 loads of lost pages"),
         ({"errors": {"lost": 0, "corrupt": 4}}, "4 loads of corrupt pages"),
         ({"rejected_stores": {"pool_full": 5, "out_of_range": 0}}, "5 stores refused, pool full"),
@@ -133,7 +163,7 @@ def test_errors_are_red(changes: dict[str, Any], text: str) -> None:
 
 
 def test_slots_without_a_page_are_no_alarm() -> None:
-    assert "\x1b[33m6 slots hold no page" in shown(stats(pages={"lz4": 1, "lost": 6}))
+    assert "\x1b[33m6 slots hold no page" in shown(stats(pages={"lz4": 1, "on_disk": 0, "lost": 6}))
 
 
 def test_no_mount_means_no_daemon(tmp_path: Path) -> None:

@@ -34,46 +34,74 @@ def settings(hour: int = 0, day: int = 0) -> Writeback:
     return load(None, [f"writeback.{key}={value}" for key, value in keys.items()], {}).writeback
 
 
+def topped_up(budget: Budget) -> int:
+    grants: list[int] = []
+    budget.top_up(grants.append)
+    return sum(grants)
+
+
 def test_an_hour_and_a_day(state_directory: Path) -> None:
     clock = Clock()
     budget = Budget(settings(hour=GIB, day=3 * GIB), clock)
     assert budget.left() == GIB
     for hour in range(3):
-        assert budget.next_grant() == GIB
-        assert budget.next_grant() == 0
+        assert topped_up(budget) == GIB
+        assert topped_up(budget) == 0
         budget.observe(GIB // 4)
         assert budget.left() == GIB // 4
         budget.observe(0)
         assert budget.left() == 0
-        assert budget.next_grant() == 0
+        assert topped_up(budget) == 0
         clock.now += HOUR_SECONDS
         assert budget.left() == (GIB if hour < 2 else 0)
     clock.now = NOON + 24 * HOUR_SECONDS - 1
     assert budget.left() == 0
     clock.now += 1
-    assert budget.left() == GIB
-    budget.save()
+    assert topped_up(budget) == GIB
+    # What is a day past is not kept.
     assert len(json.loads(next(state_directory.iterdir()).read_text())["hours"]) == 2
 
 
 def test_what_is_granted_is_no_more_than_is_left_and_comes_in_parts() -> None:
     budget = Budget(settings(day=10 * GIB), Clock())
-    assert budget.next_grant() == 10 * GIB // 4
+    assert topped_up(budget) == 10 * GIB // 4
     budget.observe(10 * GIB // 4 - GIB)
-    assert budget.next_grant() == 0  # more than half of it is there
+    assert topped_up(budget) == 0  # more than half of it is there
     budget.observe(GIB // 2)
-    grant = budget.next_grant()
-    assert grant == 8 * GIB // 4 - GIB // 2
+    assert topped_up(budget) == 8 * GIB // 4 - GIB // 2
     assert budget.left() == 8 * GIB
-    small = Budget(settings(day=GRANT_BYTES // 2), Clock())
-    assert small.next_grant() == GRANT_BYTES // 2
+
+
+def test_a_small_budget_is_granted_at_once() -> None:
+    assert topped_up(Budget(settings(day=GRANT_BYTES // 2), Clock())) == GRANT_BYTES // 2
+
+
+def test_the_last_bytes_are_granted_too() -> None:
+    budget = Budget(settings(day=5 * GIB), Clock())
+    total = 0
+    for _ in range(20):
+        total += topped_up(budget)
+        budget.observe(0)
+    assert total == 5 * GIB
+
+
+def test_a_grant_is_on_the_disk_before_the_pager_has_it(state_directory: Path) -> None:
+    def grant(more: int) -> None:
+        [file] = state_directory.iterdir()
+        assert json.loads(file.read_text())["granted"] == more == GIB
+        raise OSError("the pager is gone")
+
+    budget = Budget(settings(hour=GIB), Clock())
+    with pytest.raises(OSError, match="gone"):
+        budget.top_up(grant)
+    # It may have been told.
+    budget.observe(0)
+    assert budget.left() == 0
 
 
 def test_a_pager_that_was_started_anew_has_used_up_what_the_last_one_was_granted() -> None:
     clock = Clock()
-    first = Budget(settings(hour=GIB), clock)
-    assert first.next_grant() == GIB
-    first.save()
+    topped_up(Budget(settings(hour=GIB), clock))
     again = Budget(settings(hour=GIB), clock)
     again.observe(None)
     assert again.left() == 0
@@ -81,20 +109,16 @@ def test_a_pager_that_was_started_anew_has_used_up_what_the_last_one_was_granted
 
 def test_a_daemon_that_was_started_anew_asks_the_pager_what_is_left() -> None:
     clock = Clock()
-    first = Budget(settings(hour=GIB), clock)
-    first.next_grant()
-    first.save()
+    topped_up(Budget(settings(hour=GIB), clock))
     again = Budget(settings(hour=GIB), clock)
     again.observe(GIB - 4096)
     assert again.left() == GIB - 4096
-    assert again.next_grant() == 0
+    assert topped_up(again) == 0
 
 
 def test_settings_that_were_lowered_are_overdrawn() -> None:
     clock = Clock()
-    first = Budget(settings(hour=GIB), clock)
-    first.next_grant()
-    first.save()
+    topped_up(Budget(settings(hour=GIB), clock))
     again = Budget(settings(hour=GIB // 2), clock)
     again.observe(GIB)
     assert again.is_overdrawn()
@@ -124,7 +148,7 @@ def test_a_damaged_state_is_the_whole_budget_used_up(
     damage: str, state_directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = Clock()
-    Budget(settings(hour=GIB, day=2 * GIB), clock).save()
+    topped_up(Budget(settings(hour=GIB, day=2 * GIB), clock))
     [file] = state_directory.iterdir()
     file.write_text(damage)
     budget = Budget(settings(hour=GIB, day=2 * GIB), clock)
@@ -138,7 +162,7 @@ def test_a_damaged_state_is_the_whole_budget_used_up(
 
 
 def test_bytes_that_are_no_text_are_damage_too(state_directory: Path) -> None:
-    Budget(settings(hour=GIB), Clock()).save()
+    topped_up(Budget(settings(hour=GIB), Clock()))
     [file] = state_directory.iterdir()
     file.write_bytes(b"\xff\xfe")
     assert Budget(settings(hour=GIB), Clock()).left() == 0
@@ -148,28 +172,34 @@ def test_a_clock_that_was_ahead_blocks_for_no_longer_than_a_day() -> None:
     clock = Clock()
     clock.now += 365 * 24 * HOUR_SECONDS
     budget = Budget(settings(hour=GIB), clock)
-    budget.next_grant()
+    topped_up(budget)
     budget.observe(0)
     clock.now = NOON
+    budget.observe(0)
     assert budget.left() == 0
     clock.now += HOUR_SECONDS
     assert budget.left() == GIB
 
 
 def test_a_state_that_cannot_be_written_stays_as_it_was(state_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    budget = Budget(settings(hour=GIB), Clock())
-    budget.save()
+    clock = Clock()
+    budget = Budget(settings(hour=GIB), clock)
+    topped_up(budget)
     [file] = state_directory.iterdir()
     before = file.read_text()
-    budget.next_grant()
+    budget.observe(GIB // 4)
+    clock.now += HOUR_SECONDS
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(json, "dump", full)
     with pytest.raises(OSError, match="No space"):
-        budget.save()
+        budget.top_up(lambda more: pytest.fail("granted what is not on the disk"))
     assert file.read_text() == before
+    monkeypatch.undo()
+    monkeypatch.setenv("STATE_DIRECTORY", str(state_directory))
+    assert topped_up(budget) == GIB - GIB // 4
 
 
 def test_each_disk_has_a_file_of_its_own(state_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,12 +227,12 @@ class World:
         self.written[hour] = self.written.get(hour, 0) + size
 
     def tick(self, *, told: bool = True, meanwhile: int = 0) -> None:
-        self.budget.observe(self.left)
-        grant = self.budget.next_grant()
-        if grant:
-            self.budget.save()
+        def grant(more: int) -> None:
             self.write(meanwhile)
-            self.left += grant if told else 0
+            self.left += more if told else 0
+
+        self.budget.observe(self.left)
+        self.budget.top_up(grant)
 
     def restart_daemon(self) -> None:
         self.budget = Budget(self.wanted, self.clock)

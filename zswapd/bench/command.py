@@ -13,6 +13,7 @@ from zswapd import __version__, swapdev
 from zswapd.bench.ability import cannot_swap
 from zswapd.bench.commands import until_signal
 from zswapd.bench.corpus import build, describe
+from zswapd.bench.damon import switched_off
 from zswapd.bench.leftovers import leftovers
 from zswapd.bench.locked import lock_memory
 from zswapd.bench.measure import LIMIT_SHARE, measure, refuse_to_forget
@@ -74,7 +75,7 @@ def bench(
     back that was only there.
 
     The row null is a pager that stores nothing: the floor, unverified. It is refused where the kernel could swap out
-    other processes meanwhile, whose pages would be lost.
+    other processes meanwhile, whose pages would be lost. For it, DAMON is off during the run, and on again afterwards.
     """
     pages = size // PAGE
     if picture:
@@ -84,8 +85,6 @@ def bench(
         device(row, directory, PAGE, pool)
     if reason := cannot_swap():
         raise ZswapdError(f"this machine cannot swap: {reason}")
-    if NULL in names:
-        refuse_to_forget(Path(), size)
     # The corpus, at the worst as much again in the pool or the programs that the pages come from, and in the end all
     # of the workload's pages.
     if 3 * pages * PAGE > swapdev.mem_available():
@@ -97,6 +96,14 @@ def bench(
     with Screen(Console(stderr=as_json)) as screen:
 
         async def work() -> None:
+            if NULL not in names:
+                await compare()
+                return
+            async with switched_off(lambda what: screen.line("DAMON", what, "yellow")):
+                refuse_to_forget(Path(), size)
+                await compare()
+
+        async def compare() -> None:
             for row in [] if names else await offered(pool):
                 try:
                     device(row, directory, PAGE, pool)

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from zswapd import memcg
+from zswapd.bench import damon
 from zswapd.config import format_size
 
 UNLIMITED = 1 << 62  # cgroup v1 writes LONG_MAX, rounded down to a page
@@ -19,17 +20,17 @@ FREE_BYTES = 2 << 30  # free, not only available: where little is free, the kern
 def why_not_forget(own_group: Path, size_bytes: int, root: Path = Path("/")) -> str:
     """Why another process's pages could be lost in a run that touches `size_bytes`, in one line; empty when not.
 
-    `own_group` is the cgroup whose pages may be lost. Changes nothing: proactive reclaim is the administrator's.
+    `own_group` is the cgroup whose pages may be lost. Changes nothing.
     """
-    for state in sorted(root.glob("sys/kernel/mm/damon/admin/kdamonds/*/state")):
-        if state.read_text().strip() == "on":
-            return f"DAMON may swap out any process (/{state.relative_to(root)} is on)"
-    reclaim = root / "sys/module/damon_reclaim/parameters/enabled"
-    if reclaim.exists() and reclaim.read_text().strip() == "Y":
-        return f"DAMON reclaims (/{reclaim.relative_to(root)} is Y)"
+    for switch in damon.switches(root):
+        if switch.is_on:
+            return f"DAMON may swap out any process (/{switch.path.relative_to(root)} is {switch.on})"
     free = re.search(r"^MemFree:\s+(\d+) kB$", (root / "proc/meminfo").read_text(), re.MULTILINE)
     if not free or int(free[1]) << 10 < 2 * size_bytes + FREE_BYTES:
-        return f"less than {format_size(2 * size_bytes + FREE_BYTES)} is free: the kernel could swap out any process"
+        return (
+            f"less than {format_size(2 * size_bytes + FREE_BYTES)} is free: the kernel could swap out any process "
+            "(sync; echo 1 > /proc/sys/vm/drop_caches makes the page cache free memory)"
+        )
     controller = memcg.find_controller(root)
     if controller is None:
         return "no memory cgroup controller is mounted"

@@ -5,8 +5,8 @@
 //! | `status` | `ok pid=N device=N opens=N protected=N forgets=N footprint=N`: see `status` below |
 //! | `counters` | `ok`, with the descriptor of the counters |
 //! | `relay` | `ok`, with the descriptor that pyfuse3 is to serve; EBUSY while another one has it |
-//! | `mem-limit BYTES` | `ok` |
-//! | `compression NAME LEVEL` | `ok` |
+//! | `mem-limit BYTES` | `ok`; from a page to 1 TiB |
+//! | `compression NAME LEVEL` | `ok`; the level is zstd's, 1 to 22 |
 //! | `compact` | `ok`: it has begun |
 //! | `reset` | `ok` when every page is dropped, or EBUSY while the swap file is open |
 //! | `drain` | `ok objects=N pages=N writebacks=N cleanings=N`, or EBUSY while the swap file is open |
@@ -21,6 +21,7 @@
 //! | `writeback all`, `idle`, `huge`, `page N` | `ok pages=N bytes=N end=...`: so many pages were written back, and so much of the pool freed; EBUSY while another writeback or `shrink` is under way |
 //! | `shrink BYTES` | the same, of the coldest pages, until so much of the pool is free |
 //! | `writeback-limit BYTES`, `none` | `ok`: so much may still be written to the disk |
+//! | `writeback-limit +BYTES` | `ok`: so much more, from 0 if there was no limit |
 //! | `accept-threshold PERCENT` | `ok`: of its limit, to which a full pool shrinks |
 //! | `promote on`, `off` | `ok`: whether pages that are read from the disk may move to the pool, while it has room |
 //!
@@ -38,16 +39,19 @@ use crate::shrinker::{End, Swept};
 use crate::socket::{Connection, Listener};
 use crate::Shared;
 use std::collections::VecDeque;
+use std::fmt::Display;
 use std::fs::OpenOptions;
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::str::FromStr;
 use std::sync::mpsc::TryRecvError;
 use std::time::Duration;
 use zswapd_core::backing::Backing;
-use zswapd_core::codec::{Algorithm, Compression};
+use zswapd_core::codec::{Algorithm, Compression, ZSTD_LEVELS};
 use zswapd_core::error::Error;
 use zswapd_core::page::PAGE_SIZE;
+use zswapd_core::state::MAX_ARENA_PAGES;
 use zswapd_core::store::{Detached, InFlight, Leaked, What};
 
 /// Connections that have not said anything yet. The oldest one makes room for the next.
@@ -57,6 +61,8 @@ const STEP: u64 = 8192;
 /// For those who are at work when the pager ends, at a time: shrinkers wait for the disk, who moves objects needs some
 /// microseconds, unless it does not run.
 const PATIENCE: Duration = Duration::from_millis(100);
+/// The largest arena: a pool can never use more.
+const MAX_LIMIT_BYTES: u64 = MAX_ARENA_PAGES * PAGE_SIZE as u64;
 /// Of leaked objects. There should be none, and never are there few.
 const SHOWN: usize = 10;
 /// Between two looks at what others do.
@@ -176,18 +182,19 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
             done()
         }
         ["mem-limit", bytes] => {
-            let store = shared.engine.store();
-            store.pool().set_limit_bytes(number(bytes, "bytes")?);
+            let (store, what) = (shared.engine.store(), "size in bytes");
+            store.pool().set_limit_bytes(number(bytes, what, PAGE_SIZE as u64..=MAX_LIMIT_BYTES)?);
             store.ask_for_shrinking();
             done()
         }
         ["compression", name, level] => {
             let algorithm: Algorithm = name.parse()?;
-            shared.engine.set_compression(Compression::new(algorithm, number(level, "a level")?)?);
+            let level = number(level, "zstd level", ZSTD_LEVELS)?;
+            shared.engine.set_compression(Compression::new(algorithm, level)?);
             done()
         }
         ["idle", age] => {
-            let age = if *age == "all" { 0 } else { number(age, "seconds, or all")? };
+            let age = if *age == "all" { 0 } else { number(age, "age in seconds", 0..=u64::from(u32::MAX))? };
             backing(shared)?;
             let pages = shared.engine.store().mark_idle(Duration::from_secs(age));
             Ok(Reply::Text(format!("pages={pages}")))
@@ -196,23 +203,25 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
         ["writeback", "idle"] => sweep(shared, What::Idle),
         ["writeback", "huge"] => sweep(shared, What::Huge),
         ["writeback", "page", page] => {
-            let page = number(page, "a page")?;
-            if u64::from(page) >= shared.engine.store().slots() {
-                return Err(Error::Invalid(format!("there is no page {page}")));
-            }
-            sweep(shared, What::Page(page))
+            let last = shared.engine.store().slots() - 1;
+            sweep(shared, What::Page(number(page, "page", 0..=last as u32)?))
         }
-        ["shrink", bytes] => sweep(shared, What::Coldest { bytes: number(bytes, "bytes")? }),
+        ["shrink", bytes] => sweep(shared, What::Coldest { bytes: number(bytes, "size in bytes", 0..=u64::MAX)? }),
+        ["writeback-limit", "none"] => {
+            backing(shared)?.set_budget(None);
+            done()
+        }
         ["writeback-limit", bytes] => {
-            let bytes = if *bytes == "none" { None } else { Some(number(bytes, "bytes, or none")?) };
-            backing(shared)?.set_budget(bytes);
+            let more = bytes.strip_prefix('+');
+            let bytes = number(more.unwrap_or(bytes), "size in bytes", 0..=u64::MAX - 1)?;
+            match more {
+                Some(_) => backing(shared)?.add_to_budget(bytes),
+                None => backing(shared)?.set_budget(Some(bytes)),
+            }
             done()
         }
         ["accept-threshold", percent] => {
-            let percent = number(percent, "a percentage")?;
-            if !(1..=100).contains(&percent) {
-                return Err(Error::Invalid(format!("{percent} is no percentage from 1 to 100")));
-            }
+            let percent = number(percent, "percentage", 1..=100)?;
             backing(shared)?;
             shared.engine.store().set_accept_threshold(percent);
             done()
@@ -240,6 +249,15 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
         }
         _ => Err(Error::Invalid(format!("unknown command: {}", words.join(" ")))),
     }
+}
+
+/// A number from outside, decimal.
+fn number<T: FromStr + PartialOrd + Display>(word: &str, what: &str, range: RangeInclusive<T>) -> Result<T, Error> {
+    let digits = word.bytes().all(|byte| byte.is_ascii_digit());
+    let inside = word.parse().ok().filter(|number| digits && range.contains(number));
+    inside.ok_or_else(|| {
+        Error::Invalid(format!("{word:?} is no {what}: use a number from {} to {}", range.start(), range.end()))
+    })
 }
 
 /// Closes the gate and drops every page, a step at a time. True when all is done.
@@ -304,10 +322,6 @@ fn stopping() -> impl FnMut(&Shared) -> Result<bool, Error> {
         }
         Ok(true)
     }
-}
-
-fn number<T: FromStr>(text: &str, what: &str) -> Result<T, Error> {
-    text.parse().map_err(|_| Error::Invalid(format!("not {what}: {text}")))
 }
 
 fn backing(shared: &Shared) -> Result<&Backing, Error> {

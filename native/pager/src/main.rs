@@ -15,6 +15,7 @@
 mod args;
 mod backing;
 mod channel;
+mod compactor;
 mod control;
 mod crew;
 mod gate;
@@ -54,7 +55,9 @@ pub struct Shared {
     pub relay: relay::Relay,
     pub counters: std::fs::File,
     pub gate: gate::Gate,
+    /// Of the page channel, and of the backing disk.
     pub trouble: trouble::Trouble,
+    pub disk_trouble: trouble::Trouble,
     pub sweeper: shrinker::Sweeper,
     /// Ends the pager when the file system is gone.
     pub closer: socket::Closer,
@@ -97,7 +100,8 @@ fn run() -> Result<(), String> {
         relay: relay::Relay::new(device.clone()),
         counters: counters.into(),
         gate: gate::Gate::default(),
-        trouble: trouble::Trouble::default(),
+        trouble: trouble::Trouble::new("cannot read from /dev/fuse"),
+        disk_trouble: trouble::Trouble::new("cannot write to the backing disk, and keep in memory what was to go there"),
         sweeper,
         closer: listener.closer().map_err(|error| failed("control socket")(&error))?,
         device_number,
@@ -111,7 +115,7 @@ fn run() -> Result<(), String> {
     })
     .and_then(|()| {
         let shared = shared.clone();
-        process::spawn("compactor", move || compact(&shared))
+        process::spawn("compactor", move || compactor::run(&shared))
     })
     .and_then(|()| args.backing.as_ref().map_or(Ok(()), |backing| shrinker::spawn(&shared, orders, backing)))
     .and_then(|()| relay::spawn(&shared))
@@ -139,20 +143,6 @@ fn refill(shared: &Shared) {
                 eprintln!("zswapd-pager: {error}; trying again");
                 std::thread::park_timeout(std::time::Duration::from_millis(100));
             }
-        }
-    }
-}
-
-/// Compacts when it is worth it or asked for, for ever.
-fn compact(shared: &Shared) {
-    let store = shared.engine.store();
-    store.pool().become_compactor();
-    shared.trouble.become_teller();
-    loop {
-        std::thread::park();
-        shared.trouble.say();
-        if store.pool().wants_compaction() {
-            store.compact();
         }
     }
 }

@@ -88,7 +88,7 @@ fn shrink(shared: &Shared, shrinker: &mut Shrinker) {
     store.become_shrinker();
     loop {
         // After an error too: who still needs room wakes us again, as the cleaner does when it has made some on the disk.
-        if !matches!(store.shrink(shrinker), Ok(true)) {
+        if !noted(shared, store.shrink(shrinker)).unwrap_or(false) {
             thread::park();
         }
     }
@@ -99,7 +99,7 @@ fn clean(shared: &Shared, cleaner: &mut Cleaner) {
     let store = shared.engine.store();
     store.become_cleaner();
     loop {
-        if !(store.wants_cleaning() && matches!(store.clean(cleaner), Ok(true))) {
+        if !(store.wants_cleaning() && noted(shared, store.clean(cleaner)).unwrap_or(false)) {
             thread::park();
         }
     }
@@ -122,7 +122,7 @@ fn sweep(shared: &Shared, shrinker: &mut Shrinker, job: &mut Job) -> End {
         if shared.gate.is_closed() {
             return End::Stopped;
         }
-        match store.write_back(shrinker, job) {
+        match noted(shared, store.write_back(shrinker, job)) {
             Ok(true) => {}
             Ok(false) => return End::Done,
             // The cleaner is making some.
@@ -134,4 +134,12 @@ fn sweep(shared: &Shared, shrinker: &mut Shrinker, job: &mut Job) -> End {
             Err(_) => return End::Failed,
         }
     }
+}
+
+/// The result; an error of the disk goes to the log, which these threads do not wait for.
+fn noted(shared: &Shared, result: Result<bool, Error>) -> Result<bool, Error> {
+    if let Err(Error::DiskWrite(error)) = &result {
+        shared.disk_trouble.note(error.raw_os_error().unwrap_or(libc::EIO));
+    }
+    result
 }

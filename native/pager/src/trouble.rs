@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 use std::sync::OnceLock;
 use std::thread::Thread;
 
-/// That the device cannot be read.
-#[derive(Default)]
+/// That something fails, with an errno.
 pub struct Trouble {
+    what: &'static str,
     /// As last noted, and as last said.
     errno: AtomicI32,
     said: AtomicI32,
@@ -15,6 +15,11 @@ pub struct Trouble {
 }
 
 impl Trouble {
+    /// `what` fails.
+    pub fn new(what: &'static str) -> Trouble {
+        Trouble { what, errno: AtomicI32::new(0), said: AtomicI32::new(0), teller: OnceLock::new() }
+    }
+
     /// Makes the calling thread the one that is woken to call [`Trouble::say`].
     pub fn become_teller(&self) {
         let _only_the_first_counts = self.teller.set(std::thread::current());
@@ -34,7 +39,7 @@ impl Trouble {
         let is_news = self.said.swap(errno, Relaxed) != errno;
         if is_news {
             let error = io::Error::from_raw_os_error(errno);
-            eprintln!("zswapd-pager: cannot read from /dev/fuse: {error}; trying again, and saying this once");
+            eprintln!("zswapd-pager: {}: {error}; trying again, and saying this once", self.what);
         }
         is_news
     }
@@ -46,7 +51,7 @@ mod tests {
 
     #[test]
     fn each_error_is_said_once() {
-        let trouble = Trouble::default();
+        let trouble = Trouble::new("a test");
         assert!(!trouble.say());
         for errno in [libc::ENOMEM, libc::EFAULT] {
             trouble.note(errno);

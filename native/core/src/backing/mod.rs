@@ -162,6 +162,11 @@ impl Backing {
         self.change(|table| table.set_budget(bytes));
     }
 
+    /// Adds to what may still be written; to 0 if there was no limit.
+    pub fn add_to_budget(&self, bytes: u64) {
+        self.change(|table| table.set_budget(Some(table.budget().unwrap_or(0).saturating_add(bytes))));
+    }
+
     /// A segment that is worth cleaning now, for the caller to clean: the emptiest one, if few are free and cleaning
     /// makes room (`table.rs` says what it may cost). None otherwise, and if the disk has failed or the budget is used
     /// up. For one cleaner at a time.

@@ -121,6 +121,27 @@ fn what_is_no_command_changes_nothing() {
     control.expect_alive();
 }
 
+#[test]
+fn numbers_out_of_range_change_nothing_and_the_range_is_said() {
+    let control = Control::new();
+    for number in ["-1", "0", "4095", "1099511627777", "18446744073709551615", "18446744073709551616", "+", "0x1000"] {
+        let answer = control.ask(format!("mem-limit {number}").as_bytes());
+        assert!(refused(&answer) && answer.ends_with("from 4096 to 1099511627776"), "{answer}");
+    }
+    for level in ["-1", "0", "23", "256", "4294967297", "99999999999999999999", "3.0"] {
+        for name in ["lz4", "zstd"] {
+            let answer = control.ask(format!("compression {name} {level}").as_bytes());
+            assert!(refused(&answer) && answer.ends_with("from 1 to 22"), "{answer}");
+        }
+    }
+    assert_eq!(control.shared.engine.store().pool().limit_bytes(), 1 << 30);
+    assert_eq!(control.shared.engine.compression().zstd_level, 1);
+    for limit in [4096u64, 1 << 40] {
+        assert_eq!(control.ask(format!("mem-limit {limit}").as_bytes()).trim(), "ok");
+        assert_eq!(control.shared.engine.store().pool().limit_bytes(), limit);
+    }
+}
+
 /// Cut off after 512 bytes, each of these would be a command.
 #[test]
 fn a_part_of_a_command_is_no_command() {
@@ -244,11 +265,16 @@ fn the_limit_and_the_disk_end_a_writeback_early() {
     let control = with_disk(memory(), 128);
     assert_eq!(control.ask(b"writeback-limit 4096").trim(), "ok");
     assert_eq!(control.ask(b"writeback all"), "ok pages=0 bytes=0 end=budget");
-    assert_eq!(control.ask(b"writeback-limit none").trim(), "ok");
+    let left = || control.shared.engine.store().metrics().writeback_budget_bytes.get();
+    for (command, bytes) in [("+4096", 8192), ("none", u64::MAX), ("+4096", 4096), ("none", u64::MAX)] {
+        assert_eq!(control.ask(format!("writeback-limit {command}").as_bytes()).trim(), "ok");
+        assert_eq!(left(), bytes);
+    }
     assert!(control.ask(b"writeback all").starts_with("ok pages=128 "));
 
     let control = with_disk(Faults::new(memory(), "write:1-:eio").expect("valid"), 8);
     assert_eq!(control.ask(b"writeback all"), "ok pages=0 bytes=0 end=failed");
+    assert!(control.shared.disk_trouble.say(), "not in the log");
     assert_eq!(control.kernel.read(0, 8 * 4096), Ok(noise(1, 8)));
 }
 
@@ -286,6 +312,8 @@ fn what_is_no_writeback_is_refused() {
         "shrink 10%",
         "writeback-limit",
         "writeback-limit 1G",
+        "writeback-limit ++1",
+        "writeback-limit -1",
         "accept-threshold 0",
         "accept-threshold 101",
         "accept-threshold 90%",
