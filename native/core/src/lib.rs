@@ -5,7 +5,7 @@
 //! Dependencies point one way:
 //!
 //! ```text
-//! engine → store → {slots, codec, pool, object} → {state, touched, page, metrics, locks, gate} → sync
+//! engine → store → {slots, codec, pool, backing} → {object, state, touched, page, metrics, locks, gate} → sync
 //! ```
 
 pub mod backing;
