@@ -11,13 +11,25 @@ from pathlib import Path
 
 from tests.daemon import Daemon, wait_until
 from tests.machine import lacks
+from tests.pages import PAGE
+from tests.swap.workload import SURVIVING, Workload, swapped
 from zswapd.backing import IN_PLACE, mount_of
 
-#: A pool of an eighth of what a workload touches, and a disk that has room for the rest of two workloads.
-POOL_BYTES = 8 << 20
-DISK_BYTES = 64 << 20
+#: What a workload touches and may have in memory, a pool of an eighth of it, and a disk with room for the rest of two.
+TOUCHED_BYTES = 32 << 20
+LIMIT_BYTES = 12 << 20
+POOL_BYTES = 4 << 20
+DISK_BYTES = 48 << 20
 #: Forgets nothing about the order of locks and about allocations, and takes --faults.
 DEBUG_PAGER = Path(__file__).parents[2] / "native/target/debug/zswapd-pager"
+
+
+@contextmanager
+def touching(daemon: Daemon, corpus: int, limit: int = LIMIT_BYTES) -> Iterator[Workload]:
+    """A workload that survives pages that cannot be read; see `swapped`."""
+    with swapped(daemon, corpus, TOUCHED_BYTES // PAGE, limit, SURVIVING) as workload:
+        workload.run("fill")
+        yield workload
 
 
 @contextmanager

@@ -11,8 +11,18 @@ from pathlib import Path
 import pytest
 
 from tests.daemon import ENVIRONMENT, Daemon, wait_until
-from tests.swap.backing import DISK_BYTES, POOL_BYTES, disk_directory, loop_device, metrics, settled
-from tests.swap.workload import ENOUGH, LIMIT, PAGES, ROOT, SURVIVING, assert_gone, swap_area, swapped
+from tests.swap.backing import (
+    DISK_BYTES,
+    LIMIT_BYTES,
+    POOL_BYTES,
+    TOUCHED_BYTES,
+    disk_directory,
+    loop_device,
+    metrics,
+    settled,
+    touching,
+)
+from tests.swap.workload import ENOUGH, ROOT, assert_gone, swap_area
 from zswapd.bench.corpus import build
 from zswapd.bench.measure import measure
 from zswapd.bench.programs import PAGE
@@ -71,15 +81,13 @@ def assert_all_well(daemon: Daemon) -> None:
 def test_a_pool_of_an_eighth_of_what_is_touched(attached: Attached, corpus: int) -> None:
     """Random access, overwrites, an exit, swapoff in the middle of it, and all of it again."""
     daemon = attached()
-    with swapped(daemon, corpus) as workload:
-        workload.fill()
+    with touching(daemon, corpus) as workload:
         filled = daemon.stats()
-        assert filled["pages"]["on_disk"] * PAGE > 8 << 20
+        assert filled["pages"]["on_disk"] * PAGE > POOL_BYTES
         workload.verify()
         workload.run("random", seed=1)
         assert daemon.stats()["writeback"]["reads"] > 0
-        with swapped(daemon, corpus) as other:
-            other.fill()
+        with touching(daemon, corpus) as other:
             workload.run("rewrite", seed=2)
             other.run("rewrite", seed=3)
             other.verify()
@@ -97,7 +105,7 @@ def test_a_pool_of_an_eighth_of_what_is_touched(attached: Attached, corpus: int)
         workload.verify()
 
         attach(daemon)
-        workload.group.set_limit(LIMIT)
+        workload.group.set_limit(LIMIT_BYTES)
         workload.run("rewrite", seed=5)
         workload.run("random", seed=6)
         workload.verify()
@@ -107,11 +115,10 @@ def test_a_pool_of_an_eighth_of_what_is_touched(attached: Attached, corpus: int)
     assert "leaked" not in daemon.log()
 
 
-@pytest.mark.parametrize("disk", [("file", 24 << 20), ("block", 24 << 20)], indirect=True, ids=["file", "block"])
+@pytest.mark.parametrize("disk", [("file", 12 << 20), ("block", 12 << 20)], indirect=True, ids=["file", "block"])
 def test_a_disk_that_fills_up_with_dead_records_is_cleaned(attached: Attached, corpus: int) -> None:
     daemon = attached()
-    with swapped(daemon, corpus) as workload:
-        workload.fill()
+    with touching(daemon, corpus) as workload:
         for seed in range(40):
             if daemon.stats()["writeback"]["cleaned_segments"] > 8:
                 break
@@ -127,8 +134,7 @@ def test_a_disk_that_fills_up_with_dead_records_is_cleaned(attached: Attached, c
 def test_detach_with_pages_on_the_disk_can_be_interrupted(attached: Attached, corpus: int) -> None:
     daemon = attached()
     area = swap_area(daemon)
-    with swapped(daemon, corpus) as workload:
-        workload.fill()
+    with touching(daemon, corpus) as workload:
         before = swap_area(daemon).used_bytes
         workload.group.set_limit(ENOUGH)
         command = [sys.executable, "-m", "zswapd.ctl", "--config", str(daemon.config), "detach"]
@@ -149,8 +155,7 @@ def test_detach_with_pages_on_the_disk_can_be_interrupted(attached: Attached, co
 
 def test_sigterm_brings_back_what_is_on_the_disk(attached: Attached, corpus: int) -> None:
     daemon = attached()
-    with swapped(daemon, corpus) as workload:
-        workload.fill()
+    with touching(daemon, corpus) as workload:
         assert daemon.stats()["pages"]["on_disk"] > 0
         workload.group.set_limit(ENOUGH)
         assert daemon.stop() == 0
@@ -163,14 +168,13 @@ def test_nothing_of_memory_can_be_read_from_the_disk_unless_encryption_is_off(
 ) -> None:
     """Pages that do not compress are stored as they are."""
     daemon = attached(writeback__encryption=encryption)
-    with swapped(daemon, corpus, ENOUGH, SURVIVING) as workload:
-        workload.run("fill")
+    with touching(daemon, corpus, ENOUGH) as workload:
         workload.page_out()
         settled(daemon)
         assert daemon.stats()["pages"]["on_disk"] > 0
         written = Path(str(disk["writeback__backing"])).read_bytes()
         workload.verify()
-    noises = (os.pread(corpus, 64, number * PAGE + 100) for number in range(0, PAGES, 16))
+    noises = (os.pread(corpus, 64, number * PAGE + 100) for number in range(0, TOUCHED_BYTES // PAGE, 16))
     assert any(noise in written for noise in noises) != encryption
 
 
@@ -178,7 +182,7 @@ async def test_a_run_of_the_benchmark_with_a_bounded_pool(tmp_path: Path) -> Non
     def silent(what: str, done: int, total: int) -> None:
         pass
 
-    with await build(PAGES, 1, silent) as pages:
+    with await build(TOUCHED_BYTES // PAGE, 1, silent) as pages:
         run = await measure("zswapd-lz4", pages, tmp_path, silent, POOL_BYTES)
     assert run["pool_limit_bytes"] == POOL_BYTES
     assert run["working_set_pools"] > 1

@@ -12,9 +12,19 @@ from pathlib import Path
 import pytest
 
 from tests.daemon import Daemon, wait_until
-from tests.pages import noise
-from tests.swap.backing import DISK_BYTES, POOL_BYTES, disk_directory, metrics, settled, with_faults
-from tests.swap.workload import ENOUGH, LIMIT, PAGES, SURVIVING, Workload, swapped
+from tests.pages import PAGE, noise
+from tests.swap.backing import (
+    DISK_BYTES,
+    LIMIT_BYTES,
+    POOL_BYTES,
+    TOUCHED_BYTES,
+    disk_directory,
+    metrics,
+    settled,
+    touching,
+    with_faults,
+)
+from tests.swap.workload import ENOUGH, Workload
 
 pytestmark = pytest.mark.usefixtures("_swap")
 
@@ -54,11 +64,10 @@ def faulty(directory: Path, make_daemon: Callable[..., Daemon]) -> MakeFaulty:
 
 
 @contextmanager
-def surviving(daemon: Daemon, corpus: int, limit: int = LIMIT) -> Iterator[Workload]:
-    """A workload that survives pages that cannot be read. Nothing of the daemon has ended in the end."""
+def surviving(daemon: Daemon, corpus: int, limit: int = LIMIT_BYTES) -> Iterator[Workload]:
+    """A workload that survives pages that cannot be read. In the end the pager still lives, and gives all back."""
     pid = daemon.server_pid
-    with swapped(daemon, corpus, limit, SURVIVING) as workload:
-        workload.run("fill")
+    with touching(daemon, corpus, limit) as workload:
         yield workload
         assert daemon.server_pid == pid
     detached = daemon.ctl("detach")
@@ -162,21 +171,21 @@ def noisy() -> Iterator[int]:
     """A memory file of pages that do not compress."""
     fd = os.memfd_create("zswapd-test-noise")
     with open(fd, "wb", closefd=False) as file:
-        for number in range(PAGES):
+        for number in range(TOUCHED_BYTES // PAGE):
             file.write(noise(number))
     yield fd
     os.close(fd)
 
 
 def test_a_full_disk_refuses_and_goes_on_when_there_is_room(faulty: MakeFaulty, noisy: int) -> None:
-    """64 MiB that do not compress, in a pool of 8 MiB and on a disk of 16."""
+    """32 MiB that do not compress, in a pool of 4 MiB and on a disk of 16."""
     daemon = faulty("", writeback__size=16 << 20)
     with surviving(daemon, noisy, ENOUGH) as workload:
         workload.page_out()
         settled(daemon)
         stats = daemon.stats()
         assert sum(stats["rejected_stores"].values()) > 0
-        assert stats["pages"]["on_disk"] * 4096 > 8 << 20
+        assert stats["pages"]["on_disk"] * PAGE > 8 << 20
         assert stats["writeback"]["state"] == "ok"
         assert workload.unreadable() == 0
         workload.run("rewrite", seed=1)

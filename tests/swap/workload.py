@@ -25,8 +25,8 @@ LEAST_SWAPPED = 32 << 20
 class Workload:
     """The process in the memory cgroup, driven phase by phase."""
 
-    def __init__(self, process: subprocess.Popen[str], group: MemoryCgroup) -> None:
-        self._process, self.group, self.pid = process, group, process.pid
+    def __init__(self, process: subprocess.Popen[str], group: MemoryCgroup, pages: int) -> None:
+        self._process, self.group, self.pages = process, group, pages
         self._result("ready")
 
     def run(self, phase: str, **arguments: int) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class Workload:
 
     def verify(self) -> None:
         result = self.run("verify")
-        assert (result["verified"], result["wrong"]) == (PAGES, 0), result
+        assert (result["verified"], result["wrong"]) == (self.pages, 0), result
         assert self.group.oom_kills() == 0
 
     def _result(self, event: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class Workload:
     def unreadable(self) -> int:
         """How many pages cannot be read; every other one is as it should be."""
         result = self.run("verify")
-        assert (result["verified"], result["wrong"]) == (PAGES, result["unreadable"]), result
+        assert (result["verified"], result["wrong"]) == (self.pages, result["unreadable"]), result
         assert self.group.oom_kills() == 0
         count: int = result["unreadable"]
         return count
@@ -67,20 +67,21 @@ class Workload:
 
 @contextmanager
 def swapped(
-    daemon: Daemon, corpus: int, limit: int = LIMIT, program: str = "zswapd.bench.workload"
+    daemon: Daemon, corpus: int, pages: int = PAGES, limit: int = LIMIT, program: str = "zswapd.bench.workload"
 ) -> Iterator[Workload]:
-    """A workload over its memory limit while `daemon` is attached. Killed and gone at the end."""
+    """A workload over its memory limit while `daemon` is attached, on the first `pages` of the corpus. Killed and gone
+    at the end."""
     others = daemon.workloads
     with MemoryCgroup(limit) as group:
         daemon.workloads = group
-        command = [sys.executable, "-m", program, str(corpus), str(PAGES), "anonymous"]
+        command = [sys.executable, "-m", program, str(corpus), str(pages), "anonymous"]
         pipe = subprocess.PIPE
         with subprocess.Popen(
             command, stdin=pipe, stdout=pipe, text=True, pass_fds=[corpus], env=ENVIRONMENT, cwd=ROOT
         ) as process:
             try:
                 group.add(process.pid)
-                yield Workload(process, group)
+                yield Workload(process, group, pages)
             finally:
                 process.kill()
     daemon.workloads = others
