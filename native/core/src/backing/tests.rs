@@ -232,6 +232,18 @@ fn a_failed_write_leaves_nothing_and_three_in_a_row_are_the_end() {
 }
 
 #[test]
+fn a_failed_write_does_not_succeed_when_asked_again() {
+    let Fixture { backing, mut writer, metrics, .. } = Fixture::new(3, true, "write:1:eio");
+    writer.begin(&backing, Purpose::Evict).expect("room");
+    writer.add(&backing, 1, 1, &[7; 100]).expect("fits");
+    assert!(writer.write(&backing).is_err() && writer.write(&backing).is_err());
+    assert_eq!(writer.add(&backing, 1, 1, &[7; 100]), None);
+    assert_eq!((writer.records().len(), metrics.disk_live_bytes.get()), (1, 0));
+    writer.finish(&backing);
+    writer.begin(&backing, Purpose::Evict).expect("room");
+}
+
+#[test]
 fn a_failed_read_costs_that_read() {
     for fault in ["eio", "short"] {
         let mut fixture = Fixture::new(3, true, &format!("read:2:{fault}"));
