@@ -44,15 +44,21 @@ async def run(config: Config) -> None:
 
 async def _run_pager(config: Config, signals: AsyncIterator[int]) -> None:
     leaked: dict[str, int] | None = None
+    mount_point = config.swap.mount_point
     with _pager(config) as pager, metrics.served(pager, config.metrics.address):
+        mount_device = pager.status()["device"]
         async with relayed(pager):
             _ready(config, pager)
             await _until_stopped(config, lambda: _drained(pager), signals)
             leaked = pager.stop()
     if leaked is None:
-        if _find_pager(config.swap.mount_point):
+        if _find_pager(mount_point):
             raise DaemonError("the pager has hung up, and goes on serving pages", "start zswapd again")
-        _refuse_lost(config.swap.mount_point)
+        _refuse_lost(mount_point, mount_device)
+        if not swapdev.is_mounted(mount_point):
+            # Not before nobody had the swap file open any more: that is when the kernel ends a file system.
+            log.warning("stopped: somebody else has unmounted %s, with nothing attached", mount_point)
+            return
         raise DaemonError("the pager has ended unasked, with nothing attached", "its last words are above, or in dmesg")
     if leaked["objects"]:
         log.warning("%(objects)d objects in %(pages)d pages of the pool belonged to no slot", leaked)
@@ -102,13 +108,17 @@ def _find_pager(mount_point: Path) -> Pager | None:
         raise DaemonError(f"the pager of {mount_point} does not answer: {error}", "it is stopped or stuck") from None
 
 
-def _refuse_lost(mount_point: Path) -> None:
+def _refuse_lost(mount_point: Path, mount_device: int | None = None) -> None:
     """Raises LostSwapError if the pager, which is no more, has left a loop device on its swap file."""
-    if attached := swapdev.discover(mount_point):
+    if attached := swapdev.discover(mount_point, mount_device=mount_device):
+        device = attached.loop_device
+        # What was unmounted with --lazy, nobody finds who has not known the pager.
+        known = swapdev.discover(mount_point)
+        remedy = "zswapctl detach --force" if known else f"swapoff {device}; losetup --detach {device}"
         raise LostSwapError(
-            f"the pager has died while {attached.loop_device} was attached: "
+            f"the pager has died while {device} was attached: "
             f"{format_size(attached.used_bytes)} in swap are lost, and who needs them gets SIGBUS",
-            "end what had pages there, then zswapctl detach --force, then start zswapd again",
+            f"end what had pages there, then {remedy}, then start zswapd again",
         )
 
 

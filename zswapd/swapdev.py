@@ -96,10 +96,11 @@ def is_mounted(mount_point: Path, root: Path = ROOT) -> bool:
     return False
 
 
-def discover(mount_point: Path, root: Path = ROOT) -> Attachment | None:
+def discover(mount_point: Path, root: Path = ROOT, mount_device: int | None = None) -> Attachment | None:
     """What is attached to the swapfile under `mount_point`, from /sys and /proc alone: does not touch the mount.
 
-    Of several loop devices (half attached, all but one), the one that is swap.
+    `mount_device` (its st_dev) finds what was unmounted with --lazy after its pager's death too; a pager that lives is
+    asked for it. Of several loop devices (half attached, all but one), the one that is swap.
     """
     backing_file = str(_real(mount_point) / "swapfile")
     swaps = {area.path: area for area in read_swaps(root)}
@@ -109,7 +110,9 @@ def discover(mount_point: Path, root: Path = ROOT) -> Attachment | None:
             backing = _text(attribute).rstrip("\n")
             device = f"/dev/{attribute.parent.parent.name}"
             # What was unmounted with --lazy shows only its name within the file system.
-            if backing != backing_file and not (backing == "/swapfile" and _is_hidden(device, mount_point)):
+            if backing != backing_file and not (
+                backing == "/swapfile" and _is_hidden(device, mount_point, mount_device)
+            ):
                 continue
             direct_io = attribute.with_name("dio").read_text().strip() == "1"
             size = int((attribute.parent.parent / "size").read_text()) * 512
@@ -121,18 +124,20 @@ def discover(mount_point: Path, root: Path = ROOT) -> Attachment | None:
     return found
 
 
-def _is_hidden(device: str, mount_point: Path) -> bool:
+def _is_hidden(device: str, mount_point: Path, mount_device: int | None) -> bool:
     """Whether a loop device is over the swap file of the pager of `mount_point`, by number: no path leads there."""
-    pager = _find_pager(mount_point)
-    if pager is None:
-        return False
+    if mount_device is None:
+        pager = _find_pager(mount_point)
+        if pager is None:
+            return False
+        mount_device = pager.status()["device"]
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
         info = fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(LOOP_INFO64_BYTES))
     finally:
         os.close(fd)
     # Its first field is the backing file's st_dev, and that file system has no other file that can be a loop device's.
-    return int.from_bytes(info[:8], sys.byteorder) == pager.status()["device"]
+    return int.from_bytes(info[:8], sys.byteorder) == mount_device
 
 
 def refuse_full(attachment: Attachment, root: Path = ROOT) -> None:

@@ -228,9 +228,43 @@ def test_an_unmount_from_outside_ends_it(make_daemon: MakeDaemon, data_path: str
     daemon = make_daemon(swap__data_path=data_path).start()
     unmount = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
     subprocess.run([*unmount, str(daemon.mount_point)], check=True)
-    # A pager that ends unasked is an error.
-    assert daemon.wait() == (1 if data_path == "pager" else 0)
+    assert daemon.wait() == 0
     assert not swapdev.is_mounted(daemon.mount_point)
+
+
+def test_the_end_of_a_lazily_unmounted_file_system_leaves_what_was_mounted_there_since(make_daemon: MakeDaemon) -> None:
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    daemon = make_daemon(swap__data_path="pager").start()
+    with daemon.opened() as swapfile:
+        subprocess.run(["umount", "--lazy", daemon.mount_point], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", daemon.mount_point], check=True)
+        os.pwrite(swapfile, noise(1), 0)
+        assert os.pread(swapfile, PAGE, 0) == noise(1)
+    try:
+        assert daemon.wait() == 0
+        assert os.path.ismount(daemon.mount_point)
+    finally:
+        subprocess.run(["umount", daemon.mount_point], check=True)
+
+
+def test_a_pager_killed_under_a_loop_device_that_was_lazily_unmounted_has_lost_swap(make_daemon: MakeDaemon) -> None:
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    daemon = make_daemon(swap__data_path="pager").start()
+    losetup = ["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096", str(daemon.swapfile)]
+    device = subprocess.run(losetup, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        pager = daemon.server_pid
+        subprocess.run(["umount", "--lazy", daemon.mount_point], check=True)
+        os.kill(pager, signal.SIGKILL)
+        assert daemon.wait() == LostSwapError.exit_status
+        assert f"the pager has died while {device} was attached" in daemon.log()
+        assert f"losetup --detach {device}" in daemon.log()
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+    daemon.start_again()
+    assert daemon.stop() == 0
 
 
 @pytest.mark.parametrize("abstract", [False, True])

@@ -8,10 +8,11 @@ mod lengths;
 use lengths::Random;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
-use zswapd_core::codec::{Algorithm, Compression, Scratch};
+use zswapd_core::codec::{Algorithm, Compression};
 use zswapd_core::metrics::{Histogram, LATENCY_BOUNDS_NS};
 use zswapd_core::page::{Page, PAGE_SIZE};
 use zswapd_core::pool::Allocator;
+use zswapd_core::scratch::Scratch;
 use zswapd_core::store::{Files, Store};
 
 const SLOTS: u64 = 1 << 16;

@@ -11,10 +11,11 @@
 
 use std::hint::black_box;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
-use zswapd_core::codec::{Codec, Compression, Scratch};
+use zswapd_core::codec::{Codec, Compression};
 use zswapd_core::engine::Engine;
 use zswapd_core::page::{same_filled, Page, PAGE_SIZE};
 use zswapd_core::pool::Allocator;
+use zswapd_core::scratch::Scratch;
 use zswapd_core::store::Files;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -46,7 +47,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 #[inline(never)]
 fn bare_store<'a>(page: &'a Page, with: Compression, scratch: &'a mut Scratch) -> (Codec, &'a [u8]) {
     black_box(same_filled(page));
-    let (codec, payload) = scratch.compress(page, with);
+    let (codec, payload) = scratch.codecs.compress(page, with);
     black_box(xxh3_64_with_seed(payload, 1));
     (codec, payload)
 }
@@ -54,7 +55,7 @@ fn bare_store<'a>(page: &'a Page, with: Compression, scratch: &'a mut Scratch) -
 #[inline(never)]
 fn bare_load(codec: Codec, payload: &[u8], page: &mut Page, scratch: &mut Scratch) {
     black_box(xxh3_64_with_seed(payload, 1));
-    assert!(scratch.decompress(codec, payload, page));
+    assert!(scratch.codecs.decompress(codec, payload, page));
 }
 
 #[inline(never)]

@@ -96,8 +96,8 @@ impl Compression {
 /// A page whose header and payload would not fit into one page is kept as it is.
 const MAX_COMPRESSED: usize = PAGE_SIZE - object::HEADER_SIZE;
 
-/// Codec contexts and buffers of one worker: one thread uses it at a time.
-pub struct Scratch {
+/// Codec contexts of one worker, and the buffer that they compress to: one thread uses it at a time.
+pub struct Codecs {
     lz4: Workspace,
     /// Lies in `_zstd`.
     compressor: NonNull<zstd::ZSTD_CCtx>,
@@ -113,11 +113,11 @@ pub struct Scratch {
 type Workspace = Box<[u64]>;
 
 // SAFETY: the contexts lie in memory that the scratch owns, and are bound to no thread.
-unsafe impl Send for Scratch {}
+unsafe impl Send for Codecs {}
 
-impl Scratch {
+impl Codecs {
     /// Allocates about 400 KiB, and is the last to do so. Errors: [`Error::Invalid`] if zstd refuses its setting.
-    pub fn new() -> Result<Scratch> {
+    pub fn new() -> Result<Codecs> {
         let compressor_bytes = |level| {
             // SAFETY: takes nothing but numbers, returns a number.
             unsafe { zstd::ZSTD_estimateCCtxSize_usingCParams(zstd::ZSTD_getCParams(level, PAGE_SIZE as u64, 0)) }
@@ -155,7 +155,7 @@ impl Scratch {
                                                                        // SAFETY: the context is alive.
         zstd_result(unsafe { zstd::ZSTD_DCtx_setParameter(decompressor.as_ptr(), format, magicless) })
             .ok_or_else(refused)?;
-        Ok(Scratch {
+        Ok(Codecs {
             lz4: workspace(lz4_bytes),
             compressor,
             decompressor,
@@ -288,7 +288,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_page_comes_back(page in pages(), with in compressions()) {
-            let mut scratch = Scratch::new().expect("scratch");
+            let mut scratch = Codecs::new().expect("scratch");
             let (codec, payload) = scratch.compress(&page, with);
             let payload = payload.to_vec();
             prop_assert!(codec == Codec::Raw || payload.len() <= MAX_COMPRESSED);
@@ -301,7 +301,7 @@ mod tests {
         fn any_bytes_are_refused_or_decoded_but_never_overrun(
             number in 1u16..=3, payload in prop::collection::vec(any::<u8>(), 0..=PAGE_SIZE),
         ) {
-            let mut scratch = Scratch::new().expect("scratch");
+            let mut scratch = Codecs::new().expect("scratch");
             let codec = Codec::from_number(number).expect("exists");
             let _ = scratch.decompress(codec, &payload, &mut [0; PAGE_SIZE]);
         }
@@ -315,7 +315,7 @@ mod tests {
             x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             *byte = (x >> 56) as u8;
         });
-        let mut scratch = Scratch::new().expect("scratch");
+        let mut scratch = Codecs::new().expect("scratch");
         for algorithm in [Algorithm::Lz4, Algorithm::Zstd] {
             let with = Compression::new(algorithm, 3).expect("in range");
             assert_eq!(scratch.compress(&page, with), (Codec::Raw, &page[..]));
@@ -326,7 +326,7 @@ mod tests {
     fn every_level_finds_its_memory() {
         let mut page = [0; PAGE_SIZE];
         page.iter_mut().enumerate().for_each(|(n, byte)| *byte = (n / 7 % 50) as u8);
-        let mut scratch = Scratch::new().expect("scratch");
+        let mut scratch = Codecs::new().expect("scratch");
         for level in ZSTD_LEVELS.chain(ZSTD_LEVELS.rev()) {
             let with = Compression::new(Algorithm::Zstd, level).expect("in range");
             assert_eq!(scratch.compress(&page, with).0, Codec::Zstd, "level {level}");

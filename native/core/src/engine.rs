@@ -1,10 +1,11 @@
 //! The engine: the swap file as a range of bytes over the page store.
 
-use crate::codec::{Algorithm, Compression, Scratch};
+use crate::codec::{Algorithm, Compression};
 use crate::error::{Error, Result};
 use crate::page::{Page, PAGE_SIZE};
 use crate::pool::Allocator;
-use crate::store::{Detached, Files, Store};
+use crate::scratch::Scratch;
+use crate::store::{Detached, DiskOptions, Files, Store};
 use crate::sync::{AtomicU32, Ordering::Relaxed};
 
 /// The largest swap file: a slot index has 32 bits.
@@ -42,6 +43,13 @@ impl Engine {
         Ok(engine)
     }
 
+    /// Gives a new swap file, to which nothing was written yet, a backing disk: see [`Store::with_disk`].
+    pub fn with_disk(self, options: DiskOptions) -> Result<Engine> {
+        let engine = Engine { store: self.store.with_disk(options)?, ..self };
+        engine.store.refresh_gauges();
+        Ok(engine)
+    }
+
     pub fn store(&self) -> &Store {
         &self.store
     }
@@ -68,7 +76,8 @@ impl Engine {
 
     /// Reads from `offset` and returns how many bytes: less than asked for only at the end of the file.
     ///
-    /// Errors: EIO if any page of the range is lost or corrupt; `buffer` is then undefined.
+    /// Errors: EIO if any page of the range is lost or corrupt, or the backing disk cannot read it; `buffer` is then
+    /// undefined.
     pub fn read(&self, offset: u64, buffer: &mut [u8], scratch: &mut Scratch) -> Result<usize> {
         let rest = usize::try_from(self.size().saturating_sub(offset)).unwrap_or(usize::MAX);
         let length = buffer.len().min(rest);
@@ -90,7 +99,8 @@ impl Engine {
     ///
     /// Errors: [`Error::OutOfRange`] if any of it is outside the file, with nothing written. Else the first error of
     /// any page (ENOSPC, or EIO for the part of a lost page); every other page is written all the same, so that no
-    /// page of the range reads what it held before.
+    /// page of the range reads what it held before. [`Error::NoRoomYet`] before all others: the pages before the one that
+    /// found no room are written, that one and those after it are not. The same, or the rest of it, is to be written again.
     pub fn write(&self, offset: u64, data: &[u8], scratch: &mut Scratch) -> Result<()> {
         self.check_range(offset, data.len() as u64)?;
         let with = self.compression();
@@ -101,6 +111,9 @@ impl Engine {
                 Ok(whole) => self.store.store(part.slot, whole, with, scratch),
                 Err(_) => self.store.store_part(part.slot, part.at, from, with, scratch),
             };
+            if matches!(stored, Err(Error::NoRoomYet)) {
+                return stored;
+            }
             result = result.and(stored);
         }
         result
@@ -109,7 +122,7 @@ impl Engine {
     /// Punches a hole: the range reads zeros when this returns.
     ///
     /// What it held goes to `detached`: see [`Store::discard`]. Errors: [`Error::OutOfRange`]; for the parts of pages
-    /// at its two ends, as [`Engine::write`].
+    /// at its two ends, as [`Engine::write`]; on [`Error::NoRoomYet`] the same hole is to be punched again.
     pub fn discard(&self, offset: u64, length: u64, detached: &mut Detached, scratch: &mut Scratch) -> Result<()> {
         self.check_range(offset, length)?;
         let page_size = PAGE_SIZE as u64;
@@ -123,7 +136,10 @@ impl Engine {
         // Both ends, whatever becomes of the first: none may read what it held before.
         let head = self.write(offset, &[0; PAGE_SIZE][..(first - offset) as usize], scratch);
         let tail = self.write(last, &[0; PAGE_SIZE][..(end - last) as usize], scratch);
-        head.and(tail)
+        match (head, tail) {
+            (Err(Error::NoRoomYet), _) | (_, Err(Error::NoRoomYet)) => Err(Error::NoRoomYet),
+            (head, tail) => head.and(tail),
+        }
     }
 
     /// Drops every page: the whole file reads zeros when this returns, and its objects are freed.

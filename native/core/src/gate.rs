@@ -46,6 +46,11 @@ impl Gate {
         self.state.fetch_or(CLOSED, Acquire);
     }
 
+    /// Whether nobody gets in any more. Who is inside asks it to come to an end early; it orders nothing.
+    pub fn is_closed(&self) -> bool {
+        self.state.load(Relaxed) & CLOSED != 0
+    }
+
     /// How many are inside.
     pub fn inside(&self) -> u32 {
         self.state.load(Acquire) & !CLOSED

@@ -2,10 +2,11 @@
 //!
 //! A page comes in through [`engine::Engine`] (byte ranges), goes to [`store::Store`] (one page, one slot),
 //! through [`codec`] into the [`pool`], and is committed by one 64-bit word in [`slots`].
+//! What the pool has no room for goes to the [`backing`] disk, the page first that the [`lru`] finds coldest.
 //! Dependencies point one way:
 //!
 //! ```text
-//! engine → store → {slots, codec, pool, backing} → {object, state, touched, page, metrics, locks, gate} → sync
+//! engine → store → {slots, lru, scratch → codec, pool, backing, object} → {state, touched, page, metrics, locks, gate} → sync
 //! ```
 
 pub mod backing;
@@ -14,12 +15,14 @@ pub mod engine;
 pub mod error;
 pub mod gate;
 pub mod locks;
+pub mod lru;
 #[cfg_attr(any(loom, shuttle, miri), path = "models/standin/memory.rs")]
 pub mod memory;
 pub mod metrics;
 pub mod object;
 pub mod page;
 pub mod pool;
+pub mod scratch;
 pub mod slots;
 #[cfg_attr(any(loom, shuttle, miri), path = "models/standin/state.rs")]
 pub mod state;

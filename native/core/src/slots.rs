@@ -2,9 +2,10 @@
 //!
 //! ```text
 //! bits 63..60  check: makes the exclusive or of the word's sixteen groups of 4 bits zero
-//! bits 59..57  state: EMPTY, LOST, SAME_FILLED, POOL
-//! bits 56..37  generation: grows by one with every change, so that an old word can be told from a new one
-//! bits 36..0   SAME_FILLED: the 32-bit word that the page repeats; POOL: the location of the object in the arena
+//! bits 59..57  state: EMPTY, LOST, SAME_FILLED, POOL, WRITEBACK, DISK
+//! bits 56..45  generation: grows by one with every change, so that an old word can be told from a new one
+//! bits 44..0   SAME_FILLED: the 32-bit word that the page repeats; POOL, WRITEBACK: the location of the object in the
+//!              arena; DISK: that of the record on the backing disk
 //! ```
 //!
 //! The check finds every single flipped bit, and every run of up to four. Fresh memory, all zero, is EMPTY and checks.
@@ -12,9 +13,15 @@
 //! A change publishes the new word first and frees the old object afterwards: whoever reads the word finds either
 //! the old page whole or the new one.
 //!
+//! WRITEBACK is POOL, while a shrinker writes a copy of the object to the disk: it is read where it lies, and is not
+//! moved. Whoever takes the word away leaves the object to that shrinker, who frees it when it comes back and no longer
+//! finds its word. So the location is not used again before, and the word cannot come back meanwhile: that nobody is
+//! deceived does not depend on the generation, which begins anew after 4096 changes.
+//!
 //! What a slot holds changes under its lock. Where it lies may also change without: [`SlotTable::relocate`], by who
 //! has moved the object. Both exchange the word they have seen for a new one, so that one of them wins.
 
+use crate::backing::DiskLocation;
 use crate::error::Result;
 use crate::locks::{Guard, Rank, Ranked};
 use crate::pool::Location;
@@ -27,8 +34,8 @@ use std::sync::Arc;
 
 const CHECK_SHIFT: u32 = 60;
 const STATE_SHIFT: u32 = 57;
-const GENERATION_SHIFT: u32 = 37;
-const GENERATION_MASK: u64 = (1 << (STATE_SHIFT - GENERATION_SHIFT)) - 1;
+const GENERATION_SHIFT: u32 = 45;
+const GENERATION_MASK: u16 = (1 << (STATE_SHIFT - GENERATION_SHIFT)) - 1;
 const VALUE_MASK: u64 = (1 << GENERATION_SHIFT) - 1;
 
 /// What a slot holds.
@@ -42,24 +49,40 @@ pub enum Entry {
     SameFilled(u32),
     /// The page is the object at this location.
     Pool(Location),
+    /// As `Pool`; a shrinker writes a copy, and frees the object.
+    Writeback(Location),
+    /// The page is the record at this location of the backing disk.
+    Disk(DiskLocation),
     /// The word is not as it was stored: what the slot held is lost. Never stored itself.
     Damaged,
 }
 
-/// A slot word as stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+impl Entry {
+    /// The object of the pool that is the page.
+    pub fn object(self) -> Option<Location> {
+        match self {
+            Entry::Pool(location) | Entry::Writeback(location) => Some(location),
+            _ => None,
+        }
+    }
+}
+
+/// A slot word as stored; fresh, it is EMPTY.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Word(u64);
 
 impl Word {
-    fn new(entry: Entry, generation: u64) -> Word {
+    fn new(entry: Entry, generation: u16) -> Word {
         let (state, value) = match entry {
             Entry::Empty => (0, 0),
             Entry::Lost | Entry::Damaged => (1, 0),
             Entry::SameFilled(word) => (2, u64::from(word)),
             Entry::Pool(location) => (3, location.units()),
+            Entry::Writeback(location) => (4, location.units()),
+            Entry::Disk(location) => (5, location.to_bits()),
         };
         debug_assert!(value <= VALUE_MASK);
-        let word = state << STATE_SHIFT | (generation & GENERATION_MASK) << GENERATION_SHIFT | value;
+        let word = state << STATE_SHIFT | u64::from(generation & GENERATION_MASK) << GENERATION_SHIFT | value;
         Word(word | fold(word) << CHECK_SHIFT)
     }
 
@@ -71,12 +94,19 @@ impl Word {
             1 => Entry::Lost,
             2 => Entry::SameFilled(value as u32),
             3 => Entry::Pool(Location::from_units(value)),
+            4 => Entry::Writeback(Location::from_units(value)),
+            5 => Entry::Disk(DiskLocation::from_bits(value)),
             _ => Entry::Damaged,
         }
     }
 
-    pub fn generation(self) -> u64 {
-        self.0 >> GENERATION_SHIFT & GENERATION_MASK
+    pub fn generation(self) -> u16 {
+        (self.0 >> GENERATION_SHIFT) as u16 & GENERATION_MASK
+    }
+
+    /// The generation of the word that is so many changes after this one.
+    pub fn generation_after(self, changes: u16) -> u16 {
+        self.generation() + changes & GENERATION_MASK
     }
 }
 
@@ -128,14 +158,20 @@ impl SlotTable {
         Slot { table: self, index, _stripe: self.stripes[index as usize % STRIPES].lock() }
     }
 
+    /// The word of a slot that is not locked: it may change at any time.
+    pub fn peek(&self, index: u32) -> Option<Word> {
+        Some(Word(self.state.words().get(index as usize)?.load(Acquire)))
+    }
+
     /// Makes a slot that names the object at `from` name its copy at `to`. Returns false if it does not name it: the
-    /// object belongs to whoever is about to publish it, or to free it. Takes no lock and never blocks.
+    /// object belongs to whoever is about to publish it, or to free it, or is being written back. Takes no lock and never
+    /// blocks.
     ///
     /// Release order: whoever finds the new location finds the copy's bytes.
     pub fn relocate(&self, index: u32, from: Location, to: Location) -> bool {
         let Some(word) = self.state.words().get(index as usize) else { return false };
         let old = Word(word.load(Acquire));
-        let new = Word::new(Entry::Pool(to), old.generation() + 1);
+        let new = Word::new(Entry::Pool(to), old.generation_after(1));
         old.entry() == Entry::Pool(from) && word.compare_exchange(old.0, new.0, AcqRel, Acquire).is_ok()
     }
 
@@ -161,13 +197,20 @@ impl Slot<'_> {
         self.table.touched.mark(self.index);
         loop {
             let old = self.word();
-            let new = Word::new(entry, old.generation() + 1);
+            let new = Word::new(entry, old.generation_after(1));
             let word = &self.table.state.words()[self.index as usize];
             // It fails if the old object has just been moved: then it is the copy that is to be freed.
             if word.compare_exchange(old.0, new.0, AcqRel, Acquire).is_ok() {
                 return old.entry();
             }
         }
+    }
+
+    /// Makes `entry` what the slot holds, in the next generation, if its word is still `old`. Returns whether it was.
+    pub fn publish_over(&mut self, old: Word, entry: Entry) -> bool {
+        let new = Word::new(entry, old.generation_after(1));
+        let word = &self.table.state.words()[self.index as usize];
+        word.compare_exchange(old.0, new.0, AcqRel, Acquire).is_ok()
     }
 }
 
@@ -182,6 +225,8 @@ mod tests {
             Just(Entry::Lost),
             any::<u32>().prop_map(Entry::SameFilled),
             (0..=VALUE_MASK).prop_map(|units| Entry::Pool(Location::from_units(units))),
+            (0..=VALUE_MASK).prop_map(|units| Entry::Writeback(Location::from_units(units))),
+            (0..=VALUE_MASK).prop_map(|bits| Entry::Disk(DiskLocation::from_bits(bits))),
         ]
     }
 
@@ -206,6 +251,19 @@ mod tests {
             let old = slot.word();
             prop_assert_eq!(slot.publish(after), before);
             prop_assert_ne!(slot.word(), old);
+            prop_assert_eq!(slot.word().generation(), old.generation_after(1));
+        }
+
+        #[test]
+        fn a_word_is_published_over_the_one_that_was_seen_and_no_other(entries in prop::array::uniform3(entries())) {
+            let table = SlotTable::new(Arc::new(State::create(1, 512, None).expect("state"))).expect("table");
+            let mut slot = table.lock(0);
+            slot.publish(entries[0]);
+            let old = slot.word();
+            prop_assert!(slot.publish_over(old, entries[1]));
+            let new = slot.word();
+            prop_assert!(!slot.publish_over(old, entries[2]));
+            prop_assert_eq!(slot.word(), new);
         }
     }
 

@@ -19,7 +19,7 @@ use xxhash_rust::xxh3::xxh3_64;
 const MAGIC: [u8; 8] = *b"zswapd\0\x01";
 const VERSION: u32 = 2;
 
-/// The arena ends at 1 TiB: a location in a slot word has 37 bits and counts 8 bytes.
+/// The arena ends at 1 TiB: a location in a slot word counts 8 bytes, and has 45 bits.
 pub const MAX_ARENA_PAGES: u64 = 1 << 28;
 
 /// Where the header has the [`CipherState`]: behind what the checksum covers, since it changes.

@@ -5,9 +5,9 @@
 use crate::init::MAX_TRANSFER;
 use crate::wire::Operation;
 use std::task::Poll;
-use zswapd_core::codec::Scratch;
 use zswapd_core::engine::Engine;
 use zswapd_core::page::PAGE_SIZE;
+use zswapd_core::scratch::Scratch;
 use zswapd_core::store::Detached;
 
 /// Nodeid, inode number and mode of the swap file. pyfuse3's side uses the same.

@@ -6,7 +6,7 @@
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use std::cell::RefCell;
-use zswapd_core::codec::{Algorithm, Codec, Compression, Scratch};
+use zswapd_core::codec::{Algorithm, Codec, Codecs, Compression};
 use zswapd_core::page::{Page, PAGE_SIZE};
 use zswapd_fuzz::Contents;
 
@@ -17,22 +17,22 @@ enum Payload<'a> {
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::new().expect("scratch"));
+    static CODECS: RefCell<Codecs> = RefCell::new(Codecs::new().expect("codecs"));
 }
 
-fuzz_target!(|payload: Payload| SCRATCH.with_borrow_mut(|scratch| check(payload, scratch)));
+fuzz_target!(|payload: Payload| CODECS.with_borrow_mut(|codecs| check(payload, codecs)));
 
-fn check(payload: Payload<'_>, scratch: &mut Scratch) {
+fn check(payload: Payload<'_>, codecs: &mut Codecs) {
     match payload {
         Payload::Any { codec, bytes } => {
             let codec = Codec::from_number(u16::from(codec) % 3 + 1).expect("exists");
-            decompress(scratch, codec, bytes);
+            decompress(codecs, codec, bytes);
         }
         Payload::Damaged { zstd, level, page, changes, cut } => {
             let page: Box<Page> = page.bytes(PAGE_SIZE).into_boxed_slice().try_into().expect("a page");
             let algorithm = if zstd { Algorithm::Zstd } else { Algorithm::Lz4 };
             let with = Compression::new(algorithm, i32::from(level) % 22 + 1).expect("in range");
-            let (codec, intact) = scratch.compress(&page, with);
+            let (codec, intact) = codecs.compress(&page, with);
             let intact = intact.to_vec();
             let mut damaged = intact.clone();
             for (at, change) in changes {
@@ -40,19 +40,19 @@ fn check(payload: Payload<'_>, scratch: &mut Scratch) {
                 damaged[at] ^= change;
             }
             damaged.truncate(intact.len() - usize::from(cut) % (intact.len() + 1));
-            decompress(scratch, codec, &damaged);
-            assert!(decompress(scratch, codec, &intact).as_deref() == Some(&page[..]), "{codec:?}: not the page");
+            decompress(codecs, codec, &damaged);
+            assert!(decompress(codecs, codec, &intact).as_deref() == Some(&page[..]), "{codec:?}: not the page");
         }
     }
 }
 
 /// Decodes into a page between two others, which must not change.
-fn decompress(scratch: &mut Scratch, codec: Codec, payload: &[u8]) -> Option<Vec<u8>> {
+fn decompress(codecs: &mut Codecs, codec: Codec, payload: &[u8]) -> Option<Vec<u8>> {
     const FENCE: u8 = 0xfe;
     let mut memory = vec![FENCE; 3 * PAGE_SIZE];
     let page = <&mut Page>::try_from(&mut memory[PAGE_SIZE..2 * PAGE_SIZE]).expect("a page");
     let payload: Box<[u8]> = payload.into();
-    let decoded = scratch.decompress(codec, &payload, page);
+    let decoded = codecs.decompress(codec, &payload, page);
     let fences = memory[..PAGE_SIZE].iter().chain(&memory[2 * PAGE_SIZE..]);
     assert!(fences.into_iter().all(|&byte| byte == FENCE), "{codec:?} wrote outside the page");
     decoded.then(|| memory[PAGE_SIZE..2 * PAGE_SIZE].to_vec())

@@ -9,11 +9,12 @@ use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use zswapd_core::codec::{Algorithm, Compression, Scratch};
+use zswapd_core::codec::{Algorithm, Compression};
 use zswapd_core::engine::Engine;
 use zswapd_core::memory::memory_file;
 use zswapd_core::page::PAGE_SIZE;
 use zswapd_core::pool::Allocator;
+use zswapd_core::scratch::Scratch;
 use zswapd_core::store::{Detached, Files};
 use zswapd_fuzz::Contents;
 

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::task::{ready, Poll};
 use std::thread;
 use std::time::{Duration, Instant};
-use zswapd_core::codec::Scratch;
+use zswapd_core::scratch::Scratch;
 use zswapd_core::store::Detached;
 use zswapd_fuse::reply;
 use zswapd_fuse::swapfile::{self, Tools};
@@ -26,6 +26,8 @@ use zswapd_fuse::wire::{opcode, Malformed, Operation, Request};
 
 /// READs that are answered before the oldest of what waits goes on: as much work as a part of a WRITE, or a little more.
 const READS: usize = 8;
+/// How long a worker waits after an error of the device before it tries again.
+const PAUSE: Duration = Duration::from_millis(10);
 /// Objects of a punched cluster of 2 MiB, and then some.
 const DETACHED: usize = 1024;
 
@@ -45,6 +47,8 @@ struct Worker {
     shared: Arc<Shared>,
     device: OwnedFd,
     idle: Idle,
+    /// The last read(2) has failed, and the device is not gone.
+    cannot_read: bool,
     inbox: Inbox,
     tools: Tools,
 }
@@ -53,7 +57,7 @@ impl Worker {
     fn new(shared: Arc<Shared>, device: OwnedFd, spin: Duration) -> io::Result<Worker> {
         let scratch = Scratch::new().map_err(io::Error::other)?;
         let tools = Tools::new(scratch, Detached::with_capacity(DETACHED));
-        Ok(Worker { shared, device, idle: Idle::new(spin), inbox: Inbox::new(), tools })
+        Ok(Worker { shared, device, idle: Idle::new(spin), cannot_read: false, inbox: Inbox::new(), tools })
     }
 
     fn serve(&mut self) {
@@ -102,12 +106,22 @@ impl Worker {
         let error = io::Error::last_os_error();
         match error.raw_os_error() {
             // ENOENT: the request was interrupted before we had it. EINTR: a signal.
-            Some(libc::EAGAIN | libc::ENOENT | libc::EINTR) => Ok(None),
-            _ => Err(error),
+            Some(libc::EAGAIN | libc::ENOENT | libc::EINTR) => {}
+            Some(errno) if is_gone(errno) => return Err(error),
+            // The kernel had no memory, for one: no reason to leave everybody's pages.
+            errno => {
+                self.cannot_read = true;
+                self.shared.trouble.note(errno.unwrap_or(libc::EIO));
+            }
         }
+        Ok(None)
     }
 
     fn wait(&mut self) {
+        // There may be a request, which poll(2) would not wait for.
+        if std::mem::take(&mut self.cannot_read) {
+            return thread::sleep(PAUSE);
+        }
         if !self.idle.no_request(Instant::now()) {
             return std::hint::spin_loop();
         }
@@ -172,6 +186,11 @@ impl Worker {
         }
         Poll::Ready(())
     }
+}
+
+/// Whether an error of read(2) says that the file system was unmounted, or its connection aborted.
+fn is_gone(errno: i32) -> bool {
+    matches!(errno, libc::ENODEV | libc::ECONNABORTED)
 }
 
 fn as_fd(device: &OwnedFd) -> BorrowedFd<'_> {

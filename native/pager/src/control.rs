@@ -5,8 +5,8 @@
 //! | `status` | `ok pid=N device=N opens=N protected=N forgets=N footprint=N`: see `status` below |
 //! | `counters` | `ok`, with the descriptor of the counters |
 //! | `relay` | `ok`, with the descriptor that pyfuse3 is to serve; EBUSY while another one has it |
-//! | `mem-limit BYTES` | `ok` |
-//! | `compression NAME LEVEL` | `ok` |
+//! | `mem-limit BYTES` | `ok`; from a page to 1 TiB |
+//! | `compression NAME LEVEL` | `ok`; the level is zstd's, 1 to 22 |
 //! | `compact` | `ok`: it has begun |
 //! | `reset` | `ok` when every page is dropped, or EBUSY while the swap file is open |
 //! | `drain` | `ok objects=N pages=N`, or EBUSY while the swap file is open |
@@ -23,13 +23,17 @@
 use crate::socket::{Connection, Listener};
 use crate::Shared;
 use std::collections::VecDeque;
+use std::fmt::Display;
 use std::fs::OpenOptions;
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::str::FromStr;
 use std::time::Duration;
-use zswapd_core::codec::{Algorithm, Compression};
+use zswapd_core::codec::{Algorithm, Compression, ZSTD_LEVELS};
 use zswapd_core::error::Error;
 use zswapd_core::page::PAGE_SIZE;
+use zswapd_core::state::MAX_ARENA_PAGES;
 use zswapd_core::store::{Detached, Leaked};
 
 /// Connections that have not said anything yet. The oldest one makes room for the next.
@@ -38,6 +42,8 @@ const SILENT: usize = 16;
 const STEP: u64 = 8192;
 /// For those who move objects when the pool ends: they need some microseconds, unless they do not run.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// The largest arena: a pool can never use more.
+const MAX_LIMIT_BYTES: u64 = MAX_ARENA_PAGES * PAGE_SIZE as u64;
 /// Of leaked objects. There should be none, and never are there few.
 const SHOWN: usize = 10;
 
@@ -82,7 +88,7 @@ pub fn serve(listener: &Listener, shared: &Shared) {
         if accept {
             match listener.accept() {
                 Ok(Some(connection)) => silent.push_back(connection),
-                Ok(None) => return,
+                Ok(None) => return eprintln!("zswapd-pager: the file system is gone: unmounted, or aborted"),
                 Err(error) => pause_after(&error),
             }
             if silent.len() > SILENT {
@@ -142,13 +148,13 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
             done()
         }
         ["mem-limit", bytes] => {
-            let bytes = bytes.parse().map_err(|_| Error::Invalid(format!("not a size: {bytes}")))?;
-            shared.engine.store().pool().set_limit_bytes(bytes);
+            let what = "size in bytes";
+            shared.engine.store().pool().set_limit_bytes(number(bytes, what, PAGE_SIZE as u64..=MAX_LIMIT_BYTES)?);
             done()
         }
         ["compression", name, level] => {
             let algorithm: Algorithm = name.parse()?;
-            let level = level.parse().map_err(|_| Error::Invalid(format!("not a level: {level}")))?;
+            let level = number(level, "zstd level", ZSTD_LEVELS)?;
             shared.engine.set_compression(Compression::new(algorithm, level)?);
             done()
         }
@@ -173,6 +179,14 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
         }
         _ => Err(Error::Invalid(format!("unknown command: {}", words.join(" ")))),
     }
+}
+
+/// A number from outside, decimal.
+fn number<T: FromStr + PartialOrd + Display>(word: &str, what: &str, range: RangeInclusive<T>) -> Result<T, Error> {
+    let inside = word.parse().ok().filter(|number| range.contains(number));
+    inside.ok_or_else(|| {
+        Error::Invalid(format!("{word:?} is no {what}: use a number from {} to {}", range.start(), range.end()))
+    })
 }
 
 /// Closes the gate and drops every page, a step at a time. True when all is done.

@@ -7,11 +7,12 @@
 //! | worker | reads requests from /dev/fuse, answers those on the swap file | never |
 //! | relay-out, relay-in | carry all other requests to pyfuse3, and its replies back | in the kernel's socket code |
 //! | refill | keeps the pool's reserve of memory filled | yes |
-//! | compactor | moves objects together when the pool is fragmented | never |
+//! | compactor | moves objects together when the pool is fragmented; says what workers have to say | in the log |
 //! | main | answers commands on the control socket | yes |
 
 mod args;
 mod channel;
+mod compactor;
 mod control;
 mod gate;
 mod idle;
@@ -23,6 +24,7 @@ mod socket;
 mod state_file;
 #[cfg(test)]
 mod testing;
+mod trouble;
 
 use std::os::fd::AsFd;
 use std::process::ExitCode;
@@ -49,6 +51,7 @@ pub struct Shared {
     pub relay: relay::Relay,
     pub counters: std::fs::File,
     pub gate: gate::Gate,
+    pub trouble: trouble::Trouble,
     /// Ends the pager when the file system is gone.
     pub closer: socket::Closer,
     /// Of the mount.
@@ -85,6 +88,7 @@ fn run() -> Result<(), String> {
         relay: relay::Relay::new(device.clone()),
         counters: counters.into(),
         gate: gate::Gate::default(),
+        trouble: trouble::Trouble::default(),
         closer: listener.closer().map_err(|error| failed("control socket")(&error))?,
         device_number,
         protected,
@@ -97,14 +101,17 @@ fn run() -> Result<(), String> {
     })
     .and_then(|()| {
         let shared = shared.clone();
-        process::spawn("compactor", move || compact(&shared))
+        process::spawn("compactor", move || compactor::run(&shared))
     })
     .and_then(|()| relay::spawn(&shared))
     .and_then(|()| channel::spawn(&shared, device.as_fd(), &args));
     let result =
         spawned.map_err(|error| failed("cannot start a thread")(&error)).map(|()| control::serve(&listener, &shared));
-    // Nobody has the swap file open when we come here; a failed start is not attached yet.
-    let _gone_already = mount::unmount(&args.mount_point);
+    // Nobody has the swap file open when we come here; a failed start is not attached yet. Somebody else may have
+    // unmounted it, and mounted something else there.
+    if mount::device_number(&args.mount_point).is_ok_and(|now| now == device_number) {
+        let _gone_already = mount::unmount(&args.mount_point);
+    }
     result
 }
 
@@ -121,18 +128,6 @@ fn refill(shared: &Shared) {
                 eprintln!("zswapd-pager: {error}; trying again");
                 std::thread::park_timeout(std::time::Duration::from_millis(100));
             }
-        }
-    }
-}
-
-/// Compacts when it is worth it or asked for, for ever.
-fn compact(shared: &Shared) {
-    let store = shared.engine.store();
-    store.pool().become_compactor();
-    loop {
-        std::thread::park();
-        if store.pool().wants_compaction() {
-            store.compact();
         }
     }
 }

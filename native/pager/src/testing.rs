@@ -1,7 +1,7 @@
 //! A pager without a mount, for tests, which take the kernel's side of its device: a pair of sockets that keep messages
 //! whole, as /dev/fuse does.
 
-use crate::{args, channel, gate, relay, socket, Shared};
+use crate::{args, channel, gate, relay, socket, trouble, Shared};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
@@ -54,6 +54,7 @@ impl Kernel {
             relay: relay::Relay::new(device.clone()),
             counters: SharedMetrics::file().expect("counters").into(),
             gate: gate::Gate::default(),
+            trouble: trouble::Trouble::default(),
             closer: listener.closer().expect("descriptor"),
             device_number: 0,
             protected: false,

@@ -7,12 +7,13 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
-use zswapd_core::codec::{Algorithm, Compression, Scratch};
+use zswapd_core::codec::{Algorithm, Codecs, Compression};
 use zswapd_core::engine::Engine as CoreEngine;
 use zswapd_core::error::Error;
 use zswapd_core::metrics::{Counter, HistogramSnapshot, Metrics, SharedMetrics, LATENCY_BOUNDS_NS};
 use zswapd_core::page::{Page, PAGE_SIZE};
 use zswapd_core::pool::Allocator;
+use zswapd_core::scratch::Scratch;
 use zswapd_core::store::{Detached, Files};
 
 /// The one place where an error of the core becomes a Python exception: ValueError for a bad argument, else OSError
@@ -212,8 +213,8 @@ fn compress_page<'py>(
     zstd_level: i32,
 ) -> PyResult<(&'static str, Bound<'py, PyBytes>)> {
     let page: &Page = page.try_into().map_err(|_| PyValueError::new_err(format!("a page has {PAGE_SIZE} bytes")))?;
-    let mut scratch = Scratch::new().map_err(to_python)?;
-    let (codec, payload) = scratch.compress(page, compression(algorithm, zstd_level)?);
+    let mut codecs = Codecs::new().map_err(to_python)?;
+    let (codec, payload) = codecs.compress(page, compression(algorithm, zstd_level)?);
     Ok((codec.name(), PyBytes::new(py, payload)))
 }
 

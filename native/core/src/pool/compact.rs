@@ -60,8 +60,9 @@ impl Zsmalloc {
     }
 
     fn compact_step(&self, class: usize, commit: &Commit<'_>) -> Step {
-        // Given up last, when all that this step frees has been freed: see `Pool::destroy`.
-        let Some(_pass) = self.base.movers.enter() else { return Step::Done };
+        if self.base.movers.is_closed() {
+            return Step::Done;
+        }
         let lists = self.classes[class].lock();
         if self.zspages_to_spare(class) == 0 {
             return Step::Done;
@@ -86,8 +87,9 @@ impl Zsmalloc {
     }
 
     fn evacuate_step(&self, page: u32, region: &Range<u32>, commit: &Commit<'_>) -> Step {
-        // As in `compact_step`.
-        let Some(_pass) = self.base.movers.enter() else { return Step::NoRoom };
+        if self.base.movers.is_closed() {
+            return Step::NoRoom;
+        }
         let Some((source, class)) = zspage_of(&self.descriptors, page) else { return Step::Done };
         let lists = self.classes[class].lock();
         // It may have been freed before we had the lock; from here on it stays on its list.

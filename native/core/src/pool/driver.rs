@@ -39,7 +39,7 @@ pub struct Base {
     pub state: Arc<State>,
     pub arena: Arena,
     pub metrics: SharedMetrics,
-    /// Who moves objects is inside, step by step: closed when the pool is destroyed.
+    /// Who moves objects is inside. Closed when the pool is destroyed: then they finish the step that they are at.
     pub movers: Gate,
 }
 
@@ -92,8 +92,8 @@ pub trait Driver: Send + Sync {
     /// About how many pages [`Driver::compact`] would free.
     fn pages_to_spare(&self) -> u64;
 
-    /// Moves objects together, and returns how many pages that has freed. Takes locks for short steps only; each step
-    /// is inside the gate.
+    /// Moves objects together, and returns how many pages that has freed. Takes locks for short steps only, and begins
+    /// none when the gate is closed.
     fn compact(&self, commit: &Commit<'_>) -> u64;
 
     /// Moves the objects of a region that the arena has isolated to other regions in use, as [`Driver::compact`] does.

@@ -256,6 +256,8 @@ impl Pool {
     /// Takes locks for short steps only; page operations go on meanwhile. Allocates no memory, touches no disk. Ends
     /// early when the pool is being destroyed.
     pub fn compact(&self, commit: &Commit<'_>) -> u64 {
+        // Given up last, when nothing is isolated, and all that was freed is back in the arena: see `Pool::destroy`.
+        let Some(_pass) = self.base.movers.enter() else { return 0 };
         let pages = self.allocator.compact(commit);
         while let Some(region) = self.base.arena.isolate_sparsest() {
             self.allocator.evacuate(region, commit);
@@ -271,6 +273,16 @@ impl Pool {
     /// Makes the calling thread the one that compacts: it is unparked when it is to look at [`Pool::wants_compaction`].
     pub fn become_compactor(&self) {
         let _only_the_first_counts = self.compactor.set(std::thread::current());
+    }
+
+    /// About how many bytes of what is in use [`Pool::compact`] would free.
+    pub fn bytes_to_spare(&self) -> u64 {
+        self.allocator.pages_to_spare() * PAGE_SIZE as u64
+    }
+
+    /// How many are moving objects.
+    pub fn movers(&self) -> u32 {
+        self.base.movers.inside()
     }
 
     /// Wakes the compactor to compact in any case.
@@ -295,8 +307,8 @@ impl Pool {
     /// Ends all moving of objects, and shows `leaked` each object that still lives (its size in the pool, its bytes).
     ///
     /// To be called when no page operation is in flight, and none will come. Waits, for `patience` at most, for those
-    /// who are moving objects; they finish the step that they are at. What their step has freed is back in the arena by
-    /// then: a mover leaves the gate last. Returns how many were still there: the pool may not be dropped then.
+    /// who are moving objects; they finish the step that they are at. No region is isolated by then, and what they have
+    /// freed is back in the arena: a mover leaves the gate last. Returns how many were still there: the pool may not be dropped then.
     pub fn destroy(&self, patience: Duration, mut leaked: impl FnMut(usize, &[u8])) -> u32 {
         self.base.movers.close();
         let inside = self.base.movers.wait(patience);

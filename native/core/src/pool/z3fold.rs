@@ -198,8 +198,9 @@ impl Z3fold {
         more: impl Fn(usize) -> Result<u32>,
         commit: &Commit<'_>,
     ) -> bool {
-        // Given up last, when all that we free has been freed: see `Pool::destroy`.
-        let Some(_pass) = self.base.movers.enter() else { return false };
+        if self.base.movers.is_closed() {
+            return false;
+        }
         let lists = self.lists.lock();
         let desc = &self.descriptors[page as usize];
         let layout = desc.layout();

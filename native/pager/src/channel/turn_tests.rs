@@ -4,6 +4,7 @@ use super::*;
 use crate::gate::Gate;
 use crate::relay::Relay;
 use crate::socket::Listener;
+use crate::trouble::Trouble;
 use std::fs::File;
 use std::os::fd::FromRawFd;
 use zswapd_core::codec::{Algorithm, Compression};
@@ -32,6 +33,7 @@ fn worker() -> (Worker, File) {
         relay: Relay::new(Arc::new(device.try_clone().expect("device"))),
         counters: File::open("/dev/null").expect("null"),
         gate: Gate::default(),
+        trouble: Trouble::default(),
         closer: Listener::bind(&path).and_then(|listener| listener.closer()).expect("socket"),
         device_number: 0,
         protected: false,
@@ -120,4 +122,23 @@ fn many_reads_do_not_keep_a_write_waiting() {
     worker.turn().expect("device");
     let answered = answered(&kernel);
     assert!(answered.contains(&1) && answered.len() <= READS + 1, "{answered:?}");
+}
+
+#[test]
+fn a_device_that_cannot_be_read_now_is_read_again() {
+    let (mut worker, kernel) = worker();
+    // EISDIR, and EIO where there is no memory of one's own: neither is a device that is gone.
+    for path in ["/", "/proc/self/mem"] {
+        let device = std::mem::replace(&mut worker.device, File::open(path).expect("readable").into());
+        assert!(!worker.turn().expect("no end"));
+        assert!(worker.cannot_read, "it would try again at once");
+        worker.wait();
+        assert!(!worker.cannot_read);
+        assert!(worker.shared.trouble.say());
+        worker.device = device;
+        send_read(&kernel, 1, 0);
+        assert!(worker.turn().expect("device"));
+        assert_eq!(answered(&kernel), [1]);
+    }
+    assert_eq!([libc::ENODEV, libc::ECONNABORTED, libc::ENOMEM, libc::EIO].map(is_gone), [true, true, false, false]);
 }

@@ -116,6 +116,27 @@ fn what_is_no_command_changes_nothing() {
     control.expect_alive();
 }
 
+#[test]
+fn numbers_out_of_range_change_nothing_and_the_range_is_said() {
+    let control = Control::new();
+    for number in ["-1", "0", "4095", "1099511627777", "18446744073709551615", "18446744073709551616", "+", "0x1000"] {
+        let answer = control.ask(format!("mem-limit {number}").as_bytes());
+        assert!(refused(&answer) && answer.ends_with("from 4096 to 1099511627776"), "{answer}");
+    }
+    for level in ["-1", "0", "23", "256", "4294967297", "99999999999999999999", "3.0"] {
+        for name in ["lz4", "zstd"] {
+            let answer = control.ask(format!("compression {name} {level}").as_bytes());
+            assert!(refused(&answer) && answer.ends_with("from 1 to 22"), "{answer}");
+        }
+    }
+    assert_eq!(control.shared.engine.store().pool().limit_bytes(), 1 << 30);
+    assert_eq!(control.shared.engine.compression().zstd_level, 1);
+    for limit in [4096u64, 1 << 40] {
+        assert_eq!(control.ask(format!("mem-limit {limit}").as_bytes()).trim(), "ok");
+        assert_eq!(control.shared.engine.store().pool().limit_bytes(), limit);
+    }
+}
+
 /// Cut off after 512 bytes, each of these would be a command.
 #[test]
 fn a_part_of_a_command_is_no_command() {

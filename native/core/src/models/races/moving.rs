@@ -202,7 +202,7 @@ fn alloc_against_compact() {
     });
 }
 
-/// When `destroy` returns nothing lives any more, and nothing is given back to the arena afterwards.
+/// When `destroy` returns nothing lives any more, and nothing is given back to the arena afterwards, nor by the arena.
 #[test]
 fn destroy_against_compact() {
     explore(|| destroy_while_moving(sparse_class([1, 3])));
@@ -219,8 +219,10 @@ fn destroy_while_moving(swap: Arc<Swap>) {
         move || swap.compact()
     });
     swap.end();
+    let backed = swap.metrics().backed_bytes.get();
     join(mover);
     swap.assert_nothing_left();
+    assert_eq!(swap.metrics().backed_bytes.get(), backed, "a region is put back after the end");
 }
 
 /// A pool without a store: two zspages with one object each, at these locations.

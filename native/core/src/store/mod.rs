@@ -4,14 +4,25 @@
 //! slots go in parallel. Only where its object lies may change meanwhile, unless it is pinned. What a reader finds is
 //! always exactly what was last written, or an error.
 
-use crate::codec::{Codec, Compression, Scratch};
+mod clean;
+mod disk;
+mod pressure;
+mod writeback;
+
+pub use clean::Cleaner;
+pub use disk::{DiskOptions, InFlight};
+pub use writeback::{Job, Shrinker, What};
+
+use crate::codec::{Codec, Compression};
 use crate::error::{Error, Result};
 use crate::metrics::{Counter, Metrics, SharedMetrics};
 use crate::object::{self, HEADER_SIZE};
 use crate::page::{self, Page};
 use crate::pool::{Allocator, Location, Pinned, Pool};
+use crate::scratch::Scratch;
 use crate::slots::{Entry, Slot, SlotTable};
 use crate::state::State;
+use disk::Writeback;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -23,6 +34,8 @@ pub struct Store {
     slots: SlotTable,
     pool: Pool,
     metrics: SharedMetrics,
+    /// None without a backing disk.
+    writeback: Option<Writeback>,
 }
 
 /// What a store is made in: both are made anew where they are None.
@@ -76,6 +89,7 @@ impl Store {
             pool: Pool::new(state.clone(), allocator, limit_bytes, metrics.clone())?,
             state,
             metrics,
+            writeback: None,
         })
     }
 
@@ -93,20 +107,25 @@ impl Store {
 
     /// Takes memory for all slot words, so that using them faults no more. May wait for memory.
     pub fn populate_slots(&self) -> Result<()> {
-        self.slots.populate()
+        self.slots.populate()?;
+        self.writeback.as_ref().map_or(Ok(()), |writeback| writeback.lru.populate())
     }
 
     /// Brings the gauges up to date that are too dear to keep so on the page path.
     pub fn refresh_gauges(&self) {
-        self.metrics.metadata_bytes.set(self.slots.metadata_bytes() + self.pool.metadata_bytes());
+        let lru = self.writeback.as_ref().map_or(0, |writeback| writeback.lru.metadata_bytes());
+        self.metrics.metadata_bytes.set(self.slots.metadata_bytes() + self.pool.metadata_bytes() + lru);
     }
 
     /// Reads a page. An empty slot reads zeros.
     ///
-    /// Errors: [`Error::Lost`]; [`Error::Corrupt`], after which the slot is LOST. `page` is then undefined.
+    /// A page that lies on the backing disk is read from there, after a call of the scratch's hook, and this waits for it.
+    ///
+    /// Errors: [`Error::Lost`]; [`Error::Corrupt`], after which the slot is LOST; [`Error::DiskRead`], after which it is as
+    /// before. `page` is then undefined.
     pub fn load(&self, index: u32, page: &mut Page, scratch: &mut Scratch) -> Result<()> {
         let start = Instant::now();
-        self.load_slot(&mut self.slots.lock(index), page, scratch)?;
+        self.load_slot(&mut self.slots.lock(index), page, Some(start), scratch)?;
         self.metrics.loads.add(1);
         self.metrics.load_latency.record_since(start);
         Ok(())
@@ -114,11 +133,12 @@ impl Store {
 
     /// Writes a page.
     ///
-    /// Errors: [`Error::PoolFull`], after which the slot is LOST: its old page is not what was last written, and must
-    /// not come back.
+    /// Errors: [`Error::NoRoomYet`] if the shrinker is about to make room: nothing has changed, and the same is to be tried
+    /// again. [`Error::PoolFull`] or [`Error::NoRegion`] if it cannot, after which the slot is LOST: its old page is not what
+    /// was last written, and must not come back.
     pub fn store(&self, index: u32, page: &Page, with: Compression, scratch: &mut Scratch) -> Result<()> {
         let start = Instant::now();
-        self.store_slot(&mut self.slots.lock(index), page, with, scratch)?;
+        self.store_slot(&mut self.slots.lock(index), page, with, start, scratch)?;
         self.metrics.stores.add(1);
         self.metrics.store_latency.record_since(start);
         Ok(())
@@ -139,9 +159,9 @@ impl Store {
         let start = Instant::now();
         let mut page = [0; page::PAGE_SIZE];
         let mut slot = self.slots.lock(index);
-        self.load_slot(&mut slot, &mut page, scratch)?;
+        self.load_slot(&mut slot, &mut page, None, scratch)?;
         page[at..at + part.len()].copy_from_slice(part);
-        self.store_slot(&mut slot, &page, with, scratch)?;
+        self.store_slot(&mut slot, &page, with, start, scratch)?;
         self.metrics.stores.add(1);
         self.metrics.store_latency.record_since(start);
         Ok(())
@@ -175,19 +195,24 @@ impl Store {
         })
     }
 
-    /// The end: waits for who is moving objects (for `patience` at most), and returns those that still live. There
-    /// should be none.
+    /// The end: waits for who is at work on the store (each for `patience` at most), and returns the objects that still
+    /// live. There should be none.
     ///
-    /// To be called when all slots have been emptied, no page operation is in flight, and none will come; no object is
-    /// moved any more. Errors: [`Error::Busy`] if somebody is still at it: it may be called again.
+    /// To be called when all slots have been emptied, no page operation is in flight, and none will come; nothing is written
+    /// back, cleaned or moved any more. In this order: shrinkers and cleaners still free what they had under way, and the
+    /// pool may only end after that. Errors: [`Error::Busy`] if somebody is still at it: it may be called again.
     pub fn destroy(&self, patience: Duration) -> Result<Vec<Leaked>> {
+        let InFlight { writebacks, cleanings, movers } = self.stop_writeback(patience);
+        if writebacks + cleanings > 0 {
+            return Err(Error::Busy { writebacks, cleanings, movers });
+        }
         let mut leaked = Vec::new();
         let moving = self.pool.destroy(patience, |size, object| {
             leaked.push(Leaked { size, slot: object::slot_of(object) });
         });
         match moving {
             0 => Ok(leaked),
-            movers => Err(Error::Busy { writebacks: 0, cleanings: 0, movers }),
+            movers => Err(Error::Busy { writebacks, cleanings, movers }),
         }
     }
 
@@ -196,7 +221,15 @@ impl Store {
         detached.objects.drain(..).for_each(|location| self.free_object(location));
     }
 
-    fn load_slot(&self, slot: &mut Slot<'_>, page: &mut Page, scratch: &mut Scratch) -> Result<()> {
+    /// `now` is None for who is about to overwrite the page: that it was read says nothing then. Nor may it move to the
+    /// pool, where it would take the room that the new one waits for.
+    fn load_slot(
+        &self,
+        slot: &mut Slot<'_>,
+        page: &mut Page,
+        now: Option<Instant>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
         let (entry, object) = self.pin(slot);
         match entry {
             Entry::Empty => page.fill(0),
@@ -206,16 +239,20 @@ impl Store {
                 return Err(Error::Lost { slot: slot.index() });
             }
             Entry::Damaged => return Err(self.found_corrupt(slot)),
-            Entry::Pool(_) => {
+            Entry::Disk(at) => return self.load_from_disk(slot, at, page, now, scratch),
+            Entry::Pool(_) | Entry::Writeback(_) => {
                 // SAFETY: we hold the lock of the slot, which names the object since it was pinned. Should the word be
                 // damaged and name another slot's object, that one's bytes may change meanwhile: they do not verify
                 // for this slot.
                 let verified =
                     object.as_ref().and_then(|object| object::verify(unsafe { object.bytes() }, slot.index()));
-                let whole = verified.is_some_and(|(codec, payload)| scratch.decompress(codec, payload, page));
+                let whole = verified.is_some_and(|(codec, payload)| scratch.codecs.decompress(codec, payload, page));
                 drop(object);
                 if !whole {
                     return Err(self.found_corrupt(slot));
+                }
+                if let (Some(writeback), Some(now)) = (&self.writeback, now) {
+                    writeback.lru.touch(slot.index(), writeback.seconds(now));
                 }
             }
         }
@@ -226,7 +263,7 @@ impl Store {
     fn pin(&self, slot: &Slot<'_>) -> (Entry, Option<Pinned<'_>>) {
         loop {
             let word = slot.word();
-            let Entry::Pool(location) = word.entry() else { return (word.entry(), None) };
+            let Some(location) = word.entry().object() else { return (word.entry(), None) };
             let object = self.pool.pin(location);
             if slot.word() == word {
                 return (word.entry(), object);
@@ -240,33 +277,59 @@ impl Store {
         Error::Corrupt { slot: slot.index() }
     }
 
-    fn store_slot(&self, slot: &mut Slot<'_>, page: &Page, with: Compression, scratch: &mut Scratch) -> Result<()> {
+    fn store_slot(
+        &self,
+        slot: &mut Slot<'_>,
+        page: &Page,
+        with: Compression,
+        now: Instant,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
         if let Some(word) = page::same_filled(page) {
             self.replace(slot, Entry::SameFilled(word));
             return Ok(());
         }
-        let (codec, payload) = scratch.compress(page, with);
+        let (codec, payload) = scratch.codecs.compress(page, with);
         let insert = |index| {
             self.pool.insert(HEADER_SIZE + payload.len(), |object| object::write(object, index, codec, payload))
         };
-        let object = insert(slot.index()).or_else(|_| {
+        let object = match insert(slot.index()) {
+            Err(_) if self.waits_for_room() => return Err(Error::NoRoomYet),
             // The old page is out of date, whether or not the new one finds room. Give it up: its room may do.
-            self.replace(slot, Entry::Lost);
-            insert(slot.index())
-        });
-        let object = object.inspect_err(|error| match error {
-            Error::NoRegion => self.metrics.rejected_no_memory.add(1),
-            _ => self.metrics.rejected_pool_full.add(1),
-        })?;
-        self.metrics.compressed_bytes.add(payload.len() as u64);
+            Err(_) => {
+                self.replace(slot, Entry::Lost);
+                insert(slot.index()).inspect_err(|error| self.count_rejected(error))?
+            }
+            Ok(object) => object,
+        };
+        self.publish_object(slot, object, codec, payload.len(), now);
+        self.look_at_pressure();
+        Ok(())
+    }
+
+    /// Publishes an object that has just been inserted, and frees what the slot held.
+    fn publish_object(&self, slot: &mut Slot<'_>, object: Pinned<'_>, codec: Codec, length: usize, now: Instant) {
+        self.metrics.compressed_bytes.add(length as u64);
         self.pages_of(codec).add(1);
         let old = self.publish(slot, Entry::Pool(object.location()));
         // From here on it may be moved.
         drop(object);
+        if let Some(writeback) = &self.writeback {
+            writeback.lru.insert(slot.index(), codec == Codec::Raw, writeback.seconds(now));
+        }
         if let Some(old) = old {
             self.free_object(old);
         }
-        Ok(())
+    }
+
+    fn count_rejected(&self, error: &Error) {
+        match error {
+            Error::NoRegion => self.metrics.rejected_no_memory.add(1),
+            _ => self.metrics.rejected_pool_full.add(1),
+        }
+        if self.writeback.is_some() {
+            self.metrics.rejected_no_writeback.add(1);
+        }
     }
 
     /// Publishes `entry` as what the slot holds, then frees what it held: in this order, so that no reader and no
@@ -277,31 +340,46 @@ impl Store {
         }
     }
 
-    /// Publishes `entry`, and returns the object that the slot no longer names: it belongs to the caller.
+    /// Publishes `entry`, and returns the object that the slot no longer names, if it belongs to the caller now. A record
+    /// on the disk is freed.
     fn publish(&self, slot: &mut Slot<'_>, entry: Entry) -> Option<Location> {
-        match entry {
-            Entry::Lost => self.metrics.pages_lost.add(1),
-            Entry::SameFilled(_) => self.metrics.pages_same_filled.add(1),
-            Entry::Empty | Entry::Pool(_) | Entry::Damaged => {}
+        let old = slot.publish(entry);
+        if let Some(gauge) = self.gauge_of(entry) {
+            gauge.add(1);
         }
-        match slot.publish(entry) {
-            Entry::Empty | Entry::Damaged => None,
-            Entry::Lost => {
-                self.metrics.pages_lost.sub(1);
-                None
+        if let Some(gauge) = self.gauge_of(old) {
+            gauge.sub(1);
+        }
+        if let (Some(writeback), None) = (&self.writeback, entry.object()) {
+            if old.object().is_some() || old == Entry::Damaged {
+                writeback.lru.remove(slot.index());
             }
-            Entry::SameFilled(_) => {
-                self.metrics.pages_same_filled.sub(1);
-                None
-            }
+        }
+        match (old, &self.writeback) {
             // A word may be damaged, and name an object of another slot: that one stays. Or it named a free one, and the
             // new object came to lie there.
-            Entry::Pool(location) if entry != Entry::Pool(location) => {
+            (Entry::Pool(location), _) if entry != Entry::Pool(location) => {
                 let belongs = |object: &[u8]| object::belongs_to(object, slot.index());
                 // SAFETY: the slot no longer names the object, and only we know it; a wrong one is only looked at.
                 Some(location).filter(|&location| unsafe { self.pool.with_object(location, belongs) } == Some(true))
             }
-            Entry::Pool(_) => None,
+            (Entry::Disk(at), Some(writeback)) => {
+                writeback.backing.free(at);
+                None
+            }
+            // An object in writeback is its shrinker's.
+            _ => None,
+        }
+    }
+
+    /// Counts the slots that hold this.
+    fn gauge_of(&self, entry: Entry) -> Option<&Counter> {
+        match entry {
+            Entry::Lost => Some(&self.metrics.pages_lost),
+            Entry::SameFilled(_) => Some(&self.metrics.pages_same_filled),
+            Entry::Disk(_) => Some(&self.metrics.pages_on_disk),
+            // Objects are counted by codec.
+            Entry::Pool(_) | Entry::Writeback(_) | Entry::Empty | Entry::Damaged => None,
         }
     }
 
@@ -338,3 +416,6 @@ impl Store {
         true
     }
 }
+
+#[cfg(test)]
+mod tests;

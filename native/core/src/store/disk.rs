@@ -1,0 +1,147 @@
+//! What a store with a backing disk has besides, and how a page is read from there.
+
+use super::pressure::Pressure;
+use super::Store;
+use crate::backing::{self, Backing, Disk};
+use crate::error::{Error, Result};
+use crate::gate::Gate;
+use crate::lru::{Incompressible, Lru};
+use crate::object::{self, HEADER_SIZE};
+use crate::page::Page;
+use crate::scratch::Scratch;
+use crate::slots::Slot;
+use crate::sync::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+/// A backing disk, and how it is to be used.
+pub struct DiskOptions {
+    pub disk: Box<dyn Disk>,
+    /// Of the disk, from its beginning, in bytes.
+    pub bytes: u64,
+    pub encryption: bool,
+    pub incompressible: Incompressible,
+}
+
+/// The part of a store that exists with a backing disk.
+pub(super) struct Writeback {
+    pub backing: Backing,
+    pub lru: Lru,
+    pub pressure: Pressure,
+    /// A shrinker is inside from its first page to the last one that it publishes, or frees.
+    pub writebacks: Gate,
+    /// As a cleaner is.
+    pub cleanings: Gate,
+    pub promoting: AtomicBool,
+    epoch: Instant,
+}
+
+impl Writeback {
+    /// Seconds since the store was made.
+    pub fn seconds(&self, now: Instant) -> u32 {
+        now.duration_since(self.epoch).as_secs() as u32
+    }
+}
+
+/// Who is at work on the store besides those who load and store pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InFlight {
+    /// Shrinkers that are filling or writing a segment.
+    pub writebacks: u32,
+    pub cleanings: u32,
+    /// Who is moving objects of the pool.
+    pub movers: u32,
+}
+
+impl Store {
+    /// Gives a new store, in which nothing was stored yet, a backing disk, all of which is free.
+    ///
+    /// Errors: those of [`Backing::new`], and [`Error::System`] without memory for its tables.
+    pub fn with_disk(mut self, options: DiskOptions) -> Result<Store> {
+        let DiskOptions { disk, bytes, encryption, incompressible } = options;
+        let how = backing::Options { encryption };
+        self.writeback = Some(Writeback {
+            backing: Backing::new(disk, bytes, how, self.state.clone(), self.metrics.clone())?,
+            lru: Lru::new(self.slots(), incompressible, self.metrics.clone())?,
+            pressure: Pressure::new(),
+            writebacks: Gate::new(),
+            cleanings: Gate::new(),
+            promoting: AtomicBool::new(true),
+            epoch: Instant::now(),
+        });
+        Ok(self)
+    }
+
+    /// The backing disk, if there is one: to be failed or resumed, or given a budget.
+    pub fn backing(&self) -> Option<&Backing> {
+        self.writeback.as_ref().map(|writeback| &writeback.backing)
+    }
+
+    /// Whether pages that are read from the disk may move to the pool while it is below its accept threshold, as they
+    /// may at first. Not during swapoff: the pool would grow when memory is needed most.
+    pub fn set_promoting(&self, on: bool) {
+        if let Some(writeback) = &self.writeback {
+            writeback.promoting.store(on, Relaxed);
+        }
+    }
+
+    /// Marks the pages of the pool as idle that nobody has used for `age`, in whole seconds. Returns how many pages are
+    /// idle now: they are until they are read or written. Page operations go on meanwhile.
+    pub fn mark_idle(&self, age: Duration) -> u64 {
+        let Some(Writeback { lru, epoch, .. }) = &self.writeback else { return 0 };
+        lru.mark_idle(u32::try_from(age.as_secs()).unwrap_or(u32::MAX), epoch.elapsed().as_secs() as u32)
+    }
+
+    /// How many are at work now.
+    pub fn in_flight(&self) -> InFlight {
+        let inside = |gate: fn(&Writeback) -> &Gate| self.writeback.as_ref().map_or(0, |all| gate(all).inside());
+        InFlight {
+            writebacks: inside(|all| &all.writebacks),
+            cleanings: inside(|all| &all.cleanings),
+            movers: self.pool.movers(),
+        }
+    }
+
+    /// Ends all writing to the disk, for ever, and waits for who is at it: for shrinkers, then for cleaners, `patience` each
+    /// at most. Returns who is still at work; may be called again. Pages on the disk stay readable.
+    ///
+    /// Stores that wait for room find none from now on.
+    pub fn stop_writeback(&self, patience: Duration) -> InFlight {
+        if let Some(Writeback { writebacks, cleanings, .. }) = &self.writeback {
+            writebacks.close();
+            cleanings.close();
+            writebacks.wait(patience);
+            cleanings.wait(patience);
+        }
+        self.in_flight()
+    }
+
+    /// Reads the page of a slot from the disk; the slot stays locked meanwhile, so that nobody frees the record. It may
+    /// move to the pool: see `load_slot` for when not.
+    pub(super) fn load_from_disk(
+        &self,
+        slot: &mut Slot<'_>,
+        at: backing::DiskLocation,
+        page: &mut Page,
+        now: Option<Instant>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let Some(writeback) = &self.writeback else { return Err(self.found_corrupt(slot)) };
+        (scratch.before_disk)();
+        let object = match writeback.backing.read(at, slot.index(), slot.word().generation(), &mut scratch.disk) {
+            Err(Error::Corrupt { .. }) => return Err(self.found_corrupt(slot)),
+            object => object?,
+        };
+        let Some((codec, payload)) = object::verify(object, slot.index()) else { return Err(self.found_corrupt(slot)) };
+        if !scratch.codecs.decompress(codec, payload, page) {
+            return Err(self.found_corrupt(slot));
+        }
+        if let Some(now) = now.filter(|_| writeback.promoting.load(Relaxed) && self.is_below_accept_threshold()) {
+            let object = &object[..HEADER_SIZE + payload.len()];
+            if let Ok(copy) = self.pool.insert(object.len(), |copy| copy[..object.len()].copy_from_slice(object)) {
+                self.publish_object(slot, copy, codec, payload.len(), now);
+                self.metrics.pages_promoted.add(1);
+            }
+        }
+        Ok(())
+    }
+}

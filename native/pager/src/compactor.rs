@@ -1,0 +1,47 @@
+//! The compactor: moves objects together when it is worth it, or asked for.
+
+use crate::Shared;
+
+/// Looks whether there is something to do, at once and whenever it is woken, for ever.
+pub fn run(shared: &Shared) {
+    let store = shared.engine.store();
+    store.pool().become_compactor();
+    shared.trouble.become_teller();
+    loop {
+        shared.trouble.say();
+        // Again after a run that has freed something: meanwhile there may have come more than wakes us.
+        while store.pool().wants_compaction() && store.compact() > 0 {}
+        std::thread::park();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{noise, Kernel, SIZE};
+    use std::time::{Duration, Instant};
+    use zswapd_core::page::PAGE_SIZE;
+    use zswapd_core::scratch::Scratch;
+    use zswapd_core::store::Detached;
+
+    #[test]
+    fn what_was_fragmented_before_it_began_is_compacted() {
+        let shared = Kernel::new().shared;
+        let (mut scratch, mut detached) = (Scratch::new().expect("memory"), Detached::with_capacity(0));
+        shared.engine.write(0, &noise(1, SIZE as usize / PAGE_SIZE), &mut scratch).expect("room");
+        for n in (0..SIZE).step_by(4 * PAGE_SIZE) {
+            let three = 3 * PAGE_SIZE as u64;
+            shared.engine.discard(n, three, &mut detached, &mut scratch).expect("in range");
+        }
+        std::thread::spawn({
+            let shared = shared.clone();
+            move || run(&shared)
+        });
+        let deadline = Instant::now() + Duration::from_secs(60);
+        // All of it, though nobody frees anything any more.
+        while shared.engine.store().metrics().pages_compacted.get() < 512 {
+            assert!(Instant::now() < deadline, "it waits for somebody to wake it");
+            std::thread::yield_now();
+        }
+    }
+}
