@@ -12,6 +12,7 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
+from tests.daemon import DEADLINE_SECONDS
 from tests.writeback import writeback
 from zswapd import backing, ctl, doctor, status, swapdev, wear
 from zswapd import writeback as command
@@ -179,7 +180,7 @@ ctl._run(operation, lambda: "")
             child.send_signal(signal.SIGINT)
             assert child.stderr.readline().startswith("stopping as soon as the kernel can")
             child.send_signal(signal.SIGINT)
-            assert child.wait(10) == -signal.SIGINT
+            assert child.wait(DEADLINE_SECONDS) == -signal.SIGINT
         finally:
             child.kill()
 
