@@ -22,8 +22,8 @@ mod tests {
     use super::*;
     use crate::testing::{noise, Kernel, SIZE};
     use std::time::{Duration, Instant};
-    use zswapd_core::scratch::Scratch;
     use zswapd_core::page::PAGE_SIZE;
+    use zswapd_core::scratch::Scratch;
     use zswapd_core::store::Detached;
 
     #[test]

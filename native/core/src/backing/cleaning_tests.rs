@@ -180,11 +180,13 @@ proptest! {
     /// The promise of `table.rs`: a disk is only full when at least 80 % of it lives, but for the reserve and what one
     /// more segment would hold.
     #[test]
-    fn a_disk_is_full_when_it_is(segments in 3..20usize, length in 64..4106usize, keep in 1..6usize) {
+    fn a_disk_is_full_when_it_is(segments in 3..20usize, length in 300..4106usize, dies in 2..6usize) {
         let mut log = Log::new(segments, "");
         while log.disk.backing.has_room() {
+            let first = log.next_slot;
             match log.put(length, 1000) {
-                Ok(_) => log.keep_every(keep.min(1 + log.named.len() / 1000)),
+                // One in so many of them dies at once.
+                Ok(count) => (first..).take(count).step_by(dies).for_each(|slot| log.free(slot)),
                 Err(error) => {
                     prop_assert!(matches!(error, Error::BackingFull), "{error}");
                     prop_assert_eq!(log.clean(), Cleaned::Done);

@@ -236,7 +236,9 @@ impl Table {
             free if free < enough.min(self.segments.len() as u32 / 2) => SPARSE,
             _ => return None,
         };
-        if self.failed || !self.has_budget() || !self.may_clean(fullest) {
+        // Who is cleaning has been promised what it writes next.
+        let has_budget = self.cleaning > 0 || self.has_budget();
+        if self.failed || !has_budget || !self.may_clean(fullest) {
             return None;
         }
         self.lists[1..=fullest].iter().map(|list| list.first).find(|&first| first != NONE)
@@ -292,9 +294,8 @@ impl Table {
                 (0u32..).zip(&self.segments).filter(|(_, segment)| segment.list() == Some(n)).collect();
             let live: u64 = members.iter().map(|(_, segment)| u64::from(segment.live)).sum();
             assert_eq!((list.count as usize, list.live), (members.len(), live), "list {n}");
-            let mut listed: Vec<u32> = std::iter::successors(Some(list.first), |&at| Some(self[at].next))
-                .take_while(|&at| at != NONE)
-                .collect();
+            let listed = |at| Some(at).filter(|&at| at != NONE);
+            let mut listed: Vec<u32> = std::iter::successors(listed(list.first), |&at| listed(self[at].next)).collect();
             listed.sort_unstable();
             assert_eq!(listed, members.iter().map(|(index, _)| *index).collect::<Vec<_>>(), "list {n}");
         }

@@ -115,13 +115,14 @@ impl Store {
         self.in_flight()
     }
 
-    /// Reads the page of a slot from the disk; the slot stays locked meanwhile, so that nobody frees the record.
+    /// Reads the page of a slot from the disk; the slot stays locked meanwhile, so that nobody frees the record. It may
+    /// move to the pool: see `load_slot` for when not.
     pub(super) fn load_from_disk(
         &self,
         slot: &mut Slot<'_>,
         at: backing::DiskLocation,
         page: &mut Page,
-        now: Instant,
+        now: Option<Instant>,
         scratch: &mut Scratch,
     ) -> Result<()> {
         let Some(writeback) = &self.writeback else { return Err(self.found_corrupt(slot)) };
@@ -134,7 +135,7 @@ impl Store {
         if !scratch.codecs.decompress(codec, payload, page) {
             return Err(self.found_corrupt(slot));
         }
-        if writeback.promoting.load(Relaxed) && self.is_below_accept_threshold() {
+        if let Some(now) = now.filter(|_| writeback.promoting.load(Relaxed) && self.is_below_accept_threshold()) {
             let object = &object[..HEADER_SIZE + payload.len()];
             if let Ok(copy) = self.pool.insert(object.len(), |copy| copy[..object.len()].copy_from_slice(object)) {
                 self.publish_object(slot, copy, codec, payload.len(), now);

@@ -125,7 +125,7 @@ impl Store {
     /// before. `page` is then undefined.
     pub fn load(&self, index: u32, page: &mut Page, scratch: &mut Scratch) -> Result<()> {
         let start = Instant::now();
-        self.load_slot(&mut self.slots.lock(index), page, start, scratch)?;
+        self.load_slot(&mut self.slots.lock(index), page, Some(start), scratch)?;
         self.metrics.loads.add(1);
         self.metrics.load_latency.record_since(start);
         Ok(())
@@ -159,7 +159,7 @@ impl Store {
         let start = Instant::now();
         let mut page = [0; page::PAGE_SIZE];
         let mut slot = self.slots.lock(index);
-        self.load_slot(&mut slot, &mut page, start, scratch)?;
+        self.load_slot(&mut slot, &mut page, None, scratch)?;
         page[at..at + part.len()].copy_from_slice(part);
         self.store_slot(&mut slot, &page, with, start, scratch)?;
         self.metrics.stores.add(1);
@@ -221,7 +221,15 @@ impl Store {
         detached.objects.drain(..).for_each(|location| self.free_object(location));
     }
 
-    fn load_slot(&self, slot: &mut Slot<'_>, page: &mut Page, now: Instant, scratch: &mut Scratch) -> Result<()> {
+    /// `now` is None for who is about to overwrite the page: that it was read says nothing then. Nor may it move to the
+    /// pool, where it would take the room that the new one waits for.
+    fn load_slot(
+        &self,
+        slot: &mut Slot<'_>,
+        page: &mut Page,
+        now: Option<Instant>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
         let (entry, object) = self.pin(slot);
         match entry {
             Entry::Empty => page.fill(0),
@@ -243,7 +251,7 @@ impl Store {
                 if !whole {
                     return Err(self.found_corrupt(slot));
                 }
-                if let Some(writeback) = &self.writeback {
+                if let (Some(writeback), Some(now)) = (&self.writeback, now) {
                     writeback.lru.touch(slot.index(), writeback.seconds(now));
                 }
             }
@@ -408,3 +416,6 @@ impl Store {
         true
     }
 }
+
+#[cfg(test)]
+mod tests;
