@@ -7,10 +7,12 @@ import shutil
 import signal
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.daemon import Daemon, wait_until
 from tests.errnos import raises_errno
@@ -22,6 +24,7 @@ from zswapd.pager import Pager
 MakeDaemon = Callable[..., Daemon]
 MIB = 1 << 20
 SIZE = 32 * MIB
+DEBUG_PAGER = Path(__file__).parents[2] / "native/target/debug/zswapd-pager"
 
 
 def text(number: int) -> bytes:
@@ -300,3 +303,48 @@ def test_a_device_with_something_on_it_is_left_alone(make: MakeDaemon, loop: Pat
 def test_two_pagers_do_not_share_a_file(make: MakeDaemon) -> None:
     make().start()
     assert "in use by another pager" in make().fails()
+
+
+def with_faults(daemon: Daemon, rules: str) -> Daemon:
+    if not DEBUG_PAGER.exists():
+        lacks("the pager's debug build: cargo build --package zswapd-pager, as make test does")
+    daemon.pager = daemon.directory / "pager"
+    daemon.pager.write_text(f'#!/bin/sh\nexec {DEBUG_PAGER} "$@" --faults {rules}\n')
+    daemon.pager.chmod(0o755)
+    return daemon
+
+
+def scrape(daemon: Daemon) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{daemon.port}/metrics", timeout=20) as response:
+        families = text_string_to_metric_families(response.read().decode())
+        return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+def test_a_disk_that_fails_is_an_alert_and_costs_no_page(make: MakeDaemon) -> None:
+    daemon = with_faults(make(), "write:3-:eio").start()
+    with daemon.opened() as fd:
+        fill(fd, 4000)
+        assert scrape(daemon)["zswapd_backing_failed"] == 0
+        with raises_errno(errno.EIO):
+            daemon.write("writeback", "all")
+        wait_until(lambda: daemon.stats()["writeback"]["state"] == "failed", "the disk is given up")
+        stats = daemon.stats()
+        assert stats["writeback"]["write_errors"] >= 3
+        assert 0 < stats["pages"]["on_disk"] < 4000
+        assert scrape(daemon)["zswapd_backing_failed"] == 1
+        assert "failed: nothing more is written to it" in daemon.ctl("status").stdout
+        assert "has failed: nothing more is written to it" in daemon.ctl("doctor").stdout
+        assert "ended early: the backing disk has failed" in daemon.ctl("writeback", "all").stderr
+        check(fd, 4000)
+
+
+def test_a_page_that_the_disk_cannot_read_is_an_error_and_counted(make: MakeDaemon) -> None:
+    daemon = with_faults(make(), "read:1:eio").start()
+    with daemon.opened() as fd:
+        fill(fd, 100)
+        daemon.write("writeback", "all")
+        with raises_errno(errno.EIO):
+            os.pread(fd, PAGE, 0)
+        assert daemon.stats()["errors"]["disk"] == 1
+        assert "1 loads that the backing disk failed" in daemon.ctl("status").stdout
+        check(fd, 100)
