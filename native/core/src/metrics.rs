@@ -140,6 +140,8 @@ pub struct Metrics {
     pub pool_limit_bytes: Counter,
     /// Bytes of arena memory taken from the system, in use or not.
     pub backed_bytes: Counter,
+    /// Who moves objects, and the end of the pool waits for.
+    pub movers_awaited: Counter,
     /// Bytes of slot words, locks and descriptors, and of the arena's own bookkeeping.
     pub metadata_bytes: Counter,
     pub arena_metadata_bytes: Counter,
@@ -196,7 +198,7 @@ pub struct Metrics {
 }
 
 /// Changes with every change of [`Metrics`], so that nobody reads one layout as another.
-pub const LAYOUT: u64 = 5;
+pub const LAYOUT: u64 = 6;
 
 impl Default for Metrics {
     fn default() -> Metrics {

@@ -33,14 +33,21 @@ const DETACHED: usize = 1024;
 
 /// Starts the workers.
 pub fn spawn(shared: &Arc<Shared>, device: BorrowedFd<'_>, args: &Args) -> io::Result<()> {
-    // On the only processor there is, who looks for a request keeps away who would make it.
-    let alone = thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
-    let spin = if alone { Duration::ZERO } else { args.spin };
+    let spin = spin_here(args.spin);
     for n in 0..args.workers {
         let mut worker = Worker::new(shared.clone(), device.try_clone_to_owned()?, spin)?;
         spawn_thread(&format!("worker-{n}"), move || no_alloc::forbidden(|| worker.serve()))?;
     }
     Ok(())
+}
+
+/// How long to look for a request before sleeping: on the only processor there is, who looks keeps away who would make
+/// one.
+fn spin_here(most: Duration) -> Duration {
+    match thread::available_parallelism() {
+        Ok(processors) if processors.get() == 1 => Duration::ZERO,
+        _ => most,
+    }
 }
 
 struct Worker {
