@@ -36,7 +36,7 @@ pub use disk::{Disk, FileDisk};
 pub use faults::Faults;
 pub use reader::{CleanBuffer, ReadBuffer};
 pub use record::{records_of, Damaged, DiskLocation, Record, Records};
-pub use writer::{Purpose, Writer};
+pub use writer::{Purpose, Writer, MAX_RECORDS};
 
 use crate::error::{Error, Result};
 use crate::locks::{Rank, Ranked};
