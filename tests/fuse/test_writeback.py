@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.daemon import Daemon, wait_until
+from tests.daemon import DEADLINE_SECONDS, HOST, Daemon, wait_until
 from tests.errnos import raises_errno
 from tests.machine import lacks
 from tests.pages import PAGE, noise
@@ -315,7 +315,7 @@ def with_faults(daemon: Daemon, rules: str) -> Daemon:
 
 
 def scrape(daemon: Daemon) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{daemon.port}/metrics", timeout=20) as response:
+    with urllib.request.urlopen(f"http://{HOST}:{daemon.port}/metrics", timeout=DEADLINE_SECONDS) as response:
         families = text_string_to_metric_families(response.read().decode())
         return {sample.name: sample.value for family in families for sample in family.samples}
 
