@@ -219,7 +219,11 @@ def test_the_budget_ends_it_early_and_outlives_everybody(make: MakeDaemon, disk:
         check(fd, 2000)
     daemon.reset()
     assert daemon.stop() == 0
-    # Another pager: what the last one had left counts as written.
+    daemon.start_again()
+    assert daemon.stats()["writeback"]["budget_bytes"] == left
+    # What a pager had left that was killed counts as written.
+    os.kill(daemon.server_pid, signal.SIGKILL)
+    assert daemon.wait() == 1
     daemon.start_again()
     assert daemon.stats()["writeback"]["budget_bytes"] == 0
     assert daemon.read("writeback_limit") == "0\n"
