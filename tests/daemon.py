@@ -21,8 +21,12 @@ from zswapd.bench.cgroup import MemoryCgroup
 from zswapd.pager import Pager
 
 PAGE = 4096
-DEADLINE_SECONDS = 60
-LAST_RESORT_SECONDS = 240
+#: For what takes a moment on a machine that is idle.
+DEADLINE_SECONDS = 120
+#: For all the tests of a daemon.
+LAST_RESORT_SECONDS = 800
+#: A loopback address of this process's own: another's ports, at the same time, are not ours.
+HOST = f"127.{os.getpid() >> 14 & 127}.{os.getpid() >> 7 & 127}.{1 + (os.getpid() & 127)}"
 
 #: The control files and their modes.
 CONTROLS = {
@@ -60,10 +64,20 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = DEAD
 
 
 def free_port() -> int:
+    """A port of HOST that nobody has."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def descriptors(pid: int) -> dict[Path, str]:
+    """A process's descriptors (in /proc) and what they lead to; not those that are closed meanwhile."""
+    found = {}
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found[path] = os.readlink(path)
+    return found
 
 
 class Daemon:
@@ -85,7 +99,7 @@ class Daemon:
             "swap.data_path": "pager" if os.geteuid() == 0 else "pyfuse3",
             "swap.mount_point": str(self.mount_point),
             "pool.mem_limit": "1GiB",
-            "metrics.listen": f"127.0.0.1:{self.port}",
+            "metrics.listen": f"{HOST}:{self.port}",
             **{key.replace("__", "."): value for key, value in settings.items()},
         }
         #: Whose members use the swap: killed before anything that they wait for is taken away.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon import DEADLINE_SECONDS, ENVIRONMENT, PAGE, Daemon, wait_until
+from tests.daemon import DEADLINE_SECONDS, ENVIRONMENT, HOST, PAGE, Daemon, descriptors, wait_until
 from tests.machine import lacks
 from tests.pages import noise
 from zswapd import swapdev
@@ -217,9 +217,9 @@ def test_a_killed_portable_daemon_leaves_an_error_that_the_next_one_explains(mak
 
 def test_the_metrics_port_is_in_use(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon()
-    with socket.create_server(("127.0.0.1", daemon.port)):
+    with socket.create_server((HOST, daemon.port)):
         message = daemon.fails()
-    assert f"127.0.0.1:{daemon.port}: Address already in use" in message
+    assert f"{HOST}:{daemon.port}: Address already in use" in message
     assert "metrics.listen" in message
     assert not swapdev.is_mounted(daemon.mount_point)
 
@@ -252,8 +252,7 @@ def test_bad_settings(make_daemon: MakeDaemon, key: str, value: object) -> None:
 
 def test_metrics_can_be_switched_off(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(metrics__listen="").start()
-    sockets = [os.readlink(path) for path in Path(f"/proc/{daemon.pid}/fd").iterdir() if path.exists()]
-    inodes = {name[8:-1] for name in sockets if name.startswith("socket:")}
+    inodes = {name[8:-1] for name in descriptors(daemon.pid).values() if name.startswith("socket:")}
     listening = {line.split()[9] for line in Path("/proc/net/tcp").read_text().splitlines() if line.split()[3] == "0A"}
     assert not inodes & listening
     assert daemon.stop() == 0
@@ -431,7 +430,7 @@ def test_it_tells_systemd_when_it_serves(make_daemon: MakeDaemon, abstract: bool
     name = str(daemon.directory / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind("\0" + name if abstract else name)
-        systemd.settimeout(30)
+        systemd.settimeout(DEADLINE_SECONDS)
         daemon.extra_environment["NOTIFY_SOCKET"] = "@" + name if abstract else name
         daemon.start()
         assert systemd.recv(100) == b"READY=1"

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.daemon import CONTROLS, Daemon, wait_until
+from tests.daemon import CONTROLS, Daemon, descriptors, wait_until
 from tests.errnos import raises_errno
 from tests.machine import lacks
 from tests.pages import PAGE, noise
@@ -211,6 +211,11 @@ def punch(fd: int, offset: int, length: int) -> None:
         raise OSError(ctypes.get_errno(), "fallocate")
 
 
+def objects(daemon: Daemon) -> int:
+    """That are in the pool."""
+    return sum(entry["objects"] for entry in daemon.stats()["classes"])
+
+
 def test_a_punched_cluster_is_used_again_at_once(make_daemon: Callable[..., Daemon]) -> None:
     """While its old objects wait to be freed behind the answer: no page is lost and no count is wrong."""
     if os.geteuid() != 0:
@@ -239,9 +244,10 @@ def test_a_punched_cluster_is_used_again_at_once(make_daemon: Callable[..., Daem
     with daemon.opened() as fd:
         with ThreadPoolExecutor(CLUSTERS) as threads:
             list(threads.map(use, range(CLUSTERS)))
+        # The last to be punched may still be being freed.
+        wait_until(lambda: objects(daemon) == CLUSTERS * CLUSTER_PAGES, "every old object is freed")
         stats = daemon.stats()
         assert stats["original_bytes"] == CLUSTERS * CLUSTER_PAGES * PAGE
-        assert sum(entry["objects"] for entry in stats["classes"]) == CLUSTERS * CLUSTER_PAGES
         assert stats["discards"] == CLUSTERS * CLUSTER_PAGES * 49
         punch(fd, 0, CLUSTERS * CLUSTER_PAGES * PAGE)
         wait_until(lambda: daemon.stats()["pool_bytes"] == 0, "every object is freed")
@@ -263,9 +269,8 @@ def victim(make_daemon: Callable[..., Daemon], data_path: str) -> Daemon:
 def state_file(daemon: Daemon) -> Iterator[mmap.mmap]:
     """The file of slot words and stored pages (native/core/src/state.rs), opened behind the daemon's back."""
     # In a pager it is unlinked, on a tmpfs that is mounted nowhere; in a daemon of its own, a memory file.
-    descriptors = Path(f"/proc/{daemon.server_pid}/fd")
     name = re.compile(r"/memfd:zswapd-state.*|/#\d+ \(deleted\)")
-    path = next(path for path in descriptors.iterdir() if name.fullmatch(os.readlink(path)))
+    path = next(path for path, target in descriptors(daemon.server_pid).items() if name.fullmatch(target))
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as state:
         yield state
 

@@ -8,12 +8,11 @@ import select
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.daemon import Daemon, wait_until
+from tests.daemon import DEADLINE_SECONDS, Daemon, descriptors, wait_until
 from tests.errnos import raises_errno
 from tests.machine import lacks
 from tests.pages import PAGE, noise
@@ -32,7 +31,7 @@ def daemon(make_daemon: Callable[..., Daemon]) -> Daemon:
 
 def connection(daemon: Daemon) -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    made.settimeout(30)
+    made.settimeout(DEADLINE_SECONDS)
     made.connect(os.fspath(socket_path(daemon.mount_point)))
     return made
 
@@ -68,7 +67,7 @@ def test_a_command_that_takes_long_holds_up_nobody(daemon: Daemon, long_one_firs
         finally:
             os.kill(pid, signal.SIGCONT)
         # Which has become readable first.
-        assert answers.poll(30, maxevents=1)[0][0] == short.fileno()
+        assert answers.poll(DEADLINE_SECONDS, maxevents=1)[0][0] == short.fileno()
         assert long.recv(512) == b"ok "
         assert short.recv(512).startswith(b"ok pid=")
 
@@ -77,16 +76,9 @@ def test_without_descriptors_it_goes_on(daemon: Daemon) -> None:
     """The pages are in it."""
     pid = daemon.server_pid
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    descriptors = Path(f"/proc/{pid}/fd")
-
-    def quiet() -> bool:
-        with suppress(FileNotFoundError):
-            # The listener's two, and the relay's.
-            return sum(os.readlink(fd).startswith("socket:") for fd in descriptors.iterdir()) == 3
-        return False
-
-    wait_until(quiet, "no connection")
-    taken = {int(fd.name) for fd in descriptors.iterdir()}
+    # The listener's two, and the relay's.
+    wait_until(lambda: sum(name.startswith("socket:") for name in descriptors(pid).values()) == 3, "no connection")
+    taken = {int(path.name) for path in descriptors(pid)}
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(len(taken) + 1)) - taken), limits[1]))
     with connection(daemon) as waiting:
         waiting.send(b"status")

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,16 +36,24 @@ PROGRAMS = {
     "dpkg": "dpkg",
 }
 #: What a guest that hangs has to tell why.
-SYSRQ_SECONDS = 10
+SYSRQ_SECONDS = 20
+#: How often a guest that may hang is looked at, and how often in a row a task is found at the same place then.
+LOOK_SECONDS = 15
+LOOKS = 3
 #: Whatever becomes of us, a virtual machine does not outlive us.
 _WITH_US = ("setpriv", "--pdeathsig", "KILL")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What has become of a guest. `status` is its script's exit status; None: there was none before the deadline."""
+    """What has become of a guest.
+
+    `status` is its script's exit status; None: there was none before the deadline. `hung`: the task that was watched
+    had got no further for LOOKS looks.
+    """
 
     status: int | None
+    hung: bool
     output: str
     kernel_log: str
 
@@ -65,8 +74,11 @@ class Guest:
         self._kernel = next(kernel.glob("boot/vmlinuz-*"))
         self._initramfs = _initramfs(kernel, self._kernel.name.removeprefix("vmlinuz-"))
 
-    def run(self, script: Path, environment: Mapping[str, str], deadline_seconds: int) -> Outcome:
-        """Boots, runs `script` as root, and switches the guest off; kills it at the deadline."""
+    def run(self, script: Path, environment: Mapping[str, str], deadline_seconds: int, watched: str = "") -> Outcome:
+        """Boots, runs `script` as root, and switches the guest off; kills it at the deadline.
+
+        Or before that, once the task of the name `watched` hangs.
+        """
         with tempfile.TemporaryDirectory(prefix="zswapd-qemu-") as name:
             directory = Path(name)
             output, kernel_log = directory / "output", directory / "kernel.log"
@@ -86,17 +98,18 @@ class Guest:
             ]
             # fmt: on
             with _virtiofsd(directory / "virtiofs"), _process(command) as qemu:
-                if not _ends(qemu, deadline_seconds):
-                    # The kernel says what waits for what, in its log.
-                    assert qemu.stdin is not None
-                    qemu.stdin.write(
-                        b"sendkey alt-sysrq-w\nsendkey alt-sysrq-m\nsendkey alt-sysrq-l\nsendkey alt-sysrq-t\n"
-                    )
-                    qemu.stdin.flush()
-                    _ends(qemu, SYSRQ_SECONDS)
+                deadline = time.monotonic() + deadline_seconds
+                looks: list[str] = []
+                while not _ends(qemu, LOOK_SECONDS) and not _hangs(looks) and time.monotonic() < deadline:
+                    if watched:
+                        _sysrq(qemu, "w")
+                        looks.append(_blocked(watched, kernel_log.read_text(errors="replace")))
+                if qemu.returncode is None:
+                    _sysrq(qemu, "wmlt")
             text = output.read_text(errors="replace").replace("\r", "")
             ended = re.search(r"^exit status (\d+)$", text, re.MULTILINE)
-            return Outcome(int(ended[1]) if ended else None, text, kernel_log.read_text(errors="replace"))
+            status = int(ended[1]) if ended else None
+            return Outcome(status, _hangs(looks), text, kernel_log.read_text(errors="replace"))
 
 
 def _ends(process: subprocess.Popen[bytes], seconds: int) -> bool:
@@ -104,6 +117,25 @@ def _ends(process: subprocess.Popen[bytes], seconds: int) -> bool:
     with suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     return process.returncode is not None
+
+
+def _sysrq(qemu: subprocess.Popen[bytes], keys: str) -> None:
+    """Has the guest's kernel say in its log: w, what tasks are blocked; m, its memory; l and t, where all tasks are."""
+    assert qemu.stdin is not None
+    qemu.stdin.write("".join(f"sendkey alt-sysrq-{key}\n" for key in keys).encode())
+    qemu.stdin.flush()
+    _ends(qemu, SYSRQ_SECONDS)
+
+
+def _blocked(task: str, kernel_log: str) -> str:
+    """Where a task was, its registers in user space, when the kernel last said what is blocked; "" if it was not."""
+    *_, last = kernel_log.split("sysrq: Show Blocked State")
+    found = re.search(rf"task:{task} (?:(?!</TASK>).)*?RIP: 0033:(.*?)</TASK>", last, re.DOTALL)
+    return re.sub(r"^\[[ .\d]+\]", "", found[1], flags=re.MULTILINE) if found else ""
+
+
+def _hangs(looks: list[str]) -> bool:
+    return len(looks) >= LOOKS and looks[-1] != "" and len(set(looks[-LOOKS:])) == 1
 
 
 @contextmanager

@@ -14,9 +14,7 @@ MEMORY_MIB = 512
 HOG_MIB = 420
 LEAST_SWAPPED_PAGES = (100 << 20) // 4096
 #: Software emulation is slow, and the machine may be busy.
-DEADLINE_SECONDS = 600
-#: By when a guest that does not lock its pager has long hung: it does so when it first swaps.
-HANGS_SECONDS = 150
+DEADLINE_SECONDS = 1800
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +29,17 @@ def hog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
-def press(guest: Guest, hog: Path, locking: str, deadline_seconds: int) -> Outcome:
+def press(guest: Guest, hog: Path, locking: str) -> Outcome:
     environment = {"PYTHON": sys.executable, "HOG": str(hog), "MEBIBYTES": str(HOG_MIB), "LOCKING": locking}
-    outcome = guest.run(HERE / "pressure.sh", environment, deadline_seconds)
+    outcome = guest.run(HERE / "pressure.sh", environment, DEADLINE_SECONDS, watched="hog")
     print(outcome.output, outcome.kernel_log, sep="\n")
     assert '"is_swap": true' in outcome.output
     return outcome
 
 
 def test_every_page_survives(guest: Guest, hog: Path) -> None:
-    outcome = press(guest, hog, "on", DEADLINE_SECONDS)
-    assert outcome.status == 0
+    outcome = press(guest, hog, "on")
+    assert (outcome.status, outcome.hung) == (0, False)
     refused = (
         r"zswapctl: vm\.watermark_boost_factor = 15000: .*\n.*\n",
         r"zswapctl: vm\.min_free_kbytes = 512: .*\n.*\n",
@@ -59,9 +57,8 @@ def test_every_page_survives(guest: Guest, hog: Path) -> None:
 
 
 def test_it_hangs_without_locking(guest: Guest, hog: Path) -> None:
-    """So that the test above is known to see it: the pager waits for a page of its own, which only it could read."""
-    outcome = press(guest, hog, "off", HANGS_SECONDS)
+    """So that the test above is known to see it. The pager's worker waits, or tries again for ever, for a page of its
+    own or for memory, which only it could give: at its first write."""
+    outcome = press(guest, hog, "off")
     assert "zswapd-pager: may not lock its memory" in outcome.output
-    assert outcome.status is None
-    _, blocked = outcome.kernel_log.split("sysrq: Show Blocked State", maxsplit=1)
-    assert re.search(r"task:worker-\d(?:(?!</TASK>).)*do_swap_page", blocked, re.DOTALL)
+    assert (outcome.status, outcome.hung) == (None, True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from tests.daemon import DEADLINE_SECONDS
 from tests.machine import lacks
 from zswapd import swapdev
 from zswapd.bench.cgroup import MemoryCgroup
@@ -248,5 +249,7 @@ async def test_a_pager_that_is_stuck_does_not_outlive_the_run(tmp_path: Path, mo
     finally:
         with trio.CancelScope(shield=True):
             await daemon.stop()
-    assert await settle(lambda: not Path("/proc", str(pids["pager"])).exists(), 10)  # init has seen its end
+    assert await settle(
+        lambda: not Path("/proc", str(pids["pager"])).exists(), DEADLINE_SECONDS
+    )  # init has seen its end
     assert leftovers(tmp_path) == []

@@ -49,7 +49,7 @@ def test_every_page_comes_back(attached: Callable[..., Daemon], corpus: int, alg
         assert_gone(daemon, area.loop_device)
         stats = daemon.stats()
         assert sum(stats["pages"].values()) == stats["pool_bytes"] == 0
-        assert stats["errors"] == {"lost": 0, "corrupt": 0}
+        assert stats["errors"] == {"lost": 0, "corrupt": 0, "disk": 0}
         workload.verify()
     assert daemon.stop() == 0
 
@@ -80,7 +80,7 @@ def test_pages_are_moved_while_they_are_swapped(attached: Callable[..., Daemon],
         workload.verify()
     stats = daemon.stats()
     assert stats["pages_compacted"] > 0
-    assert stats["errors"] == {"lost": 0, "corrupt": 0}
+    assert stats["errors"] == {"lost": 0, "corrupt": 0, "disk": 0}
     assert daemon.stop() == 0
     assert "belonged to no slot" not in daemon.log()
 

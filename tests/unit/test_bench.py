@@ -16,6 +16,7 @@ import pytest
 import trio
 from rich.console import Console
 
+from tests.daemon import DEADLINE_SECONDS
 from tests.machine import lacks
 from tests.pages import PAGE, noise, real_pages
 from zswapd import memcg
@@ -109,7 +110,7 @@ async def test_programs_give_most_of_the_pages() -> None:
 
 async def test_a_program_s_memory_holds_what_it_works_on() -> None:
     program = next(program for program in known() if program.name == "python-syntax-trees")
-    running = Running(program, 64 << 20, 30, [])
+    running = Running(program, 64 << 20, DEADLINE_SECONDS, [])
     try:
         assert await running.ready()
         # A name that only the sources which it parses can have brought there.

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -11,8 +12,11 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
+from tests.daemon import DEADLINE_SECONDS
 from tests.writeback import writeback
-from zswapd import ctl, doctor, status, swapdev
+from zswapd import backing, ctl, doctor, status, swapdev, wear
+from zswapd import writeback as command
+from zswapd.engine import Written
 from zswapd.errors import SwapError
 from zswapd.swapdev import Attachment, Remaining
 
@@ -176,7 +180,7 @@ ctl._run(operation, lambda: "")
             child.send_signal(signal.SIGINT)
             assert child.stderr.readline().startswith("stopping as soon as the kernel can")
             child.send_signal(signal.SIGINT)
-            assert child.wait(10) == -signal.SIGINT
+            assert child.wait(DEADLINE_SECONDS) == -signal.SIGINT
         finally:
             child.kill()
 
@@ -211,3 +215,75 @@ def test_doctor_fails_only_for_failures(worst: Any, code: int, monkeypatch: pyte
     result = run("doctor", "--json")
     assert result.exit_code == code
     assert [check["status"] for check in json.loads(result.stdout)] == ["ok", worst]
+
+
+def test_status_says_that_the_backing_file_is_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backing, "being_written", lambda settings: "it is writing the backing file first, 34%")
+    result = run("status")
+    assert result.exit_code == 1
+    assert result.stderr.endswith("\nit is writing the backing file first, 34%\n")
+
+
+def test_status_shows_what_is_left_of_the_whole_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    granted = {"pid": 5, "writeback": writeback(state="ok", budget_bytes=5)}
+    monkeypatch.setattr(status, "read_stats", lambda mount_point: granted)
+    monkeypatch.setattr(swapdev, "discover", lambda mount_point: None)
+    monkeypatch.setattr(wear, "left_of", lambda settings, unused: unused * 2)
+    assert json.loads(run("status", "--json").stdout)["writeback"]["budget_bytes"] == 10
+
+
+@pytest.mark.parametrize("arguments", [("page",), ("all", "7"), ("everything",), ("huge", "--older", "3"), ()])
+def test_writeback_takes_what_goes_together(arguments: tuple[str, ...]) -> None:
+    assert run("writeback", *arguments).exit_code == 2
+
+
+def test_writeback_needs_a_pager() -> None:
+    result = run("writeback", "all")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "no pager serves /run/zswapd-test/mnt" in result.stderr
+
+
+class WritingPager:
+    """Says how far it is, and what became of it."""
+
+    def __init__(self, outcome: Written | OSError) -> None:
+        self.outcome = outcome
+        self.told: list[str] = []
+
+    def stats(self) -> Any:
+        return {"writeback": writeback(pages_written=1234, written_bytes=5 << 20)}
+
+    def mark_idle(self, older: int) -> None:
+        self.told.append(f"idle {older}")
+
+    def write_back(self, order: str) -> Written:
+        self.told.append(order)
+        if isinstance(self.outcome, OSError):
+            raise self.outcome
+        return self.outcome
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "text"),
+    [
+        (Written(1234, 3 << 20, "done"), 0, "written back: 1,234 pages, 3.0 MiB of the pool freed\n"),
+        (Written(1234, 0, "full"), 2, "ended early: the backing disk is full\n"),
+        (Written(1234, 0, "failed"), 2, "ended early: the backing disk has failed\n"),
+        (Written(1234, 0, "budget"), 2, "ended early: the budget is used up (1.0 MiB per day)\n"),
+        (OSError(errno.ENODEV, "no"), 1, "there is no backing disk (writeback.backing)\n"),
+        (OSError(errno.EBUSY, "another writeback is under way"), 1, "another writeback is under way\ntry again"),
+    ],
+)
+def test_writeback_says_how_it_ended(
+    monkeypatch: pytest.MonkeyPatch, outcome: Written | OSError, code: int, text: str
+) -> None:
+    pager = WritingPager(outcome)
+    monkeypatch.setattr(command, "Pager", lambda mount_point: pager)
+    keys = ("--set", "writeback.backing=/dev/x", "--set", "writeback.budget_per_day=1MiB")
+    result = run(*keys, "writeback", "idle", "--older", "60")
+    assert (result.exit_code, text in result.stdout + result.stderr) == (code, True)
+    assert pager.told == ["idle 60", "idle"]
+    if isinstance(outcome, Written):
+        shown = run(*keys, "writeback", "page", "7", "--json")
+        assert json.loads(shown.stdout)["ended"] == outcome.ended
+        assert pager.told[-1] == "page 7"

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from zswapd import doctor
+from tests.writeback import writeback
+from zswapd import backing, doctor, wear
 from zswapd.config import load
 
 CONFIG = load(None, ["swap.mount_point=/run/zswapd-test/mnt", "swap.priority=100"], {})
@@ -129,3 +130,51 @@ def test_a_daemon_that_does_not_run_is_no_failure(machine: Path, monkeypatch: py
 @pytest.mark.parametrize(("release", "version"), [("6.1.0-18-amd64", (6, 1)), ("7.12", (7, 12)), ("odd", (0, 0))])
 def test_kernel_versions(release: str, version: tuple[int, int]) -> None:
     assert doctor.kernel_version(release) == version
+
+
+def disk_checks(root: Path, monkeypatch: pytest.MonkeyPatch, rotational: bool = False) -> list[doctor.Check]:
+    keys = ("swap.mount_point=/run/zswapd-test/mnt", "writeback.backing=/dev/x", "writeback.budget_per_hour=1GiB")
+    config = load(None, keys, {})
+    disk = backing.Disk(Path("/dev/x"), False, 1 << 30, 7, rotational)
+    monkeypatch.setattr(backing, "look", lambda settings, root: disk)
+    monkeypatch.setattr(backing, "number_of", lambda path, root: (7, rotational))
+    monkeypatch.setattr(backing, "is_on", lambda other, number, root: other == "/dev/same")
+    monkeypatch.setenv("STATE_DIRECTORY", str(root / "state"))
+    checks = [check for check in doctor.run(config, root) if check.name == "backing disk"]
+    assert all(check.remedy for check in checks if check.status != "ok")
+    return checks
+
+
+def test_the_backing_disk_is_looked_at(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [check] = disk_checks(machine, monkeypatch)
+    assert (check.status, check.detail) == ("ok", "/dev/x")
+    [check] = disk_checks(machine, monkeypatch, rotational=True)
+    assert (check.status, "rotating" in check.detail) == ("warn", True)
+    write(machine, "proc/swaps", FILES["proc/swaps"] + "/dev/same partition 9 0 5\n/dev/other partition 9 0 5\n")
+    [check] = disk_checks(machine, monkeypatch)
+    assert (check.status, "the same disk as the swap area /dev/same" in check.detail) == ("warn", True)
+
+
+def test_a_backing_disk_that_cannot_be_used_is_a_failure(machine: Path) -> None:
+    config = load(None, ["writeback.backing=/dev/no-such-disk"], {})
+    [check] = [check for check in doctor.run(config, machine) if check.name == "backing disk"]
+    assert (check.status, "no such device" in check.detail) == ("fail", True)
+    assert check.remedy
+
+
+@pytest.mark.parametrize(
+    ("counts", "status", "text"),
+    [
+        ({"state": "failed"}, "fail", "nothing more is written to it"),
+        ({"state": "ok", "budget_bytes": 5}, "ok", "/dev/x"),
+        ({"state": "ok", "budget_bytes": 0}, "warn", "the budget is used up (1.0 GiB per hour)"),
+    ],
+)
+def test_a_backing_disk_in_use_says_how_it_is(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, counts: dict[str, object], status: str, text: str
+) -> None:
+    running = {"version": "1", "pid": 7, "writeback": writeback(**counts)}
+    monkeypatch.setattr(doctor, "read_stats", lambda mount_point: running)
+    monkeypatch.setattr(wear, "left_of", lambda settings, unused: unused)
+    [check] = disk_checks(machine, monkeypatch)
+    assert (check.status, text in check.detail) == (status, True)

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.daemon import free_port
+from tests.daemon import DEADLINE_SECONDS, HOST, free_port
 from tests.machine import lacks
 from tests.pages import PAGE, noise
 from tests.writeback import COUNTS, writeback
@@ -126,11 +126,11 @@ def test_histograms_are_cumulative_and_complete(engine: EmbeddedEngine, what: st
 
 
 def get(url: str) -> str:
-    text: bytes = urllib.request.urlopen(url, timeout=20).read()
+    text: bytes = urllib.request.urlopen(url, timeout=DEADLINE_SECONDS).read()
     return text.decode()
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("host", [HOST, "::1"], ids=["IPv4", "IPv6"])
 def test_served_until_the_block_ends(engine: EmbeddedEngine, host: str) -> None:
     if ":" in host and not Path("/proc/net/if_inet6").exists():
         lacks("IPv6")
@@ -150,12 +150,12 @@ def test_none_serves_nothing(engine: EmbeddedEngine) -> None:
 
 
 def test_a_port_in_use_is_named(engine: EmbeddedEngine) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
+    with socket.create_server((HOST, 0)) as other:
         port = other.getsockname()[1]
-        message = f"127.0.0.1:{port}: Address already in use"
+        message = f"{HOST}:{port}: Address already in use"
         with (
             pytest.raises(DaemonError, match=message) as caught,
-            metrics.served(engine, ("127.0.0.1", port)),
+            metrics.served(engine, (HOST, port)),
         ):
             pytest.fail("served")
         assert "metrics.listen" in caught.value.hint

@@ -1,8 +1,12 @@
 import os
 from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
+import trio
 
+from tests.writeback import writeback
 from zswapd import kernel, swapdev
 from zswapd.errors import DaemonError, SwapError
 from zswapd.memcg import Controller, find_controller, limit_of
@@ -294,3 +298,69 @@ async def test_resetting_waits_for_the_swapfile_to_be_released(tmp_path: Path, m
 
 async def test_a_pool_that_is_gone_needs_no_reset(tmp_path: Path) -> None:
     await swapdev._reset(tmp_path / "gone")
+
+
+def test_who_attaches_or_detaches_is_seen_and_not_disturbed(tmp_path: Path) -> None:
+    mount_point = tmp_path / "mnt"
+
+    async def watch() -> None:
+        assert not swapdev.is_changing(mount_point)
+        async with swapdev._exclusive(mount_point):
+            assert swapdev.is_changing(mount_point)
+        assert not swapdev.is_changing(mount_point)
+
+    trio.run(watch)
+
+
+def test_what_is_on_the_disk_must_fit_into_memory_too(tmp_path: Path) -> None:
+    """/proc/swaps counts pages, wherever they are, and as they were before they were compressed."""
+    machine(tmp_path, (GIB // 2) >> 10)
+    with pytest.raises(SwapError, match=r"cannot take the pages back: 1.0 GiB in swap"):
+        refuse_full(OURS, tmp_path)
+
+
+class DiskPager:
+    def __init__(self, state: str) -> None:
+        self.state = state
+        self.told: list[bool] = []
+
+    def stats(self) -> Any:
+        disk = writeback(state=self.state, writebacks_in_flight=2, cleanings_in_flight=1)
+        return {"pages": {"on_disk": 7}, "writeback": disk}
+
+    def promote(self, on: bool) -> None:
+        self.told.append(on)
+
+
+@pytest.mark.parametrize("state", ["none", "ok", "failed"])
+async def test_while_pages_come_back_none_goes_from_the_disk_to_the_pool(
+    monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    pager = DiskPager(state)
+    seen: list[list[bool]] = []
+    attached: list[Attachment | None] = [OURS]
+
+    async def swapoff(*command: str, check: bool = True) -> CompletedProcess[bytes]:
+        seen.append(list(pager.told))
+        attached[0] = None
+        return CompletedProcess(command, 0, b"", b"")
+
+    monkeypatch.setattr(swapdev, "_find_pager", lambda mount_point: pager)
+    monkeypatch.setattr(swapdev, "_run", swapoff)
+    monkeypatch.setattr(swapdev, "discover", lambda mount_point: attached[0])
+    await swapdev._swapoff(MOUNT_POINT, OURS.loop_device, lambda remaining: None)
+    assert (seen, pager.told) == (([[]], []) if state == "none" else ([[False]], [False, True]))
+    assert swapdev._remaining(5, pager) == swapdev.Remaining(5, 7, 2, 1)  # type: ignore[arg-type]
+
+
+async def test_a_failed_swapoff_lets_pages_go_to_the_pool_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pager = DiskPager("ok")
+
+    async def swapoff(*command: str, check: bool = True) -> CompletedProcess[bytes]:
+        raise SwapError("it cannot be run")
+
+    monkeypatch.setattr(swapdev, "_find_pager", lambda mount_point: pager)
+    monkeypatch.setattr(swapdev, "_run", swapoff)
+    with pytest.raises(SwapError, match="cannot be run"):
+        await swapdev._swapoff(MOUNT_POINT, OURS.loop_device, lambda remaining: None)
+    assert pager.told == [False, True]

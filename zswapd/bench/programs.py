@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import trio
 
 PAGE = 4096
-PATIENCE_SECONDS = 60  # a program that is not ready by then is left out
+PATIENCE_SECONDS = 180  # a program that is not ready by then is left out
 
 # Every program below gets: its memory budget in bytes, the seconds it may take, then what it works on. It reads its
 # standard input when it is done: the pipe running empty tells us so, end of file (also if we die) tells it to end.

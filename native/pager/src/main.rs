@@ -101,7 +101,9 @@ fn run() -> Result<(), String> {
         counters: counters.into(),
         gate: gate::Gate::default(),
         trouble: trouble::Trouble::new("cannot read from /dev/fuse"),
-        disk_trouble: trouble::Trouble::new("cannot write to the backing disk, and keep in memory what was to go there"),
+        disk_trouble: trouble::Trouble::new(
+            "cannot write to the backing disk, and keep in memory what was to go there",
+        ),
         sweeper,
         closer: listener.closer().map_err(|error| failed("control socket")(&error))?,
         device_number,

@@ -9,12 +9,14 @@ mod flows;
 #[cfg(loom)]
 mod races;
 
+use crate::backing::{Disk, SEGMENT_BYTES};
 use crate::codec::{Algorithm, Compression};
 use crate::engine::Engine;
+use crate::lru::Incompressible;
 use crate::page::{Page, PAGE_SIZE};
 use crate::pool::Allocator;
 use crate::scratch::Scratch;
-use crate::store::{Detached, Files, Store};
+use crate::store::{Cleaner, Detached, DiskOptions, Files, Job, Shrinker, Store, What};
 use std::cell::RefCell;
 use std::ops::Deref;
 use std::time::Duration;
@@ -63,6 +65,25 @@ impl Swap {
         Swap(Engine::new(size, allocator, limit, with, Files::default()).expect("an engine"))
     }
 
+    /// As `new`, with a backing disk of so many segments. A segment has room for one large page, or for many small ones.
+    fn with_disk(pages: u64, limit_pages: u64, segments: usize, disk: impl Disk + 'static) -> Swap {
+        let bytes = (segments * SEGMENT_BYTES) as u64;
+        let incompressible = Incompressible::Writeback;
+        let options = DiskOptions { disk: Box::new(disk), bytes, encryption: false, incompressible };
+        Swap(Swap::new(Allocator::Zsmalloc, pages, limit_pages).0.with_disk(options).expect("a disk"))
+    }
+
+    /// Writes pages back, all in one segment if they fit.
+    fn evict(&self, what: What) {
+        let (mut shrinker, mut job) = (Shrinker::new().expect("a shrinker"), Job::new(what));
+        while let Ok(true) = self.write_back(&mut shrinker, &mut job) {}
+    }
+
+    fn clean_up(&self) {
+        let mut cleaner = Cleaner::new().expect("a cleaner");
+        while let Ok(true) = self.clean(&mut cleaner) {}
+    }
+
     /// Empties and ends the store, and checks that nothing was lost, left or counted twice.
     fn end(&self) {
         self.discard(0..self.slots(), &mut Detached::with_capacity(0));
@@ -72,8 +93,16 @@ impl Swap {
 
     fn assert_nothing_left(&self) {
         let metrics = self.metrics();
-        let pages = [&metrics.pages_lz4, &metrics.pages_incompressible, &metrics.pages_lost, &metrics.compressed_bytes];
+        let pages = [
+            &metrics.pages_lz4,
+            &metrics.pages_incompressible,
+            &metrics.pages_lost,
+            &metrics.pages_on_disk,
+            &metrics.compressed_bytes,
+        ];
         assert!(pages.iter().all(|gauge| gauge.get() == 0), "pages are counted that are no more");
+        assert_eq!(metrics.disk_live_bytes.get(), 0, "records on the disk were not freed");
+        assert_eq!(metrics.backing_free_bytes.get(), metrics.backing_bytes.get(), "segments were not given back");
         assert_eq!(metrics.pool_bytes.get(), 0, "pages of the arena were not given back");
         assert!(metrics.classes.iter().all(|class| (class.objects.get(), class.zspages.get()) == (0, 0)));
     }

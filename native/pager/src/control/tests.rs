@@ -6,6 +6,7 @@ use crate::testing::*;
 use proptest::prelude::*;
 use std::path::PathBuf;
 use zswapd_core::backing::{Disk, Faults, MemoryDisk};
+use zswapd_fuse::swapfile::NODEID;
 use zswapd_fuse::wire::opcode;
 
 /// A pager that answers commands until the process ends, or until `stop`.
@@ -366,6 +367,23 @@ fn a_writeback_keeps_no_other_command_waiting_but_the_next_one_and_ends_with_pag
     assert!(swept.is_empty() || swept.ends_with(" end=stopped"), "{swept}");
     assert_eq!(receive(&stopping).as_deref(), Some(&b"ok objects=0 pages=0 writebacks=0 cleanings=0"[..]));
     control.join();
+}
+
+#[test]
+fn paging_ends_after_the_last_read_of_the_disk() {
+    let disk = Held::new();
+    let control = with_disk(disk.clone(), 1);
+    assert!(control.ask(b"writeback all").starts_with("ok pages=1 "));
+    disk.hold(READS, true);
+    control.kernel.send(&request(opcode::READ, 2, NODEID, &arguments(40, &[(16, &4096u32.to_ne_bytes())])));
+    disk.wait_for(READS, 1);
+    let drained = control.connect();
+    send_message(&drained, b"drain");
+    control.expect_alive();
+    assert_eq!(receive_now(&drained), None, "a request is under way");
+    disk.hold(READS, false);
+    assert_eq!(control.kernel.reply(), crate::testing::Reply { unique: 2, errno: 0, payload: noise(1, 1) });
+    assert!(receive(&drained).expect("an answer in time").starts_with(b"ok objects="));
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! One file for each subject, one test for each race.
 
+mod cleaning;
 mod gate;
 mod moving;
+mod writeback;
 mod z3fold;
 mod zspage_lock;
 

@@ -1,6 +1,7 @@
 //! The store with a backing disk: against a simple model of it, and many at once.
 
 mod concurrent;
+mod during_the_write;
 mod model;
 
 use super::*;

@@ -1,0 +1,113 @@
+"""What a pager is started with, and what becomes of settings that have changed when it is found again."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from zswapd import pager as module
+from zswapd.config import Config, load
+from zswapd.pager import Pager
+
+
+def config(*overrides: str) -> Config:
+    return load(None, overrides, {"ZSWAPD_CONFIG": os.devnull})
+
+
+class Found(Pager):
+    """The pager of a process that does nothing but have a command line; notes what it is told."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.told: list[str] = []
+
+    def status(self) -> dict[str, int]:
+        return {"pid": self.pid}
+
+    def _ask(self, command: str) -> tuple[str, int | None]:
+        self.told.append(command)
+        return "pages=1 bytes=2 end=full", None
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[bytes]]]:
+    processes: list[subprocess.Popen[bytes]] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def start(started: list[subprocess.Popen[bytes]], with_config: Config) -> Found:
+    words = [word for name, value in module._options(with_config).items() for word in (f"--{name}", value)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True); input()", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout
+    process.stdout.read(1)  # it has its command line
+    started.append(process)
+    return Found(process.pid)
+
+
+DISK = "writeback.backing=/dev/a b"
+
+
+def test_options_of_writeback_are_given_only_with_a_disk() -> None:
+    options = module._options(config(DISK, "writeback.encryption=false", "writeback.incompressible=first"))
+    assert {name: options[name] for name in ("backing", "encryption", "incompressible")} == {
+        "backing": "/dev/a b",
+        "encryption": "off",
+        "incompressible": "first",
+    }
+    assert (options["accept-threshold"], options["shrinkers"]) == ("90", "2")
+    assert not {"backing", "encryption", "accept-threshold"} & module._options(config()).keys()
+
+
+def test_nothing_is_said_or_told_if_nothing_has_changed(started: list[subprocess.Popen[bytes]]) -> None:
+    pager = start(started, config(DISK))
+    assert pager.backing() == Path("/dev/a b")
+    assert pager.apply(config(DISK, "writeback.budget_per_hour=1GiB", "swap.priority=7")) == []
+    assert pager.told == []
+
+
+def test_what_can_be_is_applied_and_the_rest_is_named(started: list[subprocess.Popen[bytes]]) -> None:
+    pager = start(started, config(DISK))
+    changed = config(
+        DISK,
+        "writeback.accept_threshold_percent=70",
+        "pool.mem_limit=8MiB",
+        "compression.zstd_level=9",
+        "writeback.incompressible=keep",
+        "swap.size=8MiB",
+    )
+    assert pager.apply(changed) == ["swap.size", "writeback.incompressible"]
+    assert pager.told == ["mem-limit 8388608", "compression lz4 9", "accept-threshold 70"]
+
+
+def test_a_disk_that_comes_or_goes_waits_for_the_next_pager(started: list[subprocess.Popen[bytes]]) -> None:
+    all_of_it = ["writeback.backing", "writeback.encryption", "writeback.incompressible", "writeback.shrinkers"]
+    for old, new in ((config(), config(DISK)), (config(DISK), config())):
+        pager = start(started, old)
+        assert pager.backing() == (Path("/dev/a b") if old.writeback.backing else None)
+        assert pager.apply(new) == all_of_it
+        assert pager.told == []
+
+
+def test_commands_are_the_pager_s(started: list[subprocess.Popen[bytes]]) -> None:
+    pager = start(started, config(DISK))
+    pager.mark_idle(0)
+    pager.mark_idle(60)
+    assert pager.shrink(4096).ended == "full"
+    written = pager.write_back("page 7")
+    assert (written.pages, written.bytes) == (1, 2)
+    pager.limit_writing(None)
+    pager.limit_writing(0)
+    pager.grant(5)
+    pager.promote(False)
+    assert pager.told == [
+        *("idle all", "idle 60", "shrink 4096", "writeback page 7"),
+        *("writeback-limit none", "writeback-limit 0", "writeback-limit +5", "promote off"),
+    ]
