@@ -140,6 +140,8 @@ pub struct Metrics {
     pub pool_limit_bytes: Counter,
     /// Bytes of arena memory taken from the system, in use or not.
     pub backed_bytes: Counter,
+    /// Who moves objects, and the end of the pool waits for.
+    pub movers_awaited: Counter,
     /// Bytes of slot words, locks and descriptors, and of the arena's own bookkeeping.
     pub metadata_bytes: Counter,
     pub arena_metadata_bytes: Counter,

@@ -41,16 +41,22 @@ const RETRY_MS: libc::c_int = 1;
 
 /// Starts the workers.
 pub fn spawn(shared: &Arc<Shared>, device: &Arc<File>, args: &Args) -> io::Result<()> {
-    // On the only processor there is, who looks for a request keeps away who would make it.
-    let alone = thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
-    let spin = if alone { Duration::ZERO } else { args.spin };
-    let crew = Arc::new(Crew::new(Lead::new(shared.clone(), device.clone(), spin)));
+    let crew = Arc::new(Crew::new(Lead::new(shared.clone(), device.clone(), spin_here(args.spin))));
     let workers = if args.backing.is_some() { args.workers } else { 1 };
     for n in 0..workers {
         let mut worker = Worker::new(shared.clone(), device.clone(), crew.clone())?;
         spawn_thread(&format!("worker-{n}"), move || no_alloc::forbidden(|| worker.serve()))?;
     }
     Ok(())
+}
+
+/// How long to look for a request before sleeping: on the only processor there is, who looks keeps away who would make
+/// one.
+fn spin_here(most: Duration) -> Duration {
+    match thread::available_parallelism() {
+        Ok(processors) if processors.get() == 1 => Duration::ZERO,
+        _ => most,
+    }
 }
 
 /// What only the worker that leads has: requests, and what there is to know about them.
