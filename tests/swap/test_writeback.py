@@ -115,7 +115,7 @@ def test_a_pool_of_an_eighth_of_what_is_touched(attached: Attached, corpus: int)
     assert "leaked" not in daemon.log()
 
 
-@pytest.mark.parametrize("disk", [("file", 12 << 20), ("block", 12 << 20)], indirect=True, ids=["file", "block"])
+@pytest.mark.parametrize("disk", [("file", 16 << 20), ("block", 16 << 20)], indirect=True, ids=["file", "block"])
 def test_a_disk_that_fills_up_with_dead_records_is_cleaned(attached: Attached, corpus: int) -> None:
     daemon = attached()
     with touching(daemon, corpus) as workload:

@@ -106,8 +106,8 @@ class Device(ABC):
         """What has gone to its disk and come from there since it was set up; None without a disk."""
         return None
 
-    async def on_disk(self) -> int | None:
-        """Bytes of pages that are on disk alone; None without a disk."""
+    async def disk_share(self) -> float | None:
+        """The share of its pages that are on disk alone; None without a disk."""
         return None
 
     def cpu_seconds(self) -> dict[str, float]:

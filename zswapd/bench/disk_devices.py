@@ -53,9 +53,8 @@ class SwapFile(Device):
     async def traffic(self) -> Traffic:
         return vmstat_traffic(Path("/proc/vmstat").read_text()) - self._before
 
-    async def on_disk(self) -> int:
-        area = self.area()
-        return area.used_bytes if area else 0
+    async def disk_share(self) -> float:
+        return 1.0
 
 
 class Zswap(SwapFile):
@@ -113,8 +112,10 @@ class Zswap(SwapFile):
         pool, original = self._meminfo()
         return Held(original, pool + original // PAGE * (ZSWAP_ENTRY + ZSMALLOC_HANDLE))
 
-    async def on_disk(self) -> int:
-        return max(0, await super().on_disk() - self._meminfo()[1])
+    async def disk_share(self) -> float:
+        area = self.area()
+        used = area.used_bytes if area else 0
+        return max(0.0, 1 - self._meminfo()[1] / used) if used else 0.0
 
     @staticmethod
     def _meminfo() -> tuple[int, int]:

@@ -233,11 +233,16 @@ class Zswapd(Device):
             stats["writeback"]["pages_written"], int(count.get("write_bytes", 0)), int(count.get("read_bytes", 0))
         )
 
-    async def on_disk(self) -> int | None:
-        return (await self.daemon.stats())["pages"]["on_disk"] * PAGE if self.pool_limit else None
+    async def disk_share(self) -> float | None:
+        pages = (await self.daemon.stats())["pages"]
+        stored = sum(pages.values()) - pages["lost"]
+        return pages["on_disk"] / max(1, stored) if self.pool_limit else None
 
     async def refused(self) -> int:
-        return sum((await self.daemon.stats())["rejected_stores"].values())
+        rejected = (await self.daemon.stats())["rejected_stores"]
+        return sum(
+            count for reason, count in rejected.items() if reason != "no_writeback"
+        )  # which says why it was full
 
     def cpu_seconds(self) -> dict[str, float]:
         return {name: _cpu_seconds(pid) for name, pid in self.daemon.processes().items()}
