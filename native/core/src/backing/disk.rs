@@ -1,6 +1,6 @@
 //! What a backing disk is to the rest: blocks that are read and written.
 
-#[cfg(any(test, debug_assertions))]
+#[cfg(any(test, debug_assertions, feature = "testing"))]
 use crate::sync::{Mutex, PoisonError};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -78,10 +78,10 @@ fn transfer(length: usize, mut call: impl FnMut(usize) -> isize) -> io::Result<(
 }
 
 /// Stands in for a disk in tests and models: what was never written is zero.
-#[cfg(any(test, debug_assertions))]
+#[cfg(any(test, debug_assertions, feature = "testing"))]
 pub struct MemoryDisk(Mutex<Box<[u8]>>);
 
-#[cfg(any(test, debug_assertions))]
+#[cfg(any(test, debug_assertions, feature = "testing"))]
 impl MemoryDisk {
     pub fn new(bytes: usize) -> MemoryDisk {
         MemoryDisk(Mutex::new(vec![0; bytes].into()))
@@ -93,7 +93,7 @@ impl MemoryDisk {
     }
 }
 
-#[cfg(any(test, debug_assertions))]
+#[cfg(any(test, debug_assertions, feature = "testing"))]
 impl Disk for MemoryDisk {
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.with(|bytes| into.copy_from_slice(&bytes[offset as usize..][..into.len()]));

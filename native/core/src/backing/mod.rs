@@ -20,7 +20,7 @@ mod cipher;
 #[cfg(test)]
 mod cleaning_tests;
 mod disk;
-#[cfg(any(test, debug_assertions))]
+#[cfg(any(test, debug_assertions, feature = "testing"))]
 mod faults;
 mod reader;
 mod record;
@@ -29,10 +29,10 @@ mod table;
 mod tests;
 mod writer;
 
-#[cfg(any(test, debug_assertions))]
+#[cfg(any(test, debug_assertions, feature = "testing"))]
 pub use disk::MemoryDisk;
 pub use disk::{Disk, FileDisk};
-#[cfg(any(test, debug_assertions))]
+#[cfg(any(test, debug_assertions, feature = "testing"))]
 pub use faults::Faults;
 pub use reader::{CleanBuffer, ReadBuffer};
 pub use record::{records_of, Damaged, DiskLocation, Record, Records};
