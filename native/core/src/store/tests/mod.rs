@@ -10,6 +10,7 @@ use crate::backing::{Disk, MemoryDisk, SEGMENT_BYTES};
 use crate::codec::Algorithm;
 use crate::lru::Incompressible;
 use crate::page::PAGE_SIZE;
+use std::time::Duration;
 
 const LZ4: Compression = Compression { algorithm: Algorithm::Lz4, zstd_level: 1 };
 
