@@ -96,11 +96,13 @@ class EngineStats(TypedDict):
     stores: int
     discards: int
     pages_compacted: int
+    movers_awaited: int
     rejected_stores: dict[str, int]
     errors: dict[str, int]
     load_latency: LatencyStats
     store_latency: LatencyStats
     mover_waits: LatencyStats
+    #: Empty for z3fold, which has no size classes.
     classes: list[ClassStats]
     writeback: WritebackStats
 

@@ -70,6 +70,11 @@ class EngineCollector(Collector):
         yield CounterMetricFamily(
             "zswapd_compacted_pages", "Pages of the pool that compaction has freed.", value=stats["pages_compacted"]
         )
+        yield GaugeMetricFamily(
+            "zswapd_movers_awaited",
+            "Threads that move objects, and that the end of the pool waits for.",
+            value=stats["movers_awaited"],
+        )
         for name, text, counts in (
             ("zswapd_rejected_stores", "Writes that were refused, by reason.", stats["rejected_stores"]),
             ("zswapd_load_errors", "Reads that failed, by reason.", stats["errors"]),
@@ -111,7 +116,8 @@ class EngineCollector(Collector):
             "zswapd_zspages",
             "Zspages by the share of their objects that is in use: below this, or full.",
             "fullness",
-            dict(zip(bounds, map(sum, groups), strict=True)),
+            # No allocator but zsmalloc has any.
+            dict(zip(bounds if stats["classes"] else (), map(sum, groups), strict=True)),
         )
 
 

@@ -161,7 +161,9 @@ def _backing(stats: dict[str, Any]) -> Iterator[tuple[str, Text]]:
 
 
 def render_classes(stats: dict[str, Any]) -> RenderableType:
-    """The size classes that have zspages, for people."""
+    """The size classes that have zspages, for people. z3fold has none."""
+    if stats["allocator"] != "zsmalloc":
+        return Text(f"{stats['allocator']} has no size classes: it lays up to three objects of any length on a page")
     columns = ("size", "pages", "objects", "in use", "zspages", "< 30 %", "< 70 %", "< 100 %", "full", "waste")
     table = Table(*(Column(name, justify="right") for name in columns), box=None, show_footer=True)
     used = [entry for entry in stats["classes"] if entry["zspages"]]
@@ -238,6 +240,8 @@ def _errors(stats: dict[str, Any]) -> list[Text]:
     counts = {**stats["errors"], **stats["rejected_stores"], **write_errors}
     lines = [f"{count:,} {meaning.get(name, name)}" for name, count in counts.items() if count]
     texts = [Text(line, style="bold red") for line in lines]
+    if movers := stats["movers_awaited"]:
+        texts.append(Text(f"ending: waiting for {movers} to finish moving objects of the pool", "yellow"))
     if lost := stats["pages"]["lost"]:
         # The kernel has not forgotten a page whose store was refused.
         texts.append(

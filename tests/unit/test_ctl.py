@@ -195,7 +195,8 @@ def test_an_error_is_shown_with_its_hint(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_status_joins_the_daemon_s_word_with_the_kernel_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "read_stats", lambda mount_point: {"pid": 5, "classes": [], "writeback": writeback()})
+    stats = {"pid": 5, "allocator": "zsmalloc", "classes": [], "writeback": writeback()}
+    monkeypatch.setattr(status, "read_stats", lambda mount_point: stats)
     monkeypatch.setattr(swapdev, "discover", lambda mount_point: ATTACHED)
     shown = json.loads(run("status", "--json").stdout)
     assert shown["pid"] == 5

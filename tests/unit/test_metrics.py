@@ -109,6 +109,16 @@ def test_values_are_those_of_the_statistics(engine: EmbeddedEngine) -> None:
     assert waste == stats["pool_bytes"] - in_use
 
 
+def test_z3fold_has_no_size_classes() -> None:
+    engine = EmbeddedEngine(
+        size_bytes=64 * PAGE, allocator="z3fold", mem_limit=40 * PAGE, algorithm="lz4", zstd_level=3
+    )
+    engine.write(0, noise(1))
+    values = samples(scrape(engine))
+    assert values["zswapd_pool_bytes", ""] == 2 * PAGE
+    assert not any(name.startswith(("zswapd_class_", "zswapd_zspages")) for name, _ in values)
+
+
 @pytest.mark.parametrize("what", ["load", "store"])
 def test_histograms_are_cumulative_and_complete(engine: EmbeddedEngine, what: str) -> None:
     stats = engine.stats()

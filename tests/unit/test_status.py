@@ -34,6 +34,7 @@ def stats(**changes: Any) -> dict[str, Any]:
         "stores": 200,
         "discards": 0,
         "pages_compacted": 0,
+        "movers_awaited": 0,
         "rejected_stores": {"pool_full": 0, "no_memory": 0, "out_of_range": 0},
         "errors": {"lost": 0, "corrupt": 0},
         "load_latency": HISTOGRAM,
@@ -101,7 +102,7 @@ def test_classes_are_shown_with_their_sum() -> None:
     ]
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(status.render_classes({"classes": classes}))
+        console.print(status.render_classes({"allocator": "zsmalloc", "classes": classes}))
     rows = [line.split() for line in capture.get().splitlines()[1:]]
     assert rows == [
         ["1024", "3", "10", "10,456", "1,063", "3", "12", "48", "1,000", "2.0", "KiB"],
@@ -164,6 +165,11 @@ def test_errors_are_red(changes: dict[str, Any], text: str) -> None:
 
 def test_slots_without_a_page_are_no_alarm() -> None:
     assert "\x1b[33m6 slots hold no page" in shown(stats(pages={"lz4": 1, "on_disk": 0, "lost": 6}))
+
+
+def test_what_the_end_waits_for_is_shown() -> None:
+    assert "\x1b[33mending: waiting for 1 to finish moving objects" in shown(stats(movers_awaited=1))
+    assert "ending" not in shown(stats())
 
 
 def test_no_mount_means_no_daemon(tmp_path: Path) -> None:

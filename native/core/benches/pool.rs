@@ -1,9 +1,10 @@
 //! Objects written, read and freed per second, by 1, 2 and 4 threads that run at once:
 //! `cargo bench --manifest-path native/Cargo.toml --bench pool`.
 //!
-//! The pool is compared with itself behind one mutex, and with mimalloc, which neither moves what it holds nor can
-//! tell an object that is gone: the least that keeping bytes costs. Lengths are those of real pages (`LENGTHS` in `src/pool/class.rs`), or
-//! 1 KiB. Reading is finding and pinning the object and copying its bytes out, without checksum.
+//! The pool (zsmalloc) is compared with z3fold, with itself behind one mutex, and with mimalloc, which neither moves what
+//! it holds nor can tell an object that is gone: the least that keeping bytes costs. Each pool has a thread that keeps
+//! its reserve filled. Lengths are those of real pages (`LENGTHS` in `src/pool/class.rs`), or 1 KiB. Reading is finding
+//! and pinning the object and copying its bytes out, without checksum.
 
 mod lengths;
 
@@ -13,8 +14,11 @@ use lengths::Random;
 use mimalloc::MiMalloc;
 use std::alloc::{GlobalAlloc, Layout};
 use std::hint::black_box;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Barrier, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use zswapd_core::error::Error;
 use zswapd_core::metrics::SharedMetrics;
 use zswapd_core::page::PAGE_SIZE;
 use zswapd_core::pool::{Allocator, Location, Pool};
@@ -37,39 +41,95 @@ trait Heap: Sync {
     fn free(&self, key: Self::Key, length: usize);
 }
 
-impl Heap for Pool {
-    const NAME: &'static str = "pool";
-    type Key = Location;
+/// A pool with a thread that keeps its reserve filled, as in the pager.
+struct Pooled {
+    pool: Arc<Pool>,
+    end: Arc<AtomicBool>,
+    adjuster: Option<JoinHandle<()>>,
+}
 
-    fn new() -> Pool {
+impl Pooled {
+    fn new(allocator: Allocator) -> Pooled {
         let state = State::create(1, 1 << 20, None).expect("address space");
-        Pool::new(Arc::new(state), Allocator::Zsmalloc, 4 << 30, SharedMetrics::new(None).expect("memory"))
-            .expect("memory")
+        let metrics = SharedMetrics::new(None).expect("memory");
+        let pool = Arc::new(Pool::new(Arc::new(state), allocator, 4 << 30, metrics).expect("memory"));
+        let end = Arc::new(AtomicBool::new(false));
+        let adjust = {
+            let (pool, end) = (pool.clone(), end.clone());
+            move || {
+                pool.become_adjuster();
+                while !end.load(Relaxed) {
+                    while pool.adjust().expect("memory") {}
+                    std::thread::park();
+                }
+            }
+        };
+        Pooled { pool, end, adjuster: Some(std::thread::spawn(adjust)) }
     }
 
     fn insert(&self, bytes: &[u8]) -> Location {
-        Pool::insert(self, bytes.len(), |object| object[..bytes.len()].copy_from_slice(bytes)).expect("room").location()
+        loop {
+            match self.pool.insert(bytes.len(), |object| object[..bytes.len()].copy_from_slice(bytes)) {
+                Ok(object) => return object.location(),
+                // The pager would fail the write.
+                Err(Error::NoRegion) => std::thread::yield_now(),
+                Err(error) => panic!("{error}"),
+            }
+        }
     }
 
     fn read(&self, key: Location, to: &mut [u8]) {
-        let object = self.pin(key).expect("an object");
+        let object = self.pool.pin(key).expect("an object");
         // SAFETY: each object is used by one thread, which frees it later.
         to.copy_from_slice(&unsafe { object.bytes() }[..to.len()]);
     }
+}
 
-    fn free(&self, key: Location, _: usize) {
-        Pool::free(self, key);
+impl Drop for Pooled {
+    fn drop(&mut self) {
+        self.end.store(true, Relaxed);
+        if let Some(adjuster) = self.adjuster.take() {
+            adjuster.thread().unpark();
+            adjuster.join().expect("no panic");
+        }
     }
 }
 
-struct Locked(Mutex<Pool>);
+/// With one of the two allocators.
+struct Laid<const Z3FOLD: bool>(Pooled);
+
+impl<const Z3FOLD: bool> Heap for Laid<Z3FOLD> {
+    const NAME: &'static str = if Z3FOLD { "z3fold" } else { "pool" };
+    type Key = Location;
+
+    fn new() -> Self {
+        Laid(Pooled::new(if Z3FOLD { Allocator::Z3fold } else { Allocator::Zsmalloc }))
+    }
+
+    fn insert(&self, bytes: &[u8]) -> Location {
+        self.0.insert(bytes)
+    }
+
+    fn read(&self, key: Location, to: &mut [u8]) {
+        self.0.read(key, to);
+    }
+
+    fn free(&self, key: Location, _: usize) {
+        self.0.pool.free(key);
+    }
+}
+
+type Zsmalloc = Laid<false>;
+type Z3fold = Laid<true>;
+
+struct Locked(Mutex<Zsmalloc>);
 
 impl Heap for Locked {
     const NAME: &'static str = "pool behind a mutex";
     type Key = Location;
 
     fn new() -> Locked {
-        Locked(Mutex::new(<Pool as Heap>::new()))
+        Locked(Mutex::new(Zsmalloc::new()))
     }
 
     fn insert(&self, bytes: &[u8]) -> Location {
@@ -211,13 +271,15 @@ fn group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, Wal
 fn benches(criterion: &mut Criterion) {
     for (name, bytes) in [("read 1 KiB of 4 MiB", 4 << 20), ("read 1 KiB of 256 MiB", 256 << 20)] {
         let mut group = group(criterion, name);
-        reads::<Pool>(&mut group, 1024, bytes);
+        reads::<Zsmalloc>(&mut group, 1024, bytes);
+        reads::<Z3fold>(&mut group, 1024, bytes);
         reads::<Locked>(&mut group, 1024, bytes);
         reads::<MiMalloc>(&mut group, 1024, bytes);
     }
     for (name, time_inserts) in [("insert", true), ("free", false)] {
         let mut group = group(criterion, name);
-        churn::<Pool>(&mut group, time_inserts);
+        churn::<Zsmalloc>(&mut group, time_inserts);
+        churn::<Z3fold>(&mut group, time_inserts);
         churn::<Locked>(&mut group, time_inserts);
         churn::<MiMalloc>(&mut group, time_inserts);
     }

@@ -140,6 +140,8 @@ pub struct Metrics {
     pub pool_limit_bytes: Counter,
     /// Bytes of arena memory taken from the system, in use or not.
     pub backed_bytes: Counter,
+    /// Who moves objects, and the end of the pool waits for.
+    pub movers_awaited: Counter,
     /// Bytes of slot words, locks and descriptors, and of the arena's own bookkeeping.
     pub metadata_bytes: Counter,
     pub arena_metadata_bytes: Counter,
@@ -166,7 +168,7 @@ pub struct Metrics {
     pub rejected_out_of_range: Counter,
     /// The pool was full, and nothing could be written back: no healthy disk with room, or the budget was used up.
     pub rejected_no_writeback: Counter,
-    /// Stores that found no room at first, and were tried again while the shrinker made some.
+    /// How often a store found no room, and was to be tried again when the shrinkers had made some.
     pub stores_waited_for_room: Counter,
     pub errors_lost: Counter,
     pub errors_corrupt: Counter,
@@ -196,7 +198,7 @@ pub struct Metrics {
 }
 
 /// Changes with every change of [`Metrics`], so that nobody reads one layout as another.
-pub const LAYOUT: u64 = 5;
+pub const LAYOUT: u64 = 6;
 
 impl Default for Metrics {
     fn default() -> Metrics {

@@ -10,7 +10,7 @@
 use crate::args::Args;
 use crate::crew::{Crew, Pocket};
 use crate::idle::Idle;
-use crate::inbox::{Inbox, ROOM};
+use crate::inbox::{self, Inbox, ROOM};
 use crate::process::{spawn as spawn_thread, touch};
 use crate::{no_alloc, Shared};
 use std::fs::File;
@@ -41,16 +41,22 @@ const RETRY_MS: libc::c_int = 1;
 
 /// Starts the workers.
 pub fn spawn(shared: &Arc<Shared>, device: &Arc<File>, args: &Args) -> io::Result<()> {
-    // On the only processor there is, who looks for a request keeps away who would make it.
-    let alone = thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
-    let spin = if alone { Duration::ZERO } else { args.spin };
-    let crew = Arc::new(Crew::new(Lead::new(shared.clone(), device.clone(), spin)));
+    let crew = Arc::new(Crew::new(Lead::new(shared.clone(), device.clone(), spin_here(args.spin))));
     let workers = if args.backing.is_some() { args.workers } else { 1 };
     for n in 0..workers {
         let mut worker = Worker::new(shared.clone(), device.clone(), crew.clone())?;
         spawn_thread(&format!("worker-{n}"), move || no_alloc::forbidden(|| worker.serve()))?;
     }
     Ok(())
+}
+
+/// How long to look for a request before sleeping: on the only processor there is, who looks keeps away who would make
+/// one.
+fn spin_here(most: Duration) -> Duration {
+    match thread::available_parallelism() {
+        Ok(processors) if processors.get() == 1 => Duration::ZERO,
+        _ => most,
+    }
 }
 
 /// What only the worker that leads has: requests, and what there is to know about them.
@@ -69,7 +75,8 @@ struct Lead {
 
 impl Lead {
     fn new(shared: Arc<Shared>, device: Arc<File>, spin: Duration) -> Lead {
-        let (idle, inbox) = (Idle::new(spin), Inbox::new());
+        let room = if shared.engine.store().backing().is_some() { inbox::MANY } else { inbox::FEW };
+        let (idle, inbox) = (Idle::new(spin), Inbox::new(room));
         Lead { shared, device, idle, cannot_read: false, inbox, progress: Progress::NONE, at_once: 0 }
     }
 

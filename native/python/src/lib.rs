@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use zswapd_core::codec::{Algorithm, Codecs, Compression};
 use zswapd_core::engine::Engine as CoreEngine;
 use zswapd_core::error::Error;
-use zswapd_core::metrics::{Counter, HistogramSnapshot, Metrics, SharedMetrics, LATENCY_BOUNDS_NS};
+use zswapd_core::metrics::{ClassMetrics, Counter, HistogramSnapshot, Metrics, SharedMetrics, LATENCY_BOUNDS_NS};
 use zswapd_core::page::{Page, PAGE_SIZE};
 use zswapd_core::pool::Allocator;
 use zswapd_core::scratch::Scratch;
@@ -155,6 +155,7 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
             ("stores", metrics.stores.get()),
             ("discards", metrics.discards.get()),
             ("pages_compacted", metrics.pages_compacted.get()),
+            ("movers_awaited", metrics.movers_awaited.get()),
         ],
     )?;
     let algorithm = if metrics.algorithm.get() == 0 { Algorithm::Lz4 } else { Algorithm::Zstd };
@@ -178,7 +179,9 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
     stats.set_item("load_latency", histogram(py, &metrics.load_latency.snapshot())?)?;
     stats.set_item("store_latency", histogram(py, &metrics.store_latency.snapshot())?)?;
     stats.set_item("mover_waits", histogram(py, &metrics.mover_waits.snapshot())?)?;
-    let classes = metrics.classes.iter().filter(|class| class.size_bytes.get() > 0).map(|class| {
+    // z3fold has none: what it counts there is pages of up to three objects of any length, and pairs of pages.
+    let is_class = |class: &&ClassMetrics| allocator == Allocator::Zsmalloc && class.size_bytes.get() > 0;
+    let classes = metrics.classes.iter().filter(is_class).map(|class| {
         let zspage_bytes = class.pages_per_zspage.get() * PAGE_SIZE as u64;
         let in_use = class.objects.get() * class.size_bytes.get();
         let fields = [

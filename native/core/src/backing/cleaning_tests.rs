@@ -182,7 +182,11 @@ proptest! {
     #[test]
     fn a_disk_is_full_when_it_is(segments in 3..20usize, length in 300..4106usize, dies in 2..6usize) {
         let mut log = Log::new(segments, "");
-        while log.disk.backing.has_room() {
+        for n in 0.. {
+            if !log.disk.backing.has_room() {
+                break;
+            }
+            prop_assert!(n < 10_000, "there is no end of room");
             let first = log.next_slot;
             match log.put(length, 1000) {
                 // One in so many of them dies at once.
@@ -229,6 +233,28 @@ fn nothing_is_cleaned_while_much_is_free_or_when_little_is_gained() {
     log.keep_every(2);
     log.put(4000, 1000).expect("room");
     assert!(!log.disk.backing.wants_cleaning() && !log.disk.backing.has_room());
+}
+
+#[test]
+fn dense_segments_are_cleaned_only_when_nothing_else_makes_room() {
+    let mut log = Log::new(8, "");
+    let mut put = |one_dies_of: u32| {
+        let first = log.next_slot;
+        let count = log.put(4000, 1000).expect("room") as u32;
+        (first..first + count).filter(|slot| slot % 4 < one_dies_of).for_each(|slot| log.free(slot));
+    };
+    // Of four segments a quarter is dead, of two three quarters.
+    [1, 1, 1, 1, 3, 3].into_iter().for_each(&mut put);
+    assert_eq!(log.disk.free_segments(), 2);
+    assert_eq!(log.clean(), Cleaned::Done);
+    assert_eq!(log.disk.metrics.cleaned_segments.get(), 2);
+    // Now they have to go.
+    for _ in 0..2 {
+        log.put(4000, 1000).expect("room");
+    }
+    assert_eq!(log.clean(), Cleaned::Done);
+    assert_eq!((log.disk.free_segments(), log.disk.metrics.cleaned_segments.get()), (2, 6));
+    log.check();
 }
 
 #[test]

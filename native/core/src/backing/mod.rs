@@ -14,6 +14,8 @@
 //! Whoever holds a slot's lock may read and free the record that its word names; a record is never freed while it is
 //! read. Nothing here allocates on the way of a page, and no lock is held over a transfer.
 
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod alloc_tests;
 mod cipher;
 #[cfg(test)]
 mod cleaning_tests;
@@ -34,7 +36,7 @@ pub use disk::{Disk, FileDisk};
 pub use faults::Faults;
 pub use reader::{CleanBuffer, ReadBuffer};
 pub use record::{records_of, Damaged, DiskLocation, Record, Records};
-pub use writer::{Purpose, Writer};
+pub use writer::{Purpose, Writer, MAX_RECORDS};
 
 use crate::error::{Error, Result};
 use crate::locks::{Rank, Ranked};

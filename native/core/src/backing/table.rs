@@ -230,10 +230,12 @@ impl Table {
     /// The one that [`Table::victim`] would give: of the emptiest group, the one that has been in it longest.
     pub fn next_victim(&self) -> Option<u32> {
         let enough = (self.segments.len() as u32 / ENOUGH_SHARE).max(ENOUGH);
-        let fullest = match self.free_segments() {
-            free if free <= RESERVE => DENSE,
+        // The one that is being filled for it stood for room when cleaning began.
+        let free = self.free_segments() + u32::from(self.cleaning > 0);
+        let fullest = match free {
+            _ if free <= RESERVE => DENSE,
             // A small disk is not kept half empty for that.
-            free if free < enough.min(self.segments.len() as u32 / 2) => SPARSE,
+            _ if free < enough.min(self.segments.len() as u32 / 2) => SPARSE,
             _ => return None,
         };
         // Who is cleaning has been promised what it writes next.

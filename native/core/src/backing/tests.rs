@@ -16,21 +16,30 @@ pub(super) struct Fixture {
     pub state: Arc<State>,
     pub metrics: SharedMetrics,
     pub writer: Writer,
-    buffer: ReadBuffer,
+    pub buffer: ReadBuffer,
 }
 
 impl Fixture {
     pub fn new(segments: usize, encryption: bool, faults: &str) -> Fixture {
-        let state = Arc::new(State::create(1, 512, None).expect("state"));
-        Fixture::over(Arc::new(MemoryDisk::new(segments * SEGMENT_BYTES)), segments, encryption, faults, state)
+        Fixture::over(Arc::new(MemoryDisk::new(segments * SEGMENT_BYTES)), segments, encryption, faults, new_state())
     }
 
     fn over(disk: Arc<MemoryDisk>, segments: usize, encryption: bool, faults: &str, state: Arc<State>) -> Fixture {
-        let metrics = SharedMetrics::new(None).expect("metrics");
         let under: Box<dyn Disk> = match faults {
             "" => Box::new(disk.clone()),
             rules => Box::new(Faults::new(disk.clone(), rules).expect("rules")),
         };
+        Fixture::on(under, disk, segments, encryption, state)
+    }
+
+    fn on(
+        under: Box<dyn Disk>,
+        disk: Arc<MemoryDisk>,
+        segments: usize,
+        encryption: bool,
+        state: Arc<State>,
+    ) -> Fixture {
+        let metrics = SharedMetrics::new(None).expect("metrics");
         let (bytes, options) = ((segments * SEGMENT_BYTES) as u64, Options { encryption });
         Fixture {
             backing: Backing::new(under, bytes, options, state.clone(), metrics.clone()).expect("a disk"),
@@ -69,6 +78,10 @@ impl Fixture {
     pub fn free_segments(&self) -> u64 {
         self.metrics.backing_free_bytes.get() / SEGMENT_BYTES as u64
     }
+}
+
+fn new_state() -> Arc<State> {
+    Arc::new(State::create(1, 512, None).expect("state"))
 }
 
 pub(super) fn object(seed: usize, length: usize) -> Vec<u8> {
@@ -112,7 +125,7 @@ proptest! {
     fn any_location_is_read_or_refused(encryption: bool, bits: u64) {
         let mut fixture = Fixture::new(3, encryption, "");
         let record = fixture.write(&objects(&[100; 20])).expect("written")[19];
-        let location = DiskLocation::from_bits(bits % (1 << 12) | bits & 0x1ff << 36);
+        let location = DiskLocation::from_bits(bits & (0x1ff << 36 | 0xfff));
         for location in [location, DiskLocation::from_bits(bits)] {
             let elsewhere = Record { location, ..record };
             prop_assert!(elsewhere == record || fixture.refuses(elsewhere));
@@ -180,7 +193,7 @@ impl Disk for Notes {
 #[test]
 fn no_nonce_is_used_twice() {
     const OBJECT: usize = 4096 - RECORD_HEADER - TAG;
-    let (notes, state) = (Arc::default(), Arc::new(State::create(1, 512, None).expect("state")));
+    let (notes, state) = (Arc::default(), new_state());
     let (mut writer, mut keys) = (Writer::new().expect("a writer"), BTreeSet::new());
     for _ in 0..2 {
         let (disk, metrics) = (Box::new(Notes(Arc::clone(&notes))), SharedMetrics::new(None).expect("metrics"));
@@ -229,6 +242,18 @@ fn a_failed_write_leaves_nothing_and_three_in_a_row_are_the_end() {
         assert_eq!((fixture.metrics.backing_state.get(), fixture.free_segments()), (1, 7));
         write(&mut fixture).expect("written");
     }
+}
+
+#[test]
+fn a_failed_write_does_not_succeed_when_asked_again() {
+    let Fixture { backing, mut writer, metrics, .. } = Fixture::new(3, true, "write:1:eio");
+    writer.begin(&backing, Purpose::Evict).expect("room");
+    writer.add(&backing, 1, 1, &[7; 100]).expect("fits");
+    assert!(writer.write(&backing).is_err() && writer.write(&backing).is_err());
+    assert_eq!(writer.add(&backing, 1, 1, &[7; 100]), None);
+    assert_eq!((writer.records().len(), metrics.disk_live_bytes.get()), (1, 0));
+    writer.finish(&backing);
+    writer.begin(&backing, Purpose::Evict).expect("room");
 }
 
 #[test]
@@ -333,64 +358,23 @@ fn a_disk_too_small_is_refused() {
     assert!(Backing::new(disk, bytes, Options { encryption: true }, Arc::new(state), metrics).is_err());
 }
 
-/// Counts what a thread allocates or frees while it asks for that.
-#[cfg(not(any(loom, shuttle)))]
-mod no_alloc {
-    use super::*;
-    use std::alloc::{GlobalAlloc, Layout, System};
-    use std::cell::Cell;
-
-    thread_local! {
-        static COUNT: Cell<usize> = const { Cell::new(0) };
+/// With the buffers' alignment, where the file system knows direct I/O.
+#[cfg(not(miri))]
+#[test]
+fn a_file_is_written_and_read_directly() {
+    use std::os::unix::fs::OpenOptionsExt;
+    let path = std::env::temp_dir().join(format!("zswapd-backing-{}", std::process::id()));
+    let open = |flags| std::fs::OpenOptions::new().read(true).write(true).create(true).custom_flags(flags).open(&path);
+    let file = open(libc::O_DIRECT).or_else(|_| open(0)).expect("a file");
+    std::fs::remove_file(&path).expect("removed");
+    file.set_len(3 * SEGMENT_BYTES as u64).expect("room");
+    let disk = FileDisk::new(file.into());
+    assert_eq!(disk.bytes().expect("a size"), 3 * SEGMENT_BYTES as u64);
+    let mut fixture = Fixture::on(Box::new(disk), Arc::new(MemoryDisk::new(0)), 3, true, new_state());
+    let objects = objects(&[4000, 100, 4106, 2000]);
+    for (record, object) in fixture.write(&objects).expect("written").into_iter().zip(objects) {
+        assert_eq!(fixture.read(record).expect("readable"), object);
     }
-
-    struct Counted;
-
-    // SAFETY: passes everything on to the system's allocator.
-    unsafe impl GlobalAlloc for Counted {
-        unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-            COUNT.set(COUNT.get() + 1);
-            // SAFETY: the caller's promise.
-            unsafe { System.alloc(layout) }
-        }
-
-        unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-            COUNT.set(COUNT.get() + 1);
-            // SAFETY: the caller's promise.
-            unsafe { System.dealloc(pointer, layout) }
-        }
-    }
-
-    #[global_allocator]
-    static COUNTED: Counted = Counted;
-
-    #[test]
-    fn nothing_allocates_on_the_way_of_a_page() {
-        for encryption in BOTH {
-            let Fixture { backing, mut writer, mut buffer, .. } =
-                Fixture::new(3, encryption, "write:3:eio,read:2:eio,read:3:flip");
-            let (mut cleaner, object) = (CleanBuffer::new().expect("a buffer"), object(1, BLOCK - RECORD_HEADER - TAG));
-            let before = COUNT.get();
-            for _ in 0..2 {
-                writer.begin(&backing, Purpose::Evict).expect("room");
-                while writer.add(&backing, 1, 1, &object).is_some() {}
-                writer.write(&backing).expect("written");
-                writer.records()[1..].iter().for_each(|record| backing.free(record.location));
-                writer.finish(&backing);
-            }
-            let victim = backing.victim().expect("two sparse ones");
-            cleaner.read(&backing, &victim).expect("readable");
-            let record = cleaner.next_record().expect("a record");
-            assert!(cleaner.object(&backing).is_some());
-            assert!(backing.read(record.location, 1, 1, &mut buffer).is_err());
-            assert!(backing.read(record.location, 1, 1, &mut buffer).is_err());
-            assert!(backing.read(record.location, 1, 1, &mut buffer).is_ok());
-            writer.begin(&backing, Purpose::Clean).expect("a segment is kept back");
-            writer.add(&backing, 1, 2, &object).expect("fits");
-            assert!(writer.write(&backing).is_err());
-            writer.finish(&backing);
-            backing.release(victim);
-            assert_eq!(COUNT.get(), before);
-        }
-    }
+    let at = DiskLocation::new(2 * SEGMENT_BYTES as u64..2 * SEGMENT_BYTES as u64 + 4096);
+    assert!(fixture.refuses(Record { slot: 1, generation: 1, location: at }), "a hole");
 }

@@ -15,8 +15,8 @@ pub enum Purpose {
     Clean,
 }
 
-/// More than ever fit, unless objects become very small; then a segment is written before it is full.
-const MAX_RECORDS: usize = SEGMENT_BYTES / 64;
+/// Of a segment. More than ever fit, unless objects become very small; then a segment is written before it is full.
+pub const MAX_RECORDS: usize = SEGMENT_BYTES / 64;
 
 /// One segment in memory: `begin`, `add` until it is full, `write`, then publish what `records` says, `finish`; and again.
 ///

@@ -102,7 +102,13 @@ impl Swap {
         ];
         assert!(pages.iter().all(|gauge| gauge.get() == 0), "pages are counted that are no more");
         assert_eq!(metrics.disk_live_bytes.get(), 0, "records on the disk were not freed");
-        assert_eq!(metrics.backing_free_bytes.get(), metrics.backing_bytes.get(), "segments were not given back");
+        // A segment that could not be written is not used again.
+        let spoilt = metrics.writeback_errors.get() * SEGMENT_BYTES as u64;
+        assert_eq!(
+            metrics.backing_free_bytes.get() + spoilt,
+            metrics.backing_bytes.get(),
+            "segments were not given back"
+        );
         assert_eq!(metrics.pool_bytes.get(), 0, "pages of the arena were not given back");
         assert!(metrics.classes.iter().all(|class| (class.objects.get(), class.zspages.get()) == (0, 0)));
     }

@@ -244,20 +244,21 @@ impl Arena {
         self.inner.lock().touched as u32 * REGION_PAGES
     }
 
-    /// Isolates the region with the fewest pages in use, if the idle pages of the others have room for them. Returns its
-    /// pages. Nothing is handed out from it until [`Arena::putback`]; one region is isolated at a time.
-    pub fn isolate_sparsest(&self) -> Option<Range<u32>> {
+    /// Isolates the region with the fewest pages in use that is not to be avoided (it is known by its first page), if the
+    /// idle pages of the others have room for them. Returns its pages. Nothing is handed out from it until
+    /// [`Arena::putback`]; one region is isolated at a time.
+    pub fn isolate_sparsest(&self, avoid: impl Fn(u32) -> bool) -> Option<Range<u32>> {
         let mut guard = self.inner.lock();
         let inner = &mut *guard;
         if inner.isolated.is_some() || inner.pages_to_spare(&self.metrics) == 0 {
             return None;
         }
-        let in_use = |&index: &usize| inner.regions[index].used_pages > 0;
-        let index = (0..inner.touched).filter(in_use).min_by_key(|&index| inner.regions[index].used_pages)?;
+        let first = |index: usize| index as u32 * REGION_PAGES;
+        let eligible = |&index: &usize| inner.regions[index].used_pages > 0 && !avoid(first(index));
+        let index = (0..inner.touched).filter(eligible).min_by_key(|&index| inner.regions[index].used_pages)?;
         inner.isolated = Some(index);
         inner.room[index] = 0;
-        let first = index as u32 * REGION_PAGES;
-        Some(first..first + REGION_PAGES)
+        Some(first(index)..first(index) + REGION_PAGES)
     }
 
     /// Ends the isolation. Returns true if the region was emptied: [`Arena::adjust`] may give it back then.
@@ -441,7 +442,7 @@ mod tests {
         let arena = arena(3, 1536);
         let runs: Vec<u32> = (0..128).map(|_| alloc(&arena, 8).expect("room")).collect();
         runs.iter().filter(|&first| first % REGION_PAGES > 0).for_each(|&first| free(&arena, first, 8));
-        let isolated = arena.isolate_sparsest().expect("pages to spare");
+        let isolated = arena.isolate_sparsest(|_| false).expect("pages to spare");
         free(&arena, isolated.start, 8);
         while arena.alloc(8).is_ok() {}
         assert!(arena.ensure_region(no_preparation).expect("memory"));

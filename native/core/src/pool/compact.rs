@@ -10,30 +10,75 @@
 //!    has published or emptied the slot meanwhile wins: the copy is freed, and the object is left to its owner;
 //! 4. unlock, and give the zspage's pages back to the arena if it has become empty.
 //!
-//! A step moves a few objects only. Readers wait no longer than that, and no thread waits for a mover's waiting.
+//! A step moves a few objects only. Readers wait no longer than that, and no thread waits for a mover's waiting. What
+//! cannot be moved now (pinned, not published yet, or whose slot refuses) is left where it is; the others go on.
 
 use super::driver::Commit;
 use super::zsmalloc::{object_of, Zsmalloc};
-use super::zspage::{objects_in_use, zspage_of, ClassLists};
-use crate::locks::Guard;
+use super::zspage::{objects_in_use, zspage_of};
 use crate::sync::MODEL;
 use std::ops::Range;
 
-/// Objects that a step moves at most: readers of the zspage, and who allocates in its class, wait so long.
+/// Objects that a step looks at, at most: readers of the zspage, and who allocates in its class, wait so long.
 const BATCH: usize = if MODEL { 1 } else { 8 };
-/// Steps in vain at one zspage before it is left for another time.
+/// Tries in vain to lock a zspage before it is left for another time.
 const PATIENCE: usize = if MODEL { 2 } else { 16 };
+/// Zspages of a class, or regions, that are left for another time before all of the rest is.
+const LEFT: usize = if MODEL { 1 } else { 16 };
+
+/// What is left for another time: something there cannot be moved now.
+#[derive(Default)]
+pub(super) struct Left {
+    first_pages: [u32; LEFT],
+    count: usize,
+}
+
+impl Left {
+    pub fn contains(&self, first: u32) -> bool {
+        self.first_pages[..self.count].contains(&first)
+    }
+
+    /// Returns false if there is too much already.
+    pub fn add(&mut self, first: u32) -> bool {
+        let free = self.first_pages.get_mut(self.count);
+        let has_room = free.is_some();
+        if let Some(free) = free {
+            *free = first;
+            self.count += 1;
+        }
+        has_room
+    }
+}
+
+/// A zspage whose objects are moved, into zspages of its class that are not to be avoided, or, if they are all full and
+/// it may `grow`, into a new one.
+struct Move<'a> {
+    source: u32,
+    class: usize,
+    avoid: &'a dyn Fn(u32) -> bool,
+    grow: bool,
+    commit: &'a Commit<'a>,
+}
 
 /// What a step has come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
-    /// Some objects were moved; there may be more.
-    Moved,
-    /// Nothing could be moved now: somebody reads there, or is about to publish or free.
+    /// It goes on with object `next`; 0: that was the last one. Some were moved, or none.
+    Looked { next: usize, moved: bool },
+    /// Somebody has the zspage locked.
     Again,
-    /// There is nothing to move here.
-    Done,
-    /// There is no room to move anything to.
+    /// The zspage is no more.
+    Gone,
+    /// There is no room to move anything to, or the pool is being destroyed.
+    NoRoom,
+}
+
+/// What has become of a zspage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Drained {
+    Gone,
+    /// Some of its objects cannot be moved now.
+    Left,
     NoRoom,
 }
 
@@ -48,83 +93,80 @@ impl Zsmalloc {
     pub(super) fn compact_class(&self, class: usize, commit: &Commit<'_>) -> u64 {
         let zspages = &self.base.metrics.classes[class].zspages;
         let before = zspages.get();
-        let mut in_vain = 0;
-        while in_vain < PATIENCE {
-            match self.compact_step(class, commit) {
-                Step::Moved => in_vain = 0,
-                Step::Again => in_vain += 1,
-                Step::Done | Step::NoRoom => break,
+        let mut left = Left::default();
+        while let Some(source) = self.worth_draining(class, &left) {
+            match self.drain(&Move { source, class, avoid: &|zspage| zspage == source, grow: false, commit }) {
+                Drained::Gone => {}
+                Drained::Left if left.add(source) => {}
+                Drained::Left | Drained::NoRoom => break,
             }
         }
         before.saturating_sub(zspages.get()) * self.table.classes()[class].pages as u64
     }
 
-    fn compact_step(&self, class: usize, commit: &Commit<'_>) -> Step {
-        if self.base.movers.is_closed() {
-            return Step::Done;
-        }
+    fn worth_draining(&self, class: usize, left: &Left) -> Option<u32> {
         let lists = self.classes[class].lock();
-        if self.zspages_to_spare(class) == 0 {
-            return Step::Done;
-        }
-        let Some(source) = lists.emptiest(&self.descriptors) else { return Step::Done };
-        self.move_some(lists, class, source, |zspage| zspage == source, false, commit)
+        let emptiest = || lists.emptiest(&self.descriptors, |zspage| left.contains(zspage));
+        (self.zspages_to_spare(class) > 0).then(emptiest)?
     }
 
-    /// Moves all objects out of an isolated region.
+    /// Moves the objects out of an isolated region, but those that cannot be moved now.
     pub(super) fn evacuate_region(&self, region: Range<u32>, commit: &Commit<'_>) {
+        let avoid = |zspage| region.contains(&zspage);
         for page in region.clone() {
-            let mut in_vain = 0;
-            while in_vain < PATIENCE {
-                match self.evacuate_step(page, &region, commit) {
-                    Step::Moved => in_vain = 0,
-                    Step::Again => in_vain += 1,
-                    Step::Done => break,
-                    Step::NoRoom => return,
-                }
+            let Some((source, class)) = zspage_of(&self.descriptors, page) else { continue };
+            let what = Move { source, class, avoid: &avoid, grow: true, commit };
+            if source == page && self.drain(&what) == Drained::NoRoom {
+                return;
             }
         }
     }
 
-    fn evacuate_step(&self, page: u32, region: &Range<u32>, commit: &Commit<'_>) -> Step {
+    /// Moves objects of a zspage step by step, until none is left that can be moved.
+    fn drain(&self, what: &Move<'_>) -> Drained {
+        let (mut object, mut some_moved, mut in_vain) = (0, false, 0);
+        while in_vain < PATIENCE {
+            match self.step(what, object) {
+                Step::Looked { next, moved } => {
+                    (object, in_vain, some_moved) = (next, 0, some_moved || moved);
+                    // Once through without a move: so it would be the next time.
+                    if next == 0 && !std::mem::take(&mut some_moved) {
+                        break;
+                    }
+                }
+                Step::Again => in_vain += 1,
+                Step::Gone => return Drained::Gone,
+                Step::NoRoom => return Drained::NoRoom,
+            }
+        }
+        Drained::Left
+    }
+
+    /// Moves some objects of a zspage, from number `object` on.
+    fn step(&self, &Move { source, class, avoid, grow, commit }: &Move<'_>, object: usize) -> Step {
         if self.base.movers.is_closed() {
             return Step::NoRoom;
         }
-        let Some((source, class)) = zspage_of(&self.descriptors, page) else { return Step::Done };
-        let lists = self.classes[class].lock();
-        // It may have been freed before we had the lock; from here on it stays on its list.
-        if zspage_of(&self.descriptors, page) != Some((source, class)) {
-            return Step::Again;
-        }
-        self.move_some(lists, class, source, |zspage| region.contains(&zspage), true, commit)
-    }
-
-    /// Moves some objects of `source`, a zspage of the class that `lists` has locked, into zspages that are not to be
-    /// avoided, or into a new one if they are all full and the class may `grow`.
-    fn move_some(
-        &self,
-        mut lists: Guard<'_, ClassLists>,
-        class: usize,
-        source: u32,
-        avoid: impl Fn(u32) -> bool,
-        grow: bool,
-        commit: &Commit<'_>,
-    ) -> Step {
         let geometry = &self.table.classes()[class];
+        let mut lists = self.classes[class].lock();
+        // It may have been freed before we had the lock, and another one begun there. One of this class stays on its list.
+        if zspage_of(&self.descriptors, source) != Some((source, class)) {
+            return Step::Gone;
+        }
         let lock = &self.descriptors[source as usize].lock;
         if !lock.try_move() {
             return Step::Again;
         }
-        let mut step = Step::Again;
-        let mut emptied = false;
-        for object in objects_in_use(&self.descriptors, source, geometry.objects).take(BATCH) {
-            let taken = lists.take_object(&self.descriptors, geometry, &avoid);
+        let (mut moved, mut emptied, mut no_room) = (false, false, false);
+        let mut objects = objects_in_use(&self.descriptors, source, geometry.objects).skip_while(|&n| n < object);
+        for object in objects.by_ref().take(BATCH) {
+            let taken = lists.take_object(&self.descriptors, geometry, avoid);
             let taken = taken.or_else(|| {
                 let first = grow.then(|| self.base.arena.alloc_beside(geometry.pages).ok()).flatten()?;
                 self.grow(&mut lists, class, first)
             });
             let Some((target, copy)) = taken else {
-                step = Step::NoRoom;
+                no_room = true;
                 break;
             };
             let (from, to) = (object_of(source, object, geometry), object_of(target, copy, geometry));
@@ -133,17 +175,22 @@ impl Zsmalloc {
             let bytes = unsafe { self.base.copy(&from, &to) };
             if commit(bytes, from.location(), to.location()) {
                 emptied = self.put(&mut lists, class, source, object);
-                step = Step::Moved;
+                moved = true;
             } else if self.put(&mut lists, class, target, copy) {
                 // A zspage made for this copy alone.
                 self.base.arena.free(target, geometry.pages);
             }
         }
+        let next = objects.next().unwrap_or(0);
         lock.unlock_move();
         drop(lists);
         if emptied {
             self.base.arena.free(source, geometry.pages);
         }
-        step
+        match (emptied, no_room) {
+            (true, _) => Step::Gone,
+            (false, true) => Step::NoRoom,
+            (false, false) => Step::Looked { next, moved },
+        }
     }
 }

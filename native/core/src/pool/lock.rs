@@ -56,6 +56,15 @@ impl ZspageLock {
         }
     }
 
+    /// Takes the lock shared where there can be no mover: the caller holds what a mover would have to hold.
+    pub fn read_unmoved(&self) {
+        let locked = self.try_read();
+        debug_assert!(locked, "a mover has a zspage, and not the lock of its class");
+        if !locked {
+            self.read();
+        }
+    }
+
     pub fn unlock_read(&self) {
         let before = self.0.fetch_sub(1, Release);
         debug_assert!(before & MOVER == 0 && before > 0, "a zspage is unlocked that was not locked: {before:#x}");

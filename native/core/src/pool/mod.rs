@@ -23,6 +23,7 @@ use crate::sync::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use arena::{Arena, REGION_PAGES};
 pub use class::LENGTHS;
 use class::{ClassTable, MAX_CHAIN, UNIT};
+use compact::Left;
 pub use driver::Commit;
 use driver::{Base, Driver, Object};
 use lock::ZspageLock;
@@ -251,7 +252,8 @@ impl Pool {
     }
 
     /// Moves objects together: frees the zspages that the allocator can do without, then the regions that the arena can
-    /// do without. Returns how many pages it has freed.
+    /// do without. What cannot be moved now stays, and costs no more than its own zspage or region. Returns how many
+    /// pages it has freed.
     ///
     /// Takes locks for short steps only; page operations go on meanwhile. Allocates no memory, touches no disk. Ends
     /// early when the pool is being destroyed.
@@ -259,9 +261,11 @@ impl Pool {
         // Given up last, when nothing is isolated, and all that was freed is back in the arena: see `Pool::destroy`.
         let Some(_pass) = self.base.movers.enter() else { return 0 };
         let pages = self.allocator.compact(commit);
-        while let Some(region) = self.base.arena.isolate_sparsest() {
+        let mut left = Left::default();
+        while let Some(region) = self.base.arena.isolate_sparsest(|first| left.contains(first)) {
+            let first = region.start;
             self.allocator.evacuate(region, commit);
-            if !self.base.arena.putback() {
+            if !self.base.arena.putback() && !left.add(first) {
                 break;
             }
         }
@@ -310,8 +314,11 @@ impl Pool {
     /// who are moving objects; they finish the step that they are at. No region is isolated by then, and what they have
     /// freed is back in the arena: a mover leaves the gate last. Returns how many were still there: the pool may not be dropped then.
     pub fn destroy(&self, patience: Duration, mut leaked: impl FnMut(usize, &[u8])) -> u32 {
-        self.base.movers.close();
-        let inside = self.base.movers.wait(patience);
+        let (movers, awaited) = (&self.base.movers, &self.base.metrics.movers_awaited);
+        movers.close();
+        awaited.set(u64::from(movers.inside()));
+        let inside = movers.wait(patience);
+        awaited.set(u64::from(inside));
         if inside > 0 {
             return inside;
         }

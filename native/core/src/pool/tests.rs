@@ -253,3 +253,103 @@ fn z3fold_pins_a_copy_until_a_slot_names_it() {
     });
     assert!(freed > 0);
 }
+
+/// Moves what it may: all but these.
+fn compact_but(pool: &Pool, named: &Named, immovable: impl Fn(u32) -> bool) -> u64 {
+    pool.compact(&|copy: &[u8], from, to| {
+        let name = u32::from_le_bytes(copy[..4].try_into().expect("four bytes"));
+        !immovable(name) && named.commit(copy, from, to)
+    })
+}
+
+#[test]
+fn what_cannot_be_moved_does_not_keep_the_rest_of_its_class() {
+    for allocator in Allocator::ALL {
+        for pinned in [false, true] {
+            let pool = pool(allocator, 16, NO_LIMIT);
+            let named = Named::default();
+            named.fill(&pool, 6000, |_| 1000);
+            named.free(&pool, |name| name % 4 != 0);
+            // The emptiest zspage, and a few others: of each only one object stays where it is.
+            named.free(&pool, |name| (3000..3200).contains(&name) && name != 3100);
+            let immovable = [4, 1000, 3100, 5000];
+            let find = |name: &u32| pool.allocator.find(named.0.borrow()[name]).expect("an object").first;
+            let locked: Vec<u32> = immovable.iter().map(find).collect();
+            let before = used_pages(&pool);
+            if pinned {
+                locked.iter().for_each(|&first| pool.allocator.lock(first).read());
+                compact_but(&pool, &named, |_| false);
+                locked.iter().for_each(|&first| pool.allocator.lock(first).unlock_read());
+            } else {
+                compact_but(&pool, &named, |name| immovable.contains(&name));
+            }
+            named.verify(&pool);
+            let few = before / 4 + 4 * MAX_CHAIN as u64;
+            assert!(used_pages(&pool) < few, "{allocator:?}, {pinned}: {} of {before}", used_pages(&pool));
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_moved_does_not_keep_the_rest_of_its_zspage() {
+    let pool = pool(Allocator::Zsmalloc, 4, NO_LIMIT);
+    let named = Named::default();
+    named.fill(&pool, 1, |_| 40);
+    let classes = &pool.base.metrics.classes;
+    let objects =
+        classes.iter().find(|class| class.objects.get() > 0).expect("a class").objects_per_zspage.get() as u32;
+    // Two zspages, of half of whose objects the first ones stay: more than one step looks at.
+    (1..2 * objects).for_each(|name| named.insert(&pool, name, 40));
+    named.free(&pool, |name| name % 2 == 1);
+    let stay = objects / 2;
+    assert!(stay > 16, "a step looks at half of it");
+    compact_but(&pool, &named, |name| name % objects < stay);
+    named.verify(&pool);
+    let mut in_use = BTreeMap::<u32, u32>::new();
+    for &location in named.0.borrow().values() {
+        *in_use.entry(pool.allocator.find(location).expect("an object").first).or_default() += 1;
+    }
+    let (fewest, most) = (in_use.values().min(), in_use.values().max());
+    assert_eq!(
+        (fewest, most),
+        (Some(&stay.div_ceil(2)), Some(&(objects - stay.div_ceil(2)))),
+        "{stay} of {objects} stay"
+    );
+}
+
+#[test]
+fn what_cannot_be_moved_does_not_keep_other_regions() {
+    for pool in Allocator::ALL.map(|allocator| pool(allocator, 64, NO_LIMIT)) {
+        let named = Named::default();
+        named.fill(&pool, 30_000, |_| 4000);
+        named.free(&pool, |name| name % 4 != 0);
+        // The sparsest region has but one object left, which stays.
+        let lonely = 16_000;
+        let region = |name: &u32| pool.allocator.find(named.0.borrow()[name]).expect("an object").first / REGION_PAGES;
+        let with_it = region(&lonely);
+        let neighbours: Vec<u32> = named.0.borrow().keys().copied().collect();
+        let neighbours: Vec<u32> =
+            neighbours.into_iter().filter(|name| *name != lonely && region(name) == with_it).collect();
+        named.free(&pool, |name| neighbours.contains(&name));
+        compact_but(&pool, &named, |name| name == lonely);
+        named.verify(&pool);
+        while pool.adjust().expect("memory given back") {}
+        let backed = pool.base.metrics.backed_bytes.get() / PAGE_SIZE as u64;
+        let regions = used_pages(&pool).div_ceil(u64::from(REGION_PAGES)) + 2 + RESERVE_HIGH;
+        assert!(backed <= regions * u64::from(REGION_PAGES), "{backed} pages, {} in use", used_pages(&pool));
+    }
+}
+
+#[test]
+fn the_end_says_for_how_many_it_waits() {
+    let pool = pool(Allocator::Zsmalloc, 1, NO_LIMIT);
+    let awaited = || pool.base.metrics.movers_awaited.get();
+    let mover = pool.base.movers.enter().expect("open");
+    assert_eq!((pool.destroy(Duration::ZERO, |_, _| ()), awaited()), (1, 1));
+    std::thread::scope(|scope| {
+        let end = scope.spawn(|| pool.destroy(Duration::from_secs(60), |_, _| ()));
+        assert_eq!(awaited(), 1);
+        drop(mover);
+        assert_eq!((end.join().expect("no panic"), awaited()), (0, 0));
+    });
+}

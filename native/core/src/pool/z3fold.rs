@@ -171,7 +171,7 @@ impl Z3fold {
         let desc = &self.descriptors[page as usize];
         desc.pages.store(pages as u8, Relaxed);
         // Only readers that have come too late may have it: a mover had a reference.
-        desc.lock.read();
+        desc.lock.read_unmoved();
         self.metrics(page).zspages.add(1);
         Ok(page)
     }

@@ -68,7 +68,7 @@ impl Driver for Zsmalloc {
         };
         self.base.metrics.classes[class].objects.add(1);
         // Pinned before anyone can see the object. There is no mover to wait for: it would hold the lock of the class.
-        self.descriptors[first as usize].lock.read();
+        self.descriptors[first as usize].lock.read_unmoved();
         Ok(object_of(first, object, geometry))
     }
 

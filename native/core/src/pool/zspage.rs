@@ -114,9 +114,9 @@ impl ClassLists {
         Some((first, object))
     }
 
-    /// The emptiest zspage that has an object in use, and is not full.
-    pub fn emptiest(&self, descriptors: &Descriptors) -> Option<u32> {
-        self.heads[1..FULL].iter().find_map(|&head| list(descriptors, head).next())
+    /// The emptiest zspage that has an object in use, is not full, and not to be avoided.
+    pub fn emptiest(&self, descriptors: &Descriptors, avoid: impl Fn(u32) -> bool) -> Option<u32> {
+        self.heads[1..FULL].iter().flat_map(|&head| list(descriptors, head)).find(|&first| !avoid(first))
     }
 
     /// Takes an object back. Returns true if that was the last one: the zspage is then off every list, its pages are

@@ -12,12 +12,10 @@
 
 use super::disk::Writeback;
 use super::Store;
-use crate::backing::{CleanBuffer, Purpose, Victim, Writer, SEGMENT_BYTES};
+use crate::backing::{CleanBuffer, Purpose, Victim, Writer, MAX_RECORDS};
 use crate::error::Result;
 use crate::slots::{Entry, Word};
 
-/// A segment has room for no more records.
-const MAX_RECORDS: usize = SEGMENT_BYTES / 32;
 /// Old segments that go into a new one at most: it is written then even if it is not full.
 const MAX_VICTIMS: usize = 16;
 /// Old segments that must go into a new one that does not get full: fewer would gain nothing.

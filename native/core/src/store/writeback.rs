@@ -11,15 +11,12 @@
 
 use super::disk::Writeback;
 use super::Store;
-use crate::backing::{Purpose, Writer, SEGMENT_BYTES};
+use crate::backing::{Purpose, Writer, MAX_RECORDS};
 use crate::error::{Error, Result};
 use crate::object::{self, HEADER_SIZE};
 use crate::pool::Location;
 use crate::slots::{Entry, Word};
 use crate::sync::Ordering::Relaxed;
-
-/// A segment has room for no more: a record has a header, a tag and an object with a header.
-const MAX_RECORDS: usize = SEGMENT_BYTES / 32;
 
 /// What a thread needs to write pages back, made once: it allocates nothing afterwards.
 pub struct Shrinker {
@@ -39,7 +36,7 @@ struct Taken {
 }
 
 impl Shrinker {
-    /// Allocates about half a MiB, touched. Errors: [`Error::System`].
+    /// Allocates about 400 KiB, touched. Errors: [`Error::System`].
     pub fn new() -> Result<Shrinker> {
         // Written once, so that it is resident.
         let nothing = Taken { word: Word::default(), object: Location::from_units(u64::MAX), bytes: u64::MAX };
@@ -157,7 +154,7 @@ impl Store {
         let (entry, pinned) = self.pin(&slot);
         let Entry::Pool(object) = entry else {
             if entry.object().is_none() {
-                // Only a damaged word is still on the list.
+                // It went before we had the lock, and is off the list already; but for a damaged word.
                 writeback.lru.remove(index);
             }
             return Ok(0);

@@ -215,3 +215,22 @@ fn many_reads_of_the_disk_do_not_keep_a_write_waiting() {
     assert!(replies.iter().all(|(unique, bytes)| *unique == 2 || *bytes == page));
     assert_eq!(worker.shared.engine.store().metrics().disk_reads.get(), AT_ONCE as u64);
 }
+
+/// In a thread of its own, which no other test runs in.
+#[test]
+fn on_the_only_processor_nobody_looks_before_sleeping() {
+    let on_one = std::thread::spawn(|| {
+        // SAFETY: all-zero is an empty set, which fits what the two calls are told; they concern this thread alone.
+        let spin = unsafe {
+            let mut processors: libc::cpu_set_t = std::mem::zeroed();
+            let mut one = processors;
+            assert_eq!(libc::sched_getaffinity(0, size_of_val(&processors), &mut processors), 0);
+            let first = (0..libc::CPU_SETSIZE as usize).find(|&n| libc::CPU_ISSET(n, &processors));
+            libc::CPU_SET(first.expect("the processor that we run on"), &mut one);
+            assert_eq!(libc::sched_setaffinity(0, size_of_val(&one), &one), 0);
+            spin_here(Duration::from_micros(100))
+        };
+        assert!(Idle::new(spin).no_request(Instant::now()), "it spins for {spin:?}");
+    });
+    on_one.join().expect("no panic");
+}

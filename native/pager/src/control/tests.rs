@@ -413,3 +413,43 @@ proptest! {
         });
     }
 }
+
+/// All words that commands are made of, but `stop`.
+const KNOWN: &[&str] =
+    &["status", "counters", "relay", "mem-limit", "compression", "compact", "reset", "drain", "lz4", "zstd"];
+
+/// Almost commands, and commands.
+fn words() -> impl Strategy<Value = Vec<String>> {
+    let number = prop_oneof![
+        any::<i128>().prop_map(|number| number.to_string()),
+        (0u32..70).prop_map(|shift| (1u128 << shift).to_string()),
+        (-2i64..30).prop_map(|number| number.to_string()),
+        "[-+0-9a-fx.eE]{0,24}",
+    ];
+    let name = prop::sample::select(KNOWN).prop_map(String::from);
+    let word = prop_oneof![2 => name.clone(), 2 => number.clone(), 1 => "\\PC{0,12}"];
+    prop_oneof![
+        prop::collection::vec(word, 1..5),
+        number.clone().prop_map(|number| vec!["mem-limit".into(), number]),
+        (name, number).prop_map(|(name, number)| vec!["compression".into(), name, number]),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn whatever_the_words_the_answer_is_one_and_the_settings_stay_in_range(words in words()) {
+        thread_local! {
+            static CONTROL: Control = Control::new();
+        }
+        CONTROL.with(|control| {
+            let command = words.join(" ");
+            prop_assume!(command.split_whitespace().next() != Some("stop") && !command.is_empty());
+            let answer = control.ask(command.as_bytes());
+            assert!(answer.starts_with("ok") || answer.starts_with("error "), "{command:?}: {answer}");
+            let engine = &control.shared.engine;
+            assert!((4096..=1 << 40).contains(&engine.store().pool().limit_bytes()), "{command:?}");
+            assert!((1..=22).contains(&engine.compression().zstd_level), "{command:?}");
+            Ok(())
+        })?;
+    }
+}

@@ -7,6 +7,7 @@ mod writeback;
 mod z3fold;
 mod zspage_lock;
 
+use crate::sync::AtomicU32;
 use loom::thread::{Builder, JoinHandle};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::Arc;
@@ -33,8 +34,19 @@ fn explore(model: impl Fn() + Send + Sync + 'static) {
     println!("{name}: {} schedules", schedules.load(Relaxed));
 }
 
+/// Both threads touch something at their beginning, in no order, so that either may run first. The checker looks for
+/// other schedules where an access conflicts with the last one to the same atomic, and with no earlier one: a thread
+/// that loads before it stores would hide from it that another one has loaded too.
 fn spawn<T: Send + 'static>(thread: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
-    Builder::new().stack_size(STACK).spawn(thread).expect("a thread")
+    let touched = Arc::new(AtomicU32::new(0));
+    let by_it = touched.clone();
+    let spawned = move || {
+        by_it.fetch_add(1, Relaxed);
+        thread()
+    };
+    let handle = Builder::new().stack_size(STACK).spawn(spawned).expect("a thread");
+    touched.fetch_add(1, Relaxed);
+    handle
 }
 
 fn join<T>(thread: JoinHandle<T>) -> T {

@@ -76,6 +76,18 @@ fn there_is_something_to_move() {
     });
 }
 
+/// The zspage that is to be emptied is freed by somebody else first, and its place used for one of another class.
+#[test]
+fn reuse_by_another_class_against_compact() {
+    explore(|| {
+        while_moving(sparse_class([1, 3]), |swap| {
+            swap.free(2);
+            swap.write(4, Large, 9);
+            swap.read(4, Large, &[9]);
+        });
+    });
+}
+
 /// A reader finds its page whole, wherever it is.
 #[test]
 fn read_against_compact() {
@@ -244,8 +256,10 @@ fn pin_against_compact() {
         let mover = spawn({
             let (pool, moved) = (pool.clone(), moved.clone());
             move || {
-                pool.compact(&|_: &[u8], _, _| {
-                    moved.store(true, Relaxed);
+                pool.compact(&|_: &[u8], from, _| {
+                    if from == moving {
+                        moved.store(true, Relaxed);
+                    }
                     true
                 })
             }
