@@ -3,13 +3,14 @@
 import os
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.daemon import Daemon, wait_until
+from tests.daemon import HOST, Daemon, wait_until
 from tests.machine import lacks
 from tests.pages import PAGE
 from tests.swap.workload import SURVIVING, Workload, swapped
@@ -20,16 +21,23 @@ TOUCHED_BYTES = 32 << 20
 LIMIT_BYTES = 12 << 20
 POOL_BYTES = 4 << 20
 DISK_BYTES = 48 << 20
+#: When the kernel finds nothing that it can reclaim, it goes on looking.
+PATIENCE_SECONDS = 200
 #: Forgets nothing about the order of locks and about allocations, and takes --faults.
 DEBUG_PAGER = Path(__file__).parents[2] / "native/target/debug/zswapd-pager"
 
 
 @contextmanager
 def touching(daemon: Daemon, corpus: int, limit: int = LIMIT_BYTES) -> Iterator[Workload]:
-    """A workload that survives pages that cannot be read; see `swapped`."""
+    """A workload that survives pages that cannot be read, and is killed when it takes too long; see `swapped`."""
     with swapped(daemon, corpus, TOUCHED_BYTES // PAGE, limit, SURVIVING) as workload:
-        workload.run("fill")
-        yield workload
+        watchdog = threading.Timer(PATIENCE_SECONDS, workload.group.kill)
+        watchdog.start()
+        try:
+            workload.run("fill")
+            yield workload
+        finally:
+            watchdog.cancel()
 
 
 @contextmanager
@@ -75,7 +83,7 @@ def with_faults(daemon: Daemon, faults: str) -> Daemon:
 
 def metrics(daemon: Daemon) -> dict[str, float]:
     """What a scrape finds, by series."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{daemon.port}/metrics", timeout=60) as page:
+    with urllib.request.urlopen(f"http://{HOST}:{daemon.port}/metrics", timeout=60) as page:
         lines = page.read().decode().splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     return {series: float(value) for series, value in pairs}
