@@ -104,8 +104,10 @@ impl Word {
         (self.0 >> GENERATION_SHIFT) as u16 & GENERATION_MASK
     }
 
-    /// The generation of the word that is so many changes after this one.
+    /// The generation of the word that is so many changes after this one. In models it stands still, so that they tell
+    /// whether something depends on it.
     pub fn generation_after(self, changes: u16) -> u16 {
+        let changes = if MODEL { 0 } else { changes };
         (self.generation() + changes) & GENERATION_MASK
     }
 }
