@@ -166,8 +166,8 @@ impl SlotTable {
     }
 
     /// Makes a slot that names the object at `from` name its copy at `to`. Returns false if it does not name it: the
-    /// object belongs to whoever is about to publish it, or to free it, or is being written back. Takes no lock and never
-    /// blocks.
+    /// object belongs to whoever is about to publish it, or to free it, or is being written back. Takes no lock and
+    /// never blocks.
     ///
     /// Release order: whoever finds the new location finds the copy's bytes.
     pub fn relocate(&self, index: u32, from: Location, to: Location) -> bool {
