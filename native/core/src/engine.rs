@@ -98,9 +98,10 @@ impl Engine {
     /// Writes all of `data` at `offset`.
     ///
     /// Errors: [`Error::OutOfRange`] if any of it is outside the file, with nothing written. Else the first error of
-    /// any page (ENOSPC, or EIO for the part of a lost page); every other page is written all the same, so that no
-    /// page of the range reads what it held before. [`Error::NoRoomYet`] before all others: the pages before the one that
-    /// found no room are written, that one and those after it are not. The same, or the rest of it, is to be written again.
+    /// any page (ENOSPC, or EIO for the part of a lost page); every other page is written all the same, so that no page
+    /// of the range reads what it held before. [`Error::NoRoomYet`] before all others: the pages before the one that
+    /// found no room are written, that one and those after it are not. The same, or the rest of it, is to be written
+    /// again.
     pub fn write(&self, offset: u64, data: &[u8], scratch: &mut Scratch) -> Result<()> {
         self.check_range(offset, data.len() as u64)?;
         let with = self.compression();

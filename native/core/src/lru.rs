@@ -1,7 +1,8 @@
 //! Which of the pages in the pool was used least recently: a list of slots, with a second chance.
 //!
 //! Every slot whose page is an object of the pool is on it, from the moment that it is published until it is something
-//! else. It is a ring with a hand, as in a clock: the hand stands at the oldest page, and new ones are put in behind it.
+//! else. It is a ring with a hand, as in a clock: the hand stands at the oldest page, and new ones are put in behind
+//! it.
 //!
 //! **Rotate before unlock.** Who looks for a page to write back moves the hand on, and thereby the page to the ring's
 //! end, before it gives up the lock; it takes nothing off the list and leaves with a bare slot index. As soon as the
@@ -207,7 +208,8 @@ impl Lru {
         Pass { left: lengths.map(|length| length * 2), heeded: lengths }
     }
 
-    /// The next cold page, which is rotated to the end; None when the pass is over. See the module for what it is worth.
+    /// The next cold page, which is rotated to the end; None when the pass is over. See the module for what it is
+    /// worth.
     pub fn next(&self, pass: &mut Pass) -> Option<u32> {
         for &ring in self.order() {
             while pass.left[ring] > 0 {

@@ -104,8 +104,10 @@ impl Word {
         (self.0 >> GENERATION_SHIFT) as u16 & GENERATION_MASK
     }
 
-    /// The generation of the word that is so many changes after this one.
+    /// The generation of the word that is so many changes after this one. In models it stands still, so that they tell
+    /// whether something depends on it.
     pub fn generation_after(self, changes: u16) -> u16 {
+        let changes = if MODEL { 0 } else { changes };
         (self.generation() + changes) & GENERATION_MASK
     }
 }
@@ -164,8 +166,8 @@ impl SlotTable {
     }
 
     /// Makes a slot that names the object at `from` name its copy at `to`. Returns false if it does not name it: the
-    /// object belongs to whoever is about to publish it, or to free it, or is being written back. Takes no lock and never
-    /// blocks.
+    /// object belongs to whoever is about to publish it, or to free it, or is being written back. Takes no lock and
+    /// never blocks.
     ///
     /// Release order: whoever finds the new location finds the copy's bytes.
     pub fn relocate(&self, index: u32, from: Location, to: Location) -> bool {

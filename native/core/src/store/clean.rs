@@ -1,14 +1,14 @@
 //! Cleaning: what still lives in sparse segments of the backing disk moves together into new ones, so that the old ones
 //! can be written anew.
 //!
-//! An old segment is read as a whole, without a lock. Each object in it that a slot still names is decrypted and added to
-//! the new segment. That is written; and then, under the lock of each slot, the new location takes the place of the old
-//! one, if the slot's word is still the one that was seen. The old segment is not written anew before it is released, so
-//! that the word cannot come back meanwhile; and who reads there has the slot locked. What cannot be read or verified
-//! stays where it is, for a reader to find out.
+//! An old segment is read as a whole, without a lock. Each object in it that a slot still names is decrypted and added
+//! to the new segment. That is written; and then, under the lock of each slot, the new location takes the place of the
+//! old one, if the slot's word is still the one that was seen. The old segment is not written anew before it is
+//! released, so that the word cannot come back meanwhile; and who reads there has the slot locked. What cannot be read
+//! or verified stays where it is, for a reader to find out.
 //!
-//! What fits is moved, from as many old segments as it takes to fill the new one: so that none is written half empty, and
-//! none for nothing.
+//! What fits is moved, from as many old segments as it takes to fill the new one: so that none is written half empty,
+//! and none for nothing.
 
 use super::disk::Writeback;
 use super::Store;
@@ -41,7 +41,8 @@ impl Cleaner {
 }
 
 impl Store {
-    /// Fills one new segment with what lives in sparse ones. Returns whether it gained something: then there may be more.
+    /// Fills one new segment with what lives in sparse ones. Returns whether it gained something: then there may be
+    /// more.
     ///
     /// Waits for the disk; page operations go on meanwhile, and always win. Allocates nothing. Errors: as
     /// [`Store::write_back`]; every page is still where its slot says.

@@ -37,8 +37,8 @@ impl Store {
         }
     }
 
-    /// Ends all writing to the disk, for ever, and waits for who is at it: for shrinkers, then for cleaners, `patience` each
-    /// at most. Returns who is still at work; may be called again. Pages on the disk stay readable.
+    /// Ends all writing to the disk, for ever, and waits for who is at it: for shrinkers, then for cleaners, `patience`
+    /// each at most. Returns who is still at work; may be called again. Pages on the disk stay readable.
     ///
     /// Stores that wait for room find none from now on.
     pub fn stop_writeback(&self, patience: Duration) -> InFlight {
@@ -54,9 +54,10 @@ impl Store {
     /// The end: waits for who is at work on the store (each for `patience` at most), and returns the objects that still
     /// live. There should be none.
     ///
-    /// To be called when all slots have been emptied, no page operation is in flight, and none will come; nothing is written
-    /// back, cleaned or moved any more. In this order: shrinkers and cleaners still free what they had under way, and the
-    /// pool may only end after that. Errors: [`Error::Busy`] if somebody is still at it: it may be called again.
+    /// To be called when all slots have been emptied, no page operation is in flight, and none will come; nothing is
+    /// written back, cleaned or moved any more. In this order: shrinkers and cleaners still free what they had under
+    /// way, and the pool may only end after that. Errors: [`Error::Busy`] if somebody is still at it: it may be called
+    /// again.
     pub fn destroy(&self, patience: Duration) -> Result<Vec<Leaked>> {
         let InFlight { writebacks, cleanings, movers } = self.stop_writeback(patience);
         if writebacks + cleanings > 0 {

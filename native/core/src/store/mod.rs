@@ -112,10 +112,11 @@ impl Store {
 
     /// Reads a page. An empty slot reads zeros.
     ///
-    /// A page that lies on the backing disk is read from there, after a call of the scratch's hook, and this waits for it.
+    /// A page that lies on the backing disk is read from there, after a call of the scratch's hook, and this waits for
+    /// it.
     ///
-    /// Errors: [`Error::Lost`]; [`Error::Corrupt`], after which the slot is LOST; [`Error::DiskRead`], after which it is as
-    /// before. `page` is then undefined.
+    /// Errors: [`Error::Lost`]; [`Error::Corrupt`], after which the slot is LOST; [`Error::DiskRead`], after which it
+    /// is as before. `page` is then undefined.
     pub fn load(&self, index: u32, page: &mut Page, scratch: &mut Scratch) -> Result<()> {
         let start = Instant::now();
         self.load_slot(&mut self.slots.lock(index), page, Some(start), scratch)?;
@@ -126,9 +127,9 @@ impl Store {
 
     /// Writes a page.
     ///
-    /// Errors: [`Error::NoRoomYet`] if the shrinker is about to make room: nothing has changed, and the same is to be tried
-    /// again. [`Error::PoolFull`] or [`Error::NoRegion`] if it cannot, after which the slot is LOST: its old page is not what
-    /// was last written, and must not come back.
+    /// Errors: [`Error::NoRoomYet`] if the shrinker is about to make room: nothing has changed, and the same is to be
+    /// tried again. [`Error::PoolFull`] or [`Error::NoRegion`] if it cannot, after which the slot is LOST: its old page
+    /// is not what was last written, and must not come back.
     pub fn store(&self, index: u32, page: &Page, with: Compression, scratch: &mut Scratch) -> Result<()> {
         let start = Instant::now();
         self.store_slot(&mut self.slots.lock(index), page, with, start, scratch)?;
@@ -181,7 +182,8 @@ impl Store {
         emptied
     }
 
-    /// Moves stored objects together, and frees what they no longer need: see [`Pool::compact`]. Returns how many pages.
+    /// Moves stored objects together, and frees what they no longer need: see [`Pool::compact`]. Returns how many
+    /// pages.
     pub fn compact(&self) -> u64 {
         self.pool.compact(&|copy: &[u8], from, to| {
             object::slot_of(copy).is_some_and(|index| self.slots.relocate(index, from, to))
@@ -312,8 +314,8 @@ impl Store {
         }
     }
 
-    /// Publishes `entry`, and returns the object that the slot no longer names, if it belongs to the caller now. A record
-    /// on the disk is freed.
+    /// Publishes `entry`, and returns the object that the slot no longer names, if it belongs to the caller now. A
+    /// record on the disk is freed.
     fn publish(&self, slot: &mut Slot<'_>, entry: Entry) -> Option<Location> {
         let old = slot.publish(entry);
         if let Some(gauge) = self.gauge_of(entry) {
@@ -328,8 +330,8 @@ impl Store {
             }
         }
         match (old, &self.writeback) {
-            // A word may be damaged, and name an object of another slot: that one stays. Or it named a free one, and the
-            // new object came to lie there.
+            // A word may be damaged, and name an object of another slot: that one stays. Or it named a free one, and
+            // the new object came to lie there.
             (Entry::Pool(location), _) if entry != Entry::Pool(location) => {
                 let belongs = |object: &[u8]| object::belongs_to(object, slot.index());
                 // SAFETY: the slot no longer names the object, and only we know it; a wrong one is only looked at.

@@ -85,8 +85,8 @@ impl Pressure {
 }
 
 impl Store {
-    /// Makes the calling thread one of those that shrink the pool: it calls [`Store::shrink`] until that returns false or
-    /// fails, then parks until it is unparked, and again.
+    /// Makes the calling thread one of those that shrink the pool: it calls [`Store::shrink`] until that returns false
+    /// or fails, then parks until it is unparked, and again.
     pub fn become_shrinker(&self) {
         if let Some(writeback) = &self.writeback {
             writeback.pressure.shrinkers.add();
@@ -100,7 +100,8 @@ impl Store {
         }
     }
 
-    /// Wakes the shrinkers to bring the pool below its accept threshold in any case: after the limit was lowered, for one.
+    /// Wakes the shrinkers to bring the pool below its accept threshold in any case: after the limit was lowered, for
+    /// one.
     pub fn ask_for_shrinking(&self) {
         if let Some(Writeback { pressure, .. }) = &self.writeback {
             pressure.shrinking.store(true, Relaxed);
@@ -108,8 +109,8 @@ impl Store {
         }
     }
 
-    /// Whether [`Store::shrink`] has something to do: the pool has come near its limit and is not at its accept threshold
-    /// yet, or a store has found no room.
+    /// Whether [`Store::shrink`] has something to do: the pool has come near its limit and is not at its accept
+    /// threshold yet, or a store has found no room.
     pub fn wants_shrinking(&self) -> bool {
         self.writeback.as_ref().is_some_and(|Writeback { pressure, .. }| {
             let marks = pressure.marks(&self.metrics);
@@ -120,8 +121,8 @@ impl Store {
     /// One step of shrinking: compacts, if that is enough, or writes one segment of the coldest pages. Returns whether
     /// there may be more to do.
     ///
-    /// Waits for the disk. Allocates nothing. Errors: as [`Store::write_back`]; on [`crate::error::Error::BackingFull`] the cleaner has
-    /// been woken, and wakes the shrinkers when it has made room.
+    /// Waits for the disk. Allocates nothing. Errors: as [`Store::write_back`]; on [`crate::error::Error::BackingFull`]
+    /// the cleaner has been woken, and wakes the shrinkers when it has made room.
     pub fn shrink(&self, shrinker: &mut Shrinker) -> Result<bool> {
         let Some(Writeback { pressure, .. }) = &self.writeback else { return Ok(false) };
         if !self.wants_shrinking() {
@@ -146,8 +147,8 @@ impl Store {
         Ok(job.bytes > 0)
     }
 
-    /// Whether a store that has found no room may wait for the shrinkers: they have something to write back, and a place
-    /// for it, or it is on its way. False for ever once writeback was stopped.
+    /// Whether a store that has found no room may wait for the shrinkers: they have something to write back, and a
+    /// place for it, or it is on its way. False for ever once writeback was stopped.
     pub fn can_make_room(&self) -> bool {
         self.writeback.as_ref().is_some_and(|Writeback { backing, lru, pressure, writebacks, .. }| {
             let place = backing.has_room() || pressure.writing.load(Relaxed) > 0;
@@ -185,8 +186,8 @@ impl Store {
 }
 
 impl Store {
-    /// Makes the calling thread the one that cleans: it calls [`Store::clean`] while [`Store::wants_cleaning`], then parks
-    /// until it is unparked, and again.
+    /// Makes the calling thread the one that cleans: it calls [`Store::clean`] while [`Store::wants_cleaning`], then
+    /// parks until it is unparked, and again.
     pub fn become_cleaner(&self) {
         if let Some(writeback) = &self.writeback {
             writeback.pressure.cleaners.add();

@@ -1,11 +1,13 @@
 //! Eviction: pages leave the pool for the backing disk, a segment at a time.
 //!
-//! 1. A victim comes from the list of pages ([`crate::lru`]), rotated, as a bare slot index; or from a walk over all slots.
+//! 1. A victim comes from the list of pages ([`crate::lru`]), rotated, as a bare slot index; or from a walk over all
+//!    slots.
 //! 2. Under the lock of its slot, which alone makes the index mean something: if the slot names an object, that is
 //!    pinned, verified, copied into the shrinker's segment (encrypted), and the word becomes WRITEBACK.
 //! 3. The segment is written. No lock is held. The pages are read from the pool, overwritten and punched meanwhile.
 //! 4. For each page, under the lock of its slot: if the word is still the one of step 2, it becomes DISK; else the
-//!    record is dead. Either way the object is freed, by the shrinker: whoever took the WRITEBACK word away has left it.
+//!    record is dead. Either way the object is freed, by the shrinker: whoever took the WRITEBACK word away has left
+//!    it.
 //!
 //! If the segment could not be written, the words of step 2 become POOL again.
 
@@ -83,10 +85,10 @@ impl Job {
 impl Store {
     /// Writes pages back, one segment of them at most. Returns whether the job is to be gone on with.
     ///
-    /// Waits for the disk; page operations go on meanwhile, and always win. Allocates nothing. Several shrinkers may be at
-    /// work. Errors: [`Error::NoWriteback`] without a disk that works, or when it was stopped; [`Error::BackingFull`]: the
-    /// cleaner was woken, and may make room; [`Error::BudgetUsedUp`]; [`Error::DiskWrite`]. No page is lost, and the job
-    /// may be gone on with another time.
+    /// Waits for the disk; page operations go on meanwhile, and always win. Allocates nothing. Several shrinkers may be
+    /// at work. Errors: [`Error::NoWriteback`] without a disk that works, or when it was stopped;
+    /// [`Error::BackingFull`]: the cleaner was woken, and may make room; [`Error::BudgetUsedUp`]; [`Error::DiskWrite`].
+    /// No page is lost, and the job may be gone on with another time.
     pub fn write_back(&self, shrinker: &mut Shrinker, job: &mut Job) -> Result<bool> {
         let writeback = self.writeback.as_ref().ok_or(Error::NoWriteback)?;
         // Given up last, when all that this one has taken is published and freed: see [`Store::destroy`].
@@ -144,8 +146,8 @@ impl Store {
         }
     }
 
-    /// Step 2: takes a page into the segment, if the slot still is what it was taken for. Returns how many bytes of the pool
-    /// its object takes; 0 if there is none to take.
+    /// Step 2: takes a page into the segment, if the slot still is what it was taken for. Returns how many bytes of the
+    /// pool its object takes; 0 if there is none to take.
     fn take(&self, writeback: &Writeback, shrinker: &mut Shrinker, index: u32) -> std::result::Result<u64, Full> {
         if shrinker.taken.len() == shrinker.taken.capacity() {
             return Err(Full);

@@ -1,5 +1,6 @@
-//! What happens while a segment is being written, when no lock may be held: done by the disk itself, in the middle of its
-//! write, on the shrinker's own thread. A slot lock held over the write would be a deadlock, or a panic of the lock order.
+//! What happens while a segment is being written, when no lock may be held: done by the disk itself, in the middle of
+//! its write, on the shrinker's own thread. A slot lock held over the write would be a deadlock, or a panic of the lock
+//! order.
 
 use super::*;
 use crate::error::Error;
