@@ -24,7 +24,7 @@ ALGORITHMS = ("lz4", "zstd")
 ENDS = {
     "budget": (errno.EDQUOT, "the budget is used up"),
     "full": (errno.ENOSPC, "the backing disk is full"),
-    "failed": (errno.EIO, "the backing disk has failed"),
+    "failed": (errno.EIO, "the backing disk cannot be written"),
     "stopped": (errno.ESHUTDOWN, "the pager is ending"),
 }
 

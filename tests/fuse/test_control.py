@@ -59,8 +59,8 @@ def test_mem_limit(daemon: Daemon, swapfile: int, command: str, limit: int) -> N
             ("comp_algorithm", bad)
             for bad in (f"zstd level={2**64}", "zstd level=", "zstd speed=1", "ZSTD", "lz4 zstd")
         ),
-        *(("idle", bad) for bad in ("", "none", "0", "-1", "1.5", str(2**32), "all 1")),
-        *(("writeback", bad) for bad in ("", "everything", "page", "page_index=", "page_index=-1", "1" * 12, "ALL")),
+        *(("idle", bad) for bad in ("\n", "none", "0", "-1", "1.5", str(2**32), "all 1")),
+        *(("writeback", bad) for bad in ("\n", "everything", "page", "page_index=", "page_index=-1", "1" * 12, "ALL")),
         *((name, bad) for name in ("compact", "reset") for bad in ("0", "2", "\n", "yes", "11")),
     ],
 )

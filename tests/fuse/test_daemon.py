@@ -433,7 +433,7 @@ def test_it_tells_systemd_when_it_serves(make_daemon: MakeDaemon, abstract: bool
         systemd.settimeout(DEADLINE_SECONDS)
         daemon.extra_environment["NOTIFY_SOCKET"] = "@" + name if abstract else name
         daemon.start()
-        assert systemd.recv(100) == b"READY=1"
+        assert systemd.recv(100).splitlines()[0] == b"READY=1"
     assert daemon.stop() == 0
 
 

@@ -19,6 +19,7 @@ from tests.pages import PAGE, noise
 from zswapd.pager import Pager
 from zswapd.pager_socket import socket_path
 
+NOTHING_LEFT = {"objects": 0, "pages": 0, "writebacks": 0, "cleanings": 0}
 FOOTPRINT = 8 << 20
 
 
@@ -107,7 +108,7 @@ def test_what_is_drained_cannot_be_opened(daemon: Daemon) -> None:
     assert left["objects"] == 2
     assert left["pages"] >= 2
     pager.reset()
-    assert drained(pager) == {"objects": 0, "pages": 0}
+    assert drained(pager) == NOTHING_LEFT
     with raises_errno(errno.ENODEV), daemon.opened():
         pass
     # Whoever drained it is gone: the next daemon serves again.
@@ -117,7 +118,7 @@ def test_what_is_drained_cannot_be_opened(daemon: Daemon) -> None:
     with daemon.opened() as swapfile:
         os.pwrite(swapfile, noise(3), 0)
     drained(pager)
-    assert pager.stop() == {"objects": 0, "pages": 0}
+    assert pager.stop() == NOTHING_LEFT
     wait_until(lambda: not Path(f"{daemon.mount_point}.sock").exists(), "the pager ends")
 
 

@@ -269,7 +269,7 @@ class WritingPager:
     [
         (Written(1234, 3 << 20, "done"), 0, "written back: 1,234 pages, 3.0 MiB of the pool freed\n"),
         (Written(1234, 0, "full"), 2, "ended early: the backing disk is full\n"),
-        (Written(1234, 0, "failed"), 2, "ended early: the backing disk has failed\n"),
+        (Written(1234, 0, "failed"), 2, "ended early: the backing disk cannot be written\n"),
         (Written(1234, 0, "budget"), 2, "ended early: the budget is used up (1.0 MiB per day)\n"),
         (OSError(errno.ENODEV, "no"), 1, "there is no backing disk (writeback.backing)\n"),
         (OSError(errno.EBUSY, "another writeback is under way"), 1, "another writeback is under way\ntry again"),

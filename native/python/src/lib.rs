@@ -228,7 +228,7 @@ fn writeback<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyD
         _ => "failed",
     };
     dict.set_item("state", state)?;
-    let budget = Some(metrics.writeback_budget_bytes.get()).filter(|&bytes| bytes != u64::MAX);
+    let budget = Some(metrics.writeback_budget_bytes.get()).filter(|&bytes| bytes != u64::MAX && state != "none");
     dict.set_item("budget_bytes", budget)?;
     dict.set_item("read_latency", histogram(py, &metrics.disk_read_latency.snapshot())?)?;
     dict.set_item("write_latency", histogram(py, &metrics.writeback_latency.snapshot())?)?;
