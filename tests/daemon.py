@@ -164,7 +164,8 @@ class Daemon:
         self.launch()
         assert self.wait() == status, self.log()
         # What it found, and what this machine does not let it do, comes first, each on one line.
-        message = re.sub(r"^(\d{4}-.* (WARNING|INFO): |zswapd-pager: may not ).*\n", "", self.log(), flags=re.MULTILINE)
+        other = r"^(\d{4}-.* (WARNING|INFO): |zswapd-pager: (may not|stopping:) ).*\n"
+        message = re.sub(other, "", self.log(), flags=re.MULTILINE)
         assert message.startswith("zswapd: "), self.log()
         assert message.count("\n") <= 2, self.log()
         assert "Traceback" not in message

@@ -179,7 +179,7 @@ def _remarks(size: int, rotational: bool) -> tuple[str, ...]:
 
 def refuse_size(path: Path, size: int) -> None:
     if size < MIN_BYTES:
-        raise BackingError(f"{path}: {format_size(size)} is too small", f"give it {format_size(MIN_BYTES)} or more")
+        raise BackingError(f"{path}: {size} bytes are too few", f"give it {format_size(MIN_BYTES)} or more")
 
 
 def refuse_file_system(mount: Mount, path: str) -> None:

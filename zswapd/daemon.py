@@ -70,13 +70,15 @@ async def _run_pager(config: Config, signals: AsyncIterator[int]) -> None:
     async with _pager(config, signals) as (pager, relay):
         device = pager.status()["device"]
         with metrics.served(pager, config.metrics.address):
-            async with relayed(pager, relay), trio.open_nursery() as policies:
+            async with relayed(pager, relay):
                 _ready(config, pager)
-                policies.start_soon(policy.run, pager, config.writeback)
-                await _until_stopped(config, lambda: _drained(pager), signals)
-                policies.cancel_scope.cancel()
+                async with trio.open_nursery() as policies:
+                    policies.start_soon(policy.run, pager, config.writeback)
+                    await _until_stopped(config, lambda: _drained(pager), signals)
+                    policies.cancel_scope.cancel()
                 with suppress(*GONE):
                     leaked = pager.stop()
+                    policy.end_budget(pager)
     if leaked is None:
         _refuse_unasked(mount_point, device)
         log.info("%s has been unmounted, and the pager has ended", mount_point)

@@ -85,6 +85,15 @@ def start_budget(pager: Pager, settings: Writeback, *, new: bool) -> None:
     log.info("budget: %s; %s left now", wear.describe(settings), format_size(budget.left()))
 
 
+def end_budget(pager: Pager) -> None:
+    """For a pager that has ended in good order: what it had left is not lost. Its counters outlive it."""
+    if pager.budget:
+        try:
+            pager.budget.close(pager.unused_budget())
+        except OSError as error:
+            log.warning("what the pager had left of its budget counts as written: %s", error)
+
+
 async def run(pager: Pager, settings: Writeback) -> None:
     """Decides until it is cancelled. A command to the pager that is under way then is left to the pager."""
     if pager.backing() is None:

@@ -87,6 +87,12 @@ class Budget:
             self._granted = enough
             grant(more)
 
+    def close(self, unused: int | None) -> None:
+        """Takes back what the pager, which has ended in good order, had left. Waits for the disk. Raises OSError: it
+        counts as written then."""
+        self.observe(unused)
+        self._save(0)
+
     def is_overdrawn(self) -> bool:
         """Whether more is granted than there is left: the settings are lower than they were."""
         return self._granted > self.left()

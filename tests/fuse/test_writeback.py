@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.daemon import Daemon, wait_until
+from tests.daemon import DEADLINE_SECONDS, HOST, Daemon, wait_until
 from tests.errnos import raises_errno
 from tests.machine import lacks
 from tests.pages import PAGE, noise
@@ -219,7 +219,11 @@ def test_the_budget_ends_it_early_and_outlives_everybody(make: MakeDaemon, disk:
         check(fd, 2000)
     daemon.reset()
     assert daemon.stop() == 0
-    # Another pager: what the last one had left counts as written.
+    daemon.start_again()
+    assert daemon.stats()["writeback"]["budget_bytes"] == left
+    # What a pager had left that was killed counts as written.
+    os.kill(daemon.server_pid, signal.SIGKILL)
+    assert daemon.wait() == 1
     daemon.start_again()
     assert daemon.stats()["writeback"]["budget_bytes"] == 0
     assert daemon.read("writeback_limit") == "0\n"
@@ -315,7 +319,7 @@ def with_faults(daemon: Daemon, rules: str) -> Daemon:
 
 
 def scrape(daemon: Daemon) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{daemon.port}/metrics", timeout=20) as response:
+    with urllib.request.urlopen(f"http://{HOST}:{daemon.port}/metrics", timeout=DEADLINE_SECONDS) as response:
         families = text_string_to_metric_families(response.read().decode())
         return {sample.name: sample.value for family in families for sample in family.samples}
 

@@ -88,7 +88,7 @@ def test_a_file_needs_a_size_and_a_directory(disk: Path) -> None:
     with pytest.raises(BackingError, match="a file needs a size") as caught:
         backing.look(settings(disk / "x"))
     assert "writeback.size" in caught.value.hint
-    with pytest.raises(BackingError, match="too small"):
+    with pytest.raises(BackingError, match="too few"):
         backing.look(settings(disk / "x", SIZE - 4096))
     with pytest.raises(BackingError, match="No such file or directory") as caught:
         backing.look(settings(disk / "no/x", SIZE))
@@ -149,6 +149,13 @@ def test_journaled_data_is_refused(disk: Path, tmp_path: Path) -> None:
 
 
 # Making the file
+
+
+async def test_whoever_may_read_the_file_is_root_alone(disk: Path) -> None:
+    await made(disk / "x")
+    (disk / "x").chmod(0o644)
+    await made(disk / "x")
+    assert (disk / "x").stat().st_mode & 0o7777 == 0o600
 
 
 async def test_every_block_of_the_file_is_on_the_disk(disk: Path) -> None:
@@ -290,6 +297,13 @@ def test_a_free_block_device_is_taken_whole(loop: Path) -> None:
     assert (disk.path, disk.is_file, disk.size_bytes) == (loop, False, 2 * SIZE)
     with pytest.raises(BackingError, match="block device: all of it is used"):
         backing.look(settings(loop, SIZE))
+
+
+def test_a_block_device_that_is_too_small_is_refused(loop: Path, disk: Path) -> None:
+    os.truncate(disk / "image", SIZE - 4096)
+    subprocess.run(["losetup", "--set-capacity", loop], check=True)
+    with pytest.raises(BackingError, match=f"{loop}: {SIZE - 4096} bytes are too few"):
+        backing.look(settings(loop))
 
 
 def test_a_block_device_that_somebody_has_is_refused(loop: Path) -> None:

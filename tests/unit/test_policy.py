@@ -264,3 +264,19 @@ async def test_what_is_used_up_is_granted_anew_while_there_is_some(
     assert len(pager.told) == 5
     assert pager.budget
     assert pager.budget.left() == 0
+
+
+def test_what_a_pager_has_left_in_the_end_is_not_lost(state_directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pager = FakePager()
+    start_budget(pager, new=True, budget_per_hour="1GiB")
+    pager.unused = GIB - 4096
+    policy.end_budget(pager)  # type: ignore[arg-type]
+    start_budget(FakePager(), new=True)
+    policy.end_budget(FakePager())  # type: ignore[arg-type]
+    again = FakePager()
+    start_budget(again, new=True, budget_per_hour="1GiB")
+    assert again.told == ["limit 0", f"grant {GIB - 4096}"]
+    state_directory.rename(state_directory.with_name("moved"))
+    state_directory.write_text("in the way")
+    policy.end_budget(again)  # type: ignore[arg-type]
+    assert "counts as written" in caplog.text

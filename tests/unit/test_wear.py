@@ -107,6 +107,16 @@ def test_a_pager_that_was_started_anew_has_used_up_what_the_last_one_was_granted
     assert again.left() == 0
 
 
+def test_after_an_end_in_good_order_nothing_is_lost() -> None:
+    clock = Clock()
+    first = Budget(settings(hour=GIB), clock)
+    topped_up(first)
+    first.close(GIB - 4096)
+    again = Budget(settings(hour=GIB), clock)
+    again.observe(None)
+    assert again.left() == GIB - 4096
+
+
 def test_a_daemon_that_was_started_anew_asks_the_pager_what_is_left() -> None:
     clock = Clock()
     topped_up(Budget(settings(hour=GIB), clock))
@@ -237,6 +247,10 @@ class World:
     def restart_daemon(self) -> None:
         self.budget = Budget(self.wanted, self.clock)
 
+    def end(self) -> None:
+        self.budget.close(self.left)
+        self.restart_pager()
+
     def restart_pager(self) -> None:
         self.left = 0
         self.budget = Budget(self.wanted, self.clock)
@@ -247,7 +261,7 @@ class World:
     st.lists(
         st.one_of(
             st.tuples(st.just("write"), st.integers(0, 3 * GIB)),
-            st.tuples(st.sampled_from(["tick", "killed in a tick", "daemon", "pager"]), st.integers(0, GIB)),
+            st.tuples(st.sampled_from(["tick", "killed in a tick", "daemon", "pager", "end"]), st.integers(0, GIB)),
             st.tuples(st.just("wait"), st.integers(1, 30 * HOUR_SECONDS)),
         ),
         max_size=40,
@@ -269,6 +283,8 @@ def test_whatever_happens_a_day_has_no_more_than_its_budget(steps: list[tuple[st
                 world.restart_daemon()
             case "pager":
                 world.restart_pager()
+            case "end":
+                world.end()
             case "wait":
                 world.clock.now += number
     for hour in world.written:

@@ -10,7 +10,7 @@
 use crate::args::Args;
 use crate::crew::{Crew, Pocket};
 use crate::idle::Idle;
-use crate::inbox::{Inbox, ROOM};
+use crate::inbox::{self, Inbox, ROOM};
 use crate::process::{spawn as spawn_thread, touch};
 use crate::{no_alloc, Shared};
 use std::fs::File;
@@ -75,7 +75,8 @@ struct Lead {
 
 impl Lead {
     fn new(shared: Arc<Shared>, device: Arc<File>, spin: Duration) -> Lead {
-        let (idle, inbox) = (Idle::new(spin), Inbox::new());
+        let room = if shared.engine.store().backing().is_some() { inbox::MANY } else { inbox::FEW };
+        let (idle, inbox) = (Idle::new(spin), Inbox::new(room));
         Lead { shared, device, idle, cannot_read: false, inbox, progress: Progress::NONE, at_once: 0 }
     }
 
