@@ -30,7 +30,7 @@ DEBUG_PAGER = Path(__file__).parents[2] / "native/target/debug/zswapd-pager"
 @contextmanager
 def touching(daemon: Daemon, corpus: int, limit: int = LIMIT_BYTES) -> Iterator[Workload]:
     """A workload that survives pages that cannot be read, and is killed when it takes too long; see `swapped`."""
-    with swapped(daemon, corpus, TOUCHED_BYTES // PAGE, limit, SURVIVING) as workload:
+    with swapped(daemon, corpus, TOUCHED_BYTES // PAGE, limit, SURVIVING, "swapped") as workload:
         watchdog = threading.Timer(PATIENCE_SECONDS, workload.group.kill)
         watchdog.start()
         try:

@@ -1,7 +1,7 @@
 """The benchmark's workload as a process that a page which cannot be read back does not kill.
 
 It touches its memory by system calls that copy it to and from a pipe: what is a SIGBUS elsewhere is EFAULT there.
-Started as the benchmark's: see tests/swap/workload.py.
+Started as the benchmark's (see tests/swap/workload.py), with its own heap locked ("swapped").
 """
 
 import mmap

@@ -29,7 +29,6 @@ from tests.swap.workload import ENOUGH, Workload
 pytestmark = pytest.mark.usefixtures("_swap")
 
 MakeFaulty = Callable[..., Daemon]
-SEGMENT_BYTES = 256 << 10
 #: The kernel reads this many pages for a fault, in one request: with one that cannot be read, all of them fail.
 READ_AHEAD = 1 << int(Path("/proc/sys/vm/page-cluster").read_text())
 
@@ -92,8 +91,8 @@ def test_segments_that_cannot_be_written_stay_in_the_pool(faulty: MakeFaulty, co
 def test_what_was_written_wrong_is_lost_and_never_read(faulty: MakeFaulty, corpus: int, what: str) -> None:
     daemon = faulty(f"write:4:{what},write:7:{what},write:11:{what}")
     with surviving(daemon, corpus) as workload:
-        # Half of a segment, in records of some hundred bytes at least, or one record; three times.
-        most = 3 * (SEGMENT_BYTES // 2 // 256 if what == "torn" else 1)
+        # A block, in records of some hundred bytes at least, or one record; three times.
+        most = 3 * (PAGE // 256 + 1 if what == "torn" else 1)
         unreadable = workload.unreadable()
         corrupt = daemon.stats()["errors"]["corrupt"]
         assert 0 < corrupt <= most
@@ -132,7 +131,7 @@ def test_what_is_read_wrong_is_not_given_out(faulty: MakeFaulty, corpus: int, wh
 
 
 def test_a_slow_disk_only_takes_time(faulty: MakeFaulty, corpus: int) -> None:
-    daemon = faulty("write:1+:slow,read:9:slow")
+    daemon = faulty("write:1-:slow,read:9:slow")
     with surviving(daemon, corpus) as workload:
         assert workload.unreadable() == 0
         stats = daemon.stats()
@@ -142,7 +141,7 @@ def test_a_slow_disk_only_takes_time(faulty: MakeFaulty, corpus: int) -> None:
 
 
 def test_a_disk_that_fails_midway_is_not_written_any_more_and_still_read(faulty: MakeFaulty, corpus: int) -> None:
-    daemon = faulty("write:9+:eio")
+    daemon = faulty("write:9-:eio")
     with surviving(daemon, corpus, ENOUGH) as workload:
         workload.page_out()
         wait_until(lambda: daemon.stats()["writeback"]["state"] == "failed", "the disk is given up")

@@ -67,14 +67,19 @@ class Workload:
 
 @contextmanager
 def swapped(
-    daemon: Daemon, corpus: int, pages: int = PAGES, limit: int = LIMIT, program: str = "zswapd.bench.workload"
+    daemon: Daemon,
+    corpus: int,
+    pages: int = PAGES,
+    limit: int = LIMIT,
+    program: str = "zswapd.bench.workload",
+    where: str = "anonymous",
 ) -> Iterator[Workload]:
     """A workload over its memory limit while `daemon` is attached, on the first `pages` of the corpus. Killed and gone
     at the end."""
     others = daemon.workloads
     with MemoryCgroup(limit) as group:
         daemon.workloads = group
-        command = [sys.executable, "-m", program, str(corpus), str(pages), "anonymous"]
+        command = [sys.executable, "-m", program, str(corpus), str(pages), where]
         pipe = subprocess.PIPE
         with subprocess.Popen(
             command, stdin=pipe, stdout=pipe, text=True, pass_fds=[corpus], env=ENVIRONMENT, cwd=ROOT
