@@ -289,7 +289,7 @@ def test_damaged_bytes_are_an_error_and_not_a_wrong_page(victim: Daemon) -> None
                 os.pread(swapfile, PAGE, PAGE)
         stats = victim.stats()
         # The first read finds the damage; from then on the page is known to be lost.
-        assert stats["errors"] == {"corrupt": 1, "lost": 1}
+        assert stats["errors"] == {"corrupt": 1, "lost": 1, "disk": 0}
         assert stats["pages"]["lost"] == 1
         assert os.pread(swapfile, PAGE, 0) == noise(0)
         assert os.pread(swapfile, PAGE, 2 * PAGE) == noise(2)
