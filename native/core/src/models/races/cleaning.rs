@@ -21,13 +21,17 @@ fn sparse_disk() -> Arc<Swap> {
     Arc::new(swap)
 }
 
-fn while_cleaning(swap: Arc<Swap>, other: impl FnOnce(&Swap)) {
+/// Cleans in a thread of its own while `other` does something else; then slots 0 and 1 must read these pages.
+fn while_cleaning(swap: Arc<Swap>, expected: [u8; 2], other: impl FnOnce(&Swap)) {
     let cleaner = spawn({
         let swap = swap.clone();
         move || swap.clean_up()
     });
     other(&swap);
     join(cleaner);
+    for (slot, stamp) in (0..2).zip(expected) {
+        swap.read(slot, Small, &[stamp]);
+    }
     swap.end();
 }
 
@@ -48,7 +52,7 @@ fn there_is_something_to_clean() {
 #[test]
 fn read_against_clean() {
     explore(|| {
-        while_cleaning(sparse_disk(), |swap| {
+        while_cleaning(sparse_disk(), [1, 2], |swap| {
             swap.read(0, Small, &[1]);
             swap.read(1, Small, &[2]);
         });
@@ -58,7 +62,7 @@ fn read_against_clean() {
 #[test]
 fn overwrite_against_clean() {
     explore(|| {
-        while_cleaning(sparse_disk(), |swap| {
+        while_cleaning(sparse_disk(), [9, 2], |swap| {
             swap.write(0, Small, 9);
             swap.read(0, Small, &[9]);
         });
@@ -68,7 +72,7 @@ fn overwrite_against_clean() {
 #[test]
 fn free_against_clean() {
     explore(|| {
-        while_cleaning(sparse_disk(), |swap| {
+        while_cleaning(sparse_disk(), [0, 2], |swap| {
             swap.free(0);
             swap.read(0, Small, &[0]);
             swap.read(1, Small, &[2]);
@@ -76,12 +80,13 @@ fn free_against_clean() {
     });
 }
 
-/// The page comes back to the disk while its old record is being copied: not to the segment that is being cleaned.
+/// The page comes back to the disk while its old record is being copied: not to the segment that is being cleaned,
+/// where it would get the same location.
 #[test]
 fn overwrite_and_writeback_against_clean() {
     explore(|| {
-        while_cleaning(sparse_disk(), |swap| {
-            swap.write(0, Small, 9);
+        while_cleaning(sparse_disk(), [9, 9], |swap| {
+            (0..2).for_each(|slot| swap.write(slot, Small, 9));
             swap.evict(What::Page(0));
             swap.read(0, Small, &[9]);
         });
@@ -93,7 +98,7 @@ fn promote_against_clean() {
     explore(|| {
         let swap = sparse_disk();
         swap.set_promoting(true);
-        while_cleaning(swap, |swap| {
+        while_cleaning(swap, [1, 2], |swap| {
             swap.read(0, Small, &[1]);
         });
     });

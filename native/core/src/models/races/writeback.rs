@@ -3,7 +3,7 @@
 
 use super::{explore, join, spawn};
 use crate::backing::{Faults, MemoryDisk, SEGMENT_BYTES};
-use crate::models::Kind::{Large, Small};
+use crate::models::Kind::{self, Large, Small};
 use crate::models::{Swap, FOREVER};
 use crate::store::What;
 use std::sync::Arc;
@@ -29,14 +29,18 @@ fn two_pages_on_a_bad_disk() -> Arc<Swap> {
     Arc::new(swap)
 }
 
-/// Writes pages back in a thread of its own while `other` does something else, then ends the store.
-fn while_evicting(swap: Arc<Swap>, what: What, other: impl FnOnce(&Swap)) {
+/// Writes pages back in a thread of its own while `other` does something else. These pages are what must be read then,
+/// and when both are through.
+fn while_evicting(swap: Arc<Swap>, what: What, last: &[(u32, Kind, u8)], other: impl FnOnce(&Swap)) {
     let shrinker = spawn({
         let swap = swap.clone();
         move || swap.evict(what)
     });
+    let read = || last.iter().for_each(|&(slot, kind, stamp)| assert_eq!(swap.read(slot, kind, &[stamp]), stamp));
     other(&swap);
+    read();
     join(shrinker);
+    read();
     swap.end();
 }
 
@@ -60,9 +64,8 @@ fn there_is_something_to_write_back() {
 #[test]
 fn overwrite_against_writeback() {
     explore(|| {
-        while_evicting(two_pages(), COLDEST, |swap| {
+        while_evicting(two_pages(), COLDEST, &[(0, Small, 9)], |swap| {
             swap.write(0, Small, 9);
-            swap.read(0, Small, &[9]);
         });
     });
 }
@@ -71,11 +74,9 @@ fn overwrite_against_writeback() {
 #[test]
 fn overwrite_by_another_class_against_writeback() {
     explore(|| {
-        while_evicting(two_pages(), COLDEST, |swap| {
+        while_evicting(two_pages(), COLDEST, &[(0, Large, 9), (2, Small, 7)], |swap| {
             swap.write(0, Large, 9);
             swap.write(2, Small, 7);
-            swap.read(0, Large, &[9]);
-            swap.read(2, Small, &[7]);
         });
     });
 }
@@ -83,9 +84,8 @@ fn overwrite_by_another_class_against_writeback() {
 #[test]
 fn free_against_writeback() {
     explore(|| {
-        while_evicting(two_pages(), COLDEST, |swap| {
+        while_evicting(two_pages(), COLDEST, &[(0, Small, 0)], |swap| {
             swap.free(0);
-            swap.read(0, Small, &[0]);
         });
     });
 }
@@ -94,10 +94,7 @@ fn free_against_writeback() {
 #[test]
 fn read_against_writeback() {
     explore(|| {
-        while_evicting(two_pages(), What::All, |swap| {
-            swap.read(0, Small, &[1]);
-            swap.read(1, Small, &[2]);
-        });
+        while_evicting(two_pages(), What::All, &[(0, Small, 1), (1, Small, 2)], |_| ());
     });
 }
 
@@ -105,9 +102,8 @@ fn read_against_writeback() {
 #[test]
 fn writeback_against_writeback() {
     explore(|| {
-        while_evicting(two_pages(), What::All, |swap| {
+        while_evicting(two_pages(), What::All, &[(0, Small, 1)], |swap| {
             swap.evict(COLDEST);
-            swap.read(0, Small, &[1]);
         });
     });
 }
@@ -121,9 +117,8 @@ fn compact_against_writeback() {
         (0..4).for_each(|slot| swap.write(slot, Small, slot as u8 + 1));
         [1, 3].into_iter().for_each(|slot| swap.free(slot));
         let swap = Arc::new(swap);
-        while_evicting(swap, What::Page(2), |swap| {
+        while_evicting(swap, What::Page(2), &[(2, Small, 3)], |swap| {
             swap.compact();
-            swap.read(2, Small, &[3]);
         });
     });
 }
@@ -132,10 +127,8 @@ fn compact_against_writeback() {
 #[test]
 fn overwrite_against_a_writeback_that_fails() {
     explore(|| {
-        while_evicting(two_pages_on_a_bad_disk(), What::Page(0), |swap| {
+        while_evicting(two_pages_on_a_bad_disk(), What::Page(0), &[(0, Small, 9), (1, Small, 2)], |swap| {
             swap.write(0, Small, 9);
-            swap.read(0, Small, &[9]);
-            swap.read(1, Small, &[2]);
         });
     });
 }

@@ -9,7 +9,7 @@ const SLOTS: u32 = 1500;
 /// Far less than all pages take, in the pool; and on the disk, so that it is cleaned all the time.
 const LIMIT_PAGES: u64 = 300;
 const SEGMENTS: u64 = 30;
-const ROUNDS: u32 = if cfg!(debug_assertions) { 20_000 } else { 100_000 };
+const ROUNDS: u32 = if cfg!(debug_assertions) { 20_000 } else { 500_000 };
 
 #[test]
 fn no_page_is_lost_or_torn() {
