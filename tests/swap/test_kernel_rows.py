@@ -14,14 +14,15 @@ from zswapd import swapdev
 from zswapd.bench.cgroup import MemoryCgroup
 from zswapd.bench.commands import settle
 from zswapd.bench.corpus import Corpus, build
-from zswapd.bench.devices import CONTROL, ZSWAP, Device, SwapFile, Zram, Zswap
+from zswapd.bench.devices import CONTROL, Device, Zram
+from zswapd.bench.disk_devices import ZSWAP, SwapFile, Zswap
 from zswapd.bench.leftovers import leftovers
 from zswapd.bench.measure import measure
 from zswapd.bench.programs import PAGE
 from zswapd.bench.rows import device as device_of
 from zswapd.bench.rows import offered
 from zswapd.bench.runner import WrongPages, workload
-from zswapd.bench.summary import FIGURES
+from zswapd.bench.summary import DISK, FIGURES
 from zswapd.bench.zswapd_device import Daemon, Zswapd
 from zswapd.errors import ZswapdError
 
@@ -186,10 +187,14 @@ async def test_every_row_that_is_offered_exists_and_null_is_not_among_them(tmp_p
     assert [device_of(row, tmp_path, SIZE).name for row in rows] == rows
 
 
+WITHOUT_DISK = set(DISK) - {"swapoff_mb_per_second"}
 NOT_FOR = {
-    "zswapd-lz4": set(),
-    "zswapd-pyfuse3-lz4": {"pager_cpu_seconds"},
-    "file": {"used_bytes", "effective_ratio", "process_bytes", "zswapd_cpu_seconds", "pager_cpu_seconds"},
+    "zswapd-lz4": WITHOUT_DISK,
+    "zswapd-pyfuse3-lz4": WITHOUT_DISK | {"pager_cpu_seconds"},
+    "file": {
+        *("used_bytes", "effective_ratio", "process_bytes", "zswapd_cpu_seconds", "pager_cpu_seconds"),
+        "working_set_pools",
+    },
 }
 
 
@@ -203,7 +208,11 @@ async def test_a_run_has_every_figure_of_its_row_and_leaves_nothing(row: str, co
     assert run["workload_cpu_seconds"] > 0
     assert run["pages_verified"] == PAGES
     server = "pager_cpu_seconds" if row == "zswapd-lz4" else "zswapd_cpu_seconds"
-    if row != "file":
+    assert run["swapoff_mb_per_second"] > 0
+    if row == "file":
+        assert run["evicted_bytes"] == run["disk_written_bytes"] > LEAST_SWAPPED
+        assert run["swapoff_disk_share"] == 1
+    else:
         assert run[server] > 0
         assert run["original_bytes"] > run["used_bytes"] > 0
     assert leftovers(tmp_path) == []

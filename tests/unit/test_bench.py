@@ -30,7 +30,7 @@ from zswapd.bench.plot import plot, require_matplotlib
 from zswapd.bench.programs import Running, known
 from zswapd.bench.rows import device
 from zswapd.bench.runner import WrongPages, workload
-from zswapd.bench.summary import COST, FIGURES, SPEED, line, summarize, table
+from zswapd.bench.summary import COST, DISK, FIGURES, SPEED, line, summarize, table
 from zswapd.bench.workload import Anonymous, DirectFile, Memory, Workload, percentile
 from zswapd.errors import ZswapdError
 
@@ -143,7 +143,7 @@ def corpus_fd() -> Iterator[int]:
 def filled(fd: int, memory: Memory) -> Workload:
     workload = Workload(fd, PAGES, memory, lambda done, total: None)
     workload.fill()
-    assert workload.verify() == {"verified": PAGES, "wrong": 0, "wrong_pages": []}
+    assert workload.verify() == {"verified": PAGES, "wrong": 0, "unreadable": 0, "wrong_pages": []}
     return workload
 
 
@@ -175,7 +175,8 @@ def test_verify_catches_pages_in_each_other_s_place_and_pages_that_cannot_be_rea
     memory.write(3, other)
     memory.write(4, one)
     memory.unreadable = {9}
-    assert workload.verify()["wrong_pages"] == [3, 4, 9]
+    result = workload.verify()
+    assert (result["wrong_pages"], result["unreadable"]) == ([3, 4, 9], 1)
 
 
 def test_verify_does_not_trust_the_corpus_alone(corpus_fd: int) -> None:
@@ -328,6 +329,26 @@ def test_people_read_units_medians_and_how_far_runs_were_from_them() -> None:
     assert "-" in words
     assert line(runs()[0]).startswith("fill MB/s 3.00, ")
     assert "effective" not in line(runs()[3])
+
+
+def test_a_bounded_pool_adds_what_the_disk_has_seen() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    some = [{**run, "disk_written_per_page": 0.375} for run in runs()]
+    console.print(table(summarize(some), DISK))
+    assert "0.38" in console.export_text().split()
+    assert "written per page 0.38" in line(some[0])
+
+
+def test_panels_without_a_figure_are_left_out(tmp_path: Path) -> None:
+    if find_spec("matplotlib") is None:
+        lacks("matplotlib")
+    without = [{**run, "disk_written_per_page": None, "swapoff_mb_per_second": None} for run in runs()]
+    heights = []
+    for number, some in enumerate((runs(), without)):
+        picture = tmp_path / f"{number}.png"
+        plot(summarize(some), "title", picture)
+        heights.append(int.from_bytes(picture.read_bytes()[20:24]))
+    assert heights[1] < heights[0]
 
 
 def test_the_plot_is_a_png(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from zswapd import swapdev
 from zswapd.bench.ability import cannot_swap
 from zswapd.bench.cgroup import MemoryCgroup
-from zswapd.bench.commands import Interrupted, alongside, until_signal
+from zswapd.bench.commands import Interrupted, until_signal
 from zswapd.bench.corpus import Corpus, build, describe
 from zswapd.bench.devices import Held
 from zswapd.bench.leftovers import leftovers
@@ -93,27 +93,10 @@ async def _swapped(screen: Screen, corpus: Corpus, size: int, directory: Path) -
 
                 # swapoff with pages in it: they all come back into the workload's memory.
                 group.set_limit(2 * corpus.pages * PAGE)
-                inside = await _detach(screen, device)
+                inside = await device.emptying(device.detach, "detach", screen.report)
                 screen.line("detach", f"{format_size(inside)} came back while the workload lived")
                 await _verify(screen, load)
                 screen.line("result", f"{load.verified} pages verified, 0 wrong", "green")
-
-
-async def _detach(screen: Screen, device: Zswapd) -> int:
-    """Detach with progress; returns the bytes that were in swap."""
-    area = device.area()
-    inside = area.used_bytes if area else 0
-
-    async def watch() -> None:
-        while True:
-            if area := device.area():
-                screen.report("detach", inside - area.used_bytes, inside)
-            await trio.sleep(0.1)
-
-    await alongside(watch, device.detach)
-    if device.area():
-        raise ZswapdError(f"zswapctl detach succeeded, but {device.path} is still swap")
-    return inside
 
 
 async def _mounted(screen: Screen, corpus: Corpus, daemon: Daemon) -> None:

@@ -1,4 +1,4 @@
-"""The kernel's own swap devices, as the benchmark's rows: zram, a plain swap file, and that with zswap in front.
+"""What every row of the benchmark is, a swap device of our own, and the first of the kernel's: zram.
 
 Every device is an async context manager: entered, it is in use as swap at a priority above all others; left, it is
 gone, whatever happened. The workload must have ended by then, or all its pages come back into memory.
@@ -6,10 +6,8 @@ gone, whatever happened. The workload must have ended by then, or all its pages 
 
 import errno
 import os
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,17 +16,17 @@ from typing import Self
 import trio
 
 from zswapd import kernel, swapdev
-from zswapd.bench.commands import run, settle, write
+from zswapd.bench.commands import alongside, run, settle, write
+from zswapd.bench.corpus import Report
 from zswapd.bench.programs import PAGE
-from zswapd.config import format_size
 from zswapd.errors import ZswapdError
 
 CONTROL = Path("/sys/class/zram-control")
-ZSWAP = Path("/sys/module/zswap/parameters")
-SWAPOFF_SECONDS = 30
+SWAPOFF_SECONDS = 30  # of a device that nobody has pages in
+EMPTYING_SECONDS = 900  # of one whose pages come back, from a slow disk too
 # What the kernel keeps for a page beside the pool, on 64 bits, and does not count itself: struct zram_table_entry for
-# each page of the device, struct zswap_entry for each stored page, zsmalloc's handle for each object.
-ZRAM_ENTRY, ZSWAP_ENTRY, ZSMALLOC_HANDLE = 16, 56, 8
+# each page of the device, zsmalloc's handle for each object.
+ZRAM_ENTRY, ZSMALLOC_HANDLE = 16, 8
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,34 @@ class Held:
         return self.original_bytes / self.used_bytes if self.used_bytes else 0.0
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """What a device has written to its disk and read from it, bytes, and how many pages have gone there."""
+
+    evicted_pages: int
+    written_bytes: int
+    read_bytes: int
+
+    def __sub__(self, earlier: "Traffic") -> "Traffic":
+        return Traffic(
+            self.evicted_pages - earlier.evicted_pages,
+            self.written_bytes - earlier.written_bytes,
+            self.read_bytes - earlier.read_bytes,
+        )
+
+    @property
+    def written_per_page(self) -> float | None:
+        """Pages written to the disk for one that is evicted to it; None where none was."""
+        return self.written_bytes / PAGE / self.evicted_pages if self.evicted_pages else None
+
+
 class Device(ABC):
     """A swap device of our own. `path` is what /proc/swaps calls it, once entered."""
 
     name: str
     path: str = ""
     forgets = False  # whether pages come back as zeros
+    pool_limit: int | None = None  # bytes that its pages may take in memory, where that is bounded: the rest is on disk
 
     async def __aenter__(self) -> Self:
         try:
@@ -82,6 +102,14 @@ class Device(ABC):
         """Stores that it has refused: the kernel keeps those pages in memory and tries again."""
         return 0
 
+    async def traffic(self) -> Traffic | None:
+        """What has gone to its disk and come from there since it was set up; None without a disk."""
+        return None
+
+    async def disk_share(self) -> float | None:
+        """The share of its pages that are on disk alone; None without a disk."""
+        return None
+
     def cpu_seconds(self) -> dict[str, float]:
         """CPU time so far of the processes that serve the device, by name. Kernel threads are not in it."""
         return {}
@@ -113,9 +141,29 @@ class Device(ABC):
                     f"{area.path} came before {self.path} in priority", "pages would go there: swapoff it"
                 )
 
-    async def _swap_off(self, last_resort: Callable[[], None] = lambda: None) -> None:
+    async def emptying(self, work: Callable[[], Awaitable[None]], what: str, report: Report) -> int:
+        """Do `work`, which takes the swap off, with progress. Returns the bytes that were in swap."""
+        area = self.area()
+        inside = area.used_bytes if area else 0
+
+        async def watch() -> None:
+            while True:
+                if area := self.area():
+                    report(what, inside - area.used_bytes, inside)
+                await trio.sleep(0.1)
+
+        await alongside(watch, work)
         if self.area():
-            await run("swapoff", self.path, seconds=SWAPOFF_SECONDS, last_resort=last_resort)
+            raise ZswapdError(f"{what} succeeded, but {self.path} is still swap")
+        return inside
+
+    async def swap_off(self) -> None:
+        """swapoff with pages in it: they come back into the memory of whose they are."""
+        await self._swap_off(seconds=EMPTYING_SECONDS)
+
+    async def _swap_off(self, last_resort: Callable[[], None] = lambda: None, seconds: float = SWAPOFF_SECONDS) -> None:
+        if self.area():
+            await run("swapoff", self.path, seconds=seconds, last_resort=last_resort)
 
 
 class Zram(Device):
@@ -180,80 +228,3 @@ class Zram(Device):
     @property
     def _sys(self) -> Path:
         return Path(f"/sys/block/zram{self._number}")
-
-
-class SwapFile(Device):
-    """A plain swap file in `directory`, on whatever disk that is."""
-
-    name = "file"
-
-    def __init__(self, directory: Path, size_bytes: int) -> None:
-        self._size = size_bytes
-        self._file = directory.resolve() / f"zswapd-bench-{os.getpid()}.swap"
-        self.path = str(self._file)
-
-    async def _set_up(self, priority: int) -> None:
-        free = os.statvfs(self._file.parent)
-        if free.f_bavail * free.f_frsize < self._size:
-            raise ZswapdError(f"{self._file.parent} has no room for {format_size(self._size)}", "use another directory")
-        fd = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            # Written, not only allocated: swapon refuses holes, and some file systems' fallocate leaves them.
-            for at in range(0, self._size, 1 << 20):
-                os.write(fd, bytes(min(1 << 20, self._size - at)))
-                await trio.lowlevel.checkpoint()
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        await run("mkswap", self.path)
-        await run("swapon", "--priority", str(priority), self.path)
-
-    async def _tear_down(self) -> None:
-        await self._swap_off()
-        self._file.unlink(missing_ok=True)
-
-
-class Zswap(SwapFile):
-    """A plain swap file with the kernel's zswap in front, whose settings are put back.
-
-    As zswapd, it may take half of the machine's memory, and writes nothing back to the file before that. Under cgroup
-    v2 its memory counts in the workload's cgroup, which the other rows' does not.
-    """
-
-    def __init__(self, compressor: str, directory: Path, size_bytes: int) -> None:
-        super().__init__(directory, size_bytes)
-        self.name = f"zswap-{compressor}"
-        self._settings = {"compressor": compressor, "max_pool_percent": "50", "shrinker_enabled": "N", "enabled": "Y"}
-        self._undo = ExitStack()
-
-    @staticmethod
-    def compressors() -> list[str]:
-        """What zswap could compress with, as far as the kernel has it loaded; empty without zswap."""
-        if not ZSWAP.exists():
-            return []
-        known = re.findall(r"^name +: (\S+)$", Path("/proc/crypto").read_text(), re.MULTILINE)
-        return [name for name in ("lz4", "zstd", "lzo-rle", "lzo", "deflate", "842", "lz4hc") if name in known]
-
-    async def _set_up(self, priority: int) -> None:
-        if not ZSWAP.exists():
-            raise ZswapdError("this kernel has no zswap")
-        for name, value in self._settings.items():
-            path = ZSWAP / name
-            if not path.exists():  # older kernels lack the shrinker, and so need not switch it off
-                continue
-            self._undo.callback(write, path, path.read_text())
-            try:
-                write(path, value)
-            except OSError as error:
-                offered = f"it offers {', '.join(self.compressors())}" if name == "compressor" else ""
-                raise ZswapdError(f"zswap does not take {value} as its {name}: {error.strerror}", offered) from None
-        await super()._set_up(priority)
-
-    async def _tear_down(self) -> None:
-        with self._undo:  # last set, first put back: it is off before anything else changes
-            await super()._tear_down()
-
-    async def held(self) -> Held:
-        kib = dict(re.findall(r"^(Zswap(?:ped)?): +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
-        pool, original = int(kib["Zswap"]) << 10, int(kib["Zswapped"]) << 10
-        return Held(original, pool + original // PAGE * (ZSWAP_ENTRY + ZSMALLOC_HANDLE))

@@ -14,6 +14,8 @@ PANELS = {
     "sequential swap-in, MB/s (more is better)": ("sequential_mb_per_second",),
     "random fault, µs (less is better; logarithmic)": ("random_p50_us", "random_p99_us"),
     "bytes of pages in a byte of memory (more is better)": ("effective_ratio",),
+    "written to the disk for an evicted page, in pages (less is better)": ("disk_written_per_page",),
+    "swapoff, MB/s (more is better)": ("swapoff_mb_per_second",),
     "CPU seconds (less is better)": (
         "workload_cpu_seconds",
         "zswapd_cpu_seconds",
@@ -33,10 +35,11 @@ def require_matplotlib() -> None:
 def plot(rows: Summary, title: str, path: Path) -> None:
     """Write the medians as bars, and whiskers from the least to the most, to a PNG file."""
     names = list(rows)
-    height = len(PANELS) * (1 + 0.35 * len(names))
+    panels = {heading: keys for heading, keys in PANELS.items() if any(rows[name][keys[0]] for name in names)}
+    height = len(panels) * (1 + 0.35 * len(names))
     figure: Any = import_module("matplotlib.figure").Figure(figsize=(10, height), layout="constrained")
     figure.suptitle(title)
-    for axes, (heading, keys) in zip(figure.subplots(len(PANELS), 1), PANELS.items(), strict=True):
+    for axes, (heading, keys) in zip(figure.subplots(len(panels), 1), panels.items(), strict=True):
         stacked = keys[0].endswith("seconds")
         thickness = HEIGHT if stacked else HEIGHT / len(keys)
         left = [0.0] * len(names)

@@ -13,17 +13,20 @@ SMALLEST = 64 << 20
 
 
 class Size(click.ParamType[int]):
-    """Bytes, written as in the configuration."""
+    """Bytes, written as in the configuration; fewer than `smallest` are refused, and `why` says why."""
 
     name = "size"
+
+    def __init__(self, smallest: int = SMALLEST, why: str = "where the workload's own memory would show") -> None:
+        self._smallest, self._why = smallest, why
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
             size = parse_size(value)
         except ValueError as error:
             self.fail(f"{value}: {error}", param, ctx)
-        if size < SMALLEST:
-            self.fail(f"{value}: below {format_size(SMALLEST)}, where the workload's own memory would show", param, ctx)
+        if size < self._smallest:
+            self.fail(f"{value}: below {format_size(self._smallest)}, {self._why}", param, ctx)
         return size
 
 

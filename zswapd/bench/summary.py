@@ -24,7 +24,15 @@ COST = {
     "pager_cpu_seconds": "pager CPU s",
     "kernel_cpu_seconds": "kernel CPU s",
 }
-FIGURES = SPEED | COST
+DISK = {
+    "working_set_pools": "set / pool",
+    "evicted_bytes": "evicted MiB",
+    "disk_written_per_page": "written per page",
+    "disk_read_bytes": "read MiB",
+    "swapoff_mb_per_second": "swapoff MB/s",
+    "swapoff_disk_share": "from disk",
+}
+FIGURES = SPEED | COST | DISK
 
 Spread = dict[str, float]  # median, min, max
 Summary = dict[str, dict[str, Spread | None]]  # by row and figure

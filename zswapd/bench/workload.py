@@ -197,19 +197,20 @@ class Workload:
         return {"rewritten": len(victims)}
 
     def verify(self) -> dict[str, Any]:
-        """Compare every page with its checksum and, byte by byte, with the corpus."""
-        wrong = []
+        """Compare every page with its checksum and, byte by byte, with the corpus. What cannot be read is wrong."""
+        wrong, unreadable = [], 0
         for page in range(self._pages):
             try:
                 content = self._memory.read(page)
             except (OSError, ValueError):
-                content = b""  # unreadable: as wrong as can be
+                content = b""
+                unreadable += 1
             right = content == self._from_corpus(self._page_of[page])
             if not right or checksum(content) != self._expected[8 * page : 8 * page + 8]:
                 wrong.append(page)
             if page % REPORT == 0:
                 self._progress(page, self._pages)
-        return {"verified": self._pages, "wrong": len(wrong), "wrong_pages": wrong[:SHOWN]}
+        return {"verified": self._pages, "wrong": len(wrong), "unreadable": unreadable, "wrong_pages": wrong[:SHOWN]}
 
     def stats(self) -> dict[str, Any]:
         """The embedded engine's statistics."""

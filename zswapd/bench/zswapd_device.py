@@ -15,7 +15,9 @@ import trio
 
 from zswapd import swapdev
 from zswapd.bench.commands import run, write
-from zswapd.bench.devices import Device, Held
+from zswapd.bench.devices import Device, Held, Traffic
+from zswapd.bench.disk_devices import require_room
+from zswapd.bench.programs import PAGE
 from zswapd.errors import DaemonError, ZswapdError
 from zswapd.pager import Pager
 from zswapd.pager_socket import socket_path
@@ -23,24 +25,29 @@ from zswapd.pager_socket import socket_path
 START_SECONDS = 30
 STOP_SECONDS = 20
 CONTROL_SECONDS = 180
+DISK_SPEED = 20 << 20  # bytes per second: a disk to which zswapd writes its backing file more slowly is given up
+BACKING_SHARE = 4  # of the swap: half of what a workload of the benchmark touches
 CONTROL_GRACE_SECONDS = 30  # it waits for the kernel to leave swapoff, and undoes what it began
 
 
 class Daemon:
     """`zswapd run` with everything it needs in a directory of its own under `parent`, which `stop` removes."""
 
-    def __init__(self, parent: Path, size_bytes: int, algorithm: str, **more: str) -> None:
-        """`more`: further settings, as section__key="value"."""
+    def __init__(self, parent: Path, size_bytes: int, algorithm: str, **more: int | str) -> None:
+        """`more`: further settings, as section__key="value". With writeback__size it has a backing file."""
         self._directory = parent.resolve() / f"zswapd-bench-{os.getpid()}"
         self.mount_point = self._directory / "mnt"
         self._config = self._directory / "zswapd.toml"
         self._log = self._directory / "zswapd.log"
+        self._backing = self._directory / "backing"
+        self._backing_bytes = int(more.get("writeback__size", 0))
         # A file of its own: neither /etc nor the environment shall decide what is measured.
         settings: dict[str, int | str] = {
             "swap.size": size_bytes,
             "swap.mount_point": str(self.mount_point),
             "compression.algorithm": algorithm,
             "metrics.listen": "",
+            **({"writeback.backing": str(self._backing)} if self._backing_bytes else {}),
             **{key.replace("__", "."): value for key, value in more.items()},
         }
         self._settings = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
@@ -53,6 +60,7 @@ class Daemon:
     async def start(self) -> None:
         """Return when it serves. Raises DaemonError with the end of its log; `stop` is needed in every case."""
         self.mount_point.mkdir(parents=True)
+        require_room(self._directory, self._backing_bytes)
         self._config.write_text(self._settings)
         log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -66,7 +74,8 @@ class Daemon:
             )
         finally:
             os.close(log)
-        with trio.move_on_after(START_SECONDS):
+        seconds = START_SECONDS + self._backing_bytes / DISK_SPEED
+        with trio.move_on_after(seconds):
             while self._process.poll() is None:
                 if swapdev.is_mounted(self.mount_point):
                     self._connection = _connection(self.mount_point)
@@ -76,7 +85,7 @@ class Daemon:
                         return
                 await trio.sleep(0.05)
             raise DaemonError(f"zswapd ended with status {self._process.returncode}", self.log())
-        raise DaemonError(f"zswapd did not serve within {START_SECONDS} s", self.log())
+        raise DaemonError(f"zswapd did not serve within {seconds:.0f} s", self.log())
 
     def _find_pager(self) -> None:
         with suppress(OSError):  # without one, the daemon serves pages itself
@@ -104,7 +113,7 @@ class Daemon:
             os.close(self._pager_fd)
             self._pager = self._pager_fd = None
         if self._directory.exists():
-            for path in (self._config, self._log, socket_path(self.mount_point)):
+            for path in (self._config, self._log, self._backing, socket_path(self.mount_point)):
                 path.unlink(missing_ok=True)
             self.mount_point.rmdir()
             self._directory.rmdir()
@@ -152,13 +161,28 @@ class Daemon:
 
 
 class Zswapd(Device):
-    """The daemon's swapfile, attached. `settings`: further ones, as section__key="value"."""
+    """The daemon's swapfile, attached. `settings`: further ones, as section__key="value".
 
-    def __init__(self, name: str, directory: Path, size_bytes: int, algorithm: str = "lz4", **settings: str) -> None:
+    With `pool`, bytes, it may have that much memory for pages, and a backing file a quarter of the swap in size.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        size_bytes: int,
+        algorithm: str = "lz4",
+        pool: int | None = None,
+        **settings: int | str,
+    ) -> None:
         self.name = name
+        self.pool_limit = pool
+        if pool is not None:
+            settings |= {"pool__mem_limit": pool, "writeback__size": size_bytes // BACKING_SHARE // PAGE * PAGE}
         self.daemon = Daemon(directory, size_bytes, algorithm, **settings)
         self.forgets = settings.get("pager__store") == "none"
         self._process_bytes = 0
+        self._before = Traffic(0, 0, 0)
 
     async def _set_up(self, priority: int) -> None:
         await self.daemon.start()
@@ -169,6 +193,8 @@ class Zswapd(Device):
         if attached is None:
             raise ZswapdError("zswapctl attach succeeded, but no loop device is over the swapfile")
         self.path = attached.loop_device
+        if self.pool_limit:
+            self._before = await self._traffic()
 
     async def detach(self) -> None:
         """Detach with pages in it: they come back into memory. On failure it stays attached and goes on serving."""
@@ -195,8 +221,28 @@ class Zswapd(Device):
     async def held(self) -> Held:
         return held(await self.daemon.stats())
 
+    async def traffic(self) -> Traffic | None:
+        return await self._traffic() - self._before if self.pool_limit else None
+
+    async def _traffic(self) -> Traffic:
+        """By the kernel's count of what the pager has written to its disk and read from there."""
+        stats, pager = await self.daemon.stats(), self.daemon.processes().get("pager")
+        text = Path(f"/proc/{pager}/io").read_text() if pager else ""
+        count = dict(re.findall(r"^((?:read|write)_bytes): (\d+)$", text, re.MULTILINE))
+        return Traffic(
+            stats["writeback"]["pages_written"], int(count.get("write_bytes", 0)), int(count.get("read_bytes", 0))
+        )
+
+    async def disk_share(self) -> float | None:
+        pages = (await self.daemon.stats())["pages"]
+        stored = sum(pages.values()) - pages["lost"]
+        return pages["on_disk"] / max(1, stored) if self.pool_limit else None
+
     async def refused(self) -> int:
-        return sum((await self.daemon.stats())["rejected_stores"].values())
+        rejected = (await self.daemon.stats())["rejected_stores"]
+        return sum(
+            count for reason, count in rejected.items() if reason != "no_writeback"
+        )  # which says why it was full
 
     def cpu_seconds(self) -> dict[str, float]:
         return {name: _cpu_seconds(pid) for name, pid in self.daemon.processes().items()}
@@ -206,9 +252,9 @@ class Zswapd(Device):
 
 
 def held(stats: Mapping[str, Any]) -> Held:
-    """What an engine holds, from its statistics."""
+    """What an engine holds in memory, from its statistics."""
     used = stats["pool_bytes"] + stats["pool_reserve_bytes"] + stats["metadata_bytes"]
-    return Held(stats["original_bytes"], used)
+    return Held(stats["original_bytes"] - stats["pages"]["on_disk"] * PAGE, used)
 
 
 async def _ended(pidfd: int) -> bool:

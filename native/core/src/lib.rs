@@ -6,7 +6,7 @@
 //! Dependencies point one way:
 //!
 //! ```text
-//! engine → store → {slots, lru, scratch → codec, pool, backing, object} → {state, touched, page, metrics, locks, gate} → sync
+//! engine → store → {slots, lru, scratch → codec, pool, backing} → {object, state, touched, page, metrics, locks, gate} → sync
 //! ```
 
 pub mod backing;

@@ -106,7 +106,7 @@ impl Word {
 
     /// The generation of the word that is so many changes after this one.
     pub fn generation_after(self, changes: u16) -> u16 {
-        self.generation() + changes & GENERATION_MASK
+        (self.generation() + changes) & GENERATION_MASK
     }
 }
 

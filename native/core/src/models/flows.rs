@@ -113,8 +113,8 @@ static EVICTED: AtomicU64 = AtomicU64::new(0);
 static CLEANED: AtomicU64 = AtomicU64::new(0);
 
 fn run_on_disk(flow: impl Fn() + Send + Sync + Copy + 'static) {
-    run_under(RandomScheduler::new(SCHEDULES / 2), flow);
-    run_under(PctScheduler::new(CHANGES, SCHEDULES / 2), flow);
+    run_under(RandomScheduler::new(SCHEDULES / 4), flow);
+    run_under(PctScheduler::new(CHANGES, SCHEDULES / 4), flow);
     assert!(EVICTED.load(Relaxed) > 0, "nothing was written back");
     assert!(CLEANED.load(Relaxed) > 0, "nothing was cleaned");
 }

@@ -102,13 +102,10 @@ impl Swap {
         ];
         assert!(pages.iter().all(|gauge| gauge.get() == 0), "pages are counted that are no more");
         assert_eq!(metrics.disk_live_bytes.get(), 0, "records on the disk were not freed");
-        // A segment that could not be written is not used again.
+        // A segment that could not be written may not be used again.
         let spoilt = metrics.writeback_errors.get() * SEGMENT_BYTES as u64;
-        assert_eq!(
-            metrics.backing_free_bytes.get() + spoilt,
-            metrics.backing_bytes.get(),
-            "segments were not given back"
-        );
+        let free = metrics.backing_free_bytes.get();
+        assert!(free + spoilt >= metrics.backing_bytes.get(), "segments were not given back");
         assert_eq!(metrics.pool_bytes.get(), 0, "pages of the arena were not given back");
         assert!(metrics.classes.iter().all(|class| (class.objects.get(), class.zspages.get()) == (0, 0)));
     }

@@ -42,16 +42,6 @@ impl Writeback {
     }
 }
 
-/// Who is at work on the store besides those who load and store pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InFlight {
-    /// Shrinkers that are filling or writing a segment.
-    pub writebacks: u32,
-    pub cleanings: u32,
-    /// Who is moving objects of the pool.
-    pub movers: u32,
-}
-
 impl Store {
     /// Gives a new store, in which nothing was stored yet, a backing disk, all of which is free.
     ///
@@ -89,30 +79,6 @@ impl Store {
     pub fn mark_idle(&self, age: Duration) -> u64 {
         let Some(Writeback { lru, epoch, .. }) = &self.writeback else { return 0 };
         lru.mark_idle(u32::try_from(age.as_secs()).unwrap_or(u32::MAX), epoch.elapsed().as_secs() as u32)
-    }
-
-    /// How many are at work now.
-    pub fn in_flight(&self) -> InFlight {
-        let inside = |gate: fn(&Writeback) -> &Gate| self.writeback.as_ref().map_or(0, |all| gate(all).inside());
-        InFlight {
-            writebacks: inside(|all| &all.writebacks),
-            cleanings: inside(|all| &all.cleanings),
-            movers: self.pool.movers(),
-        }
-    }
-
-    /// Ends all writing to the disk, for ever, and waits for who is at it: for shrinkers, then for cleaners, `patience` each
-    /// at most. Returns who is still at work; may be called again. Pages on the disk stay readable.
-    ///
-    /// Stores that wait for room find none from now on.
-    pub fn stop_writeback(&self, patience: Duration) -> InFlight {
-        if let Some(Writeback { writebacks, cleanings, .. }) = &self.writeback {
-            writebacks.close();
-            cleanings.close();
-            writebacks.wait(patience);
-            cleanings.wait(patience);
-        }
-        self.in_flight()
     }
 
     /// Reads the page of a slot from the disk; the slot stays locked meanwhile, so that nobody frees the record. It may

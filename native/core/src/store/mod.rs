@@ -6,11 +6,13 @@
 
 mod clean;
 mod disk;
+mod end;
 mod pressure;
 mod writeback;
 
 pub use clean::Cleaner;
-pub use disk::{DiskOptions, InFlight};
+pub use disk::DiskOptions;
+pub use end::{InFlight, Leaked};
 pub use writeback::{Job, Shrinker, What};
 
 use crate::codec::{Codec, Compression};
@@ -26,7 +28,7 @@ use disk::Writeback;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Slots, pool and counters. All methods take `&self` and may be called from several threads.
 pub struct Store {
@@ -66,15 +68,6 @@ impl Detached {
     pub fn is_empty(&self) -> bool {
         self.objects.is_empty()
     }
-}
-
-/// An object that no slot named at the end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Leaked {
-    /// Of its class, in bytes.
-    pub size: usize,
-    /// As its header says, which may be damaged.
-    pub slot: Option<u32>,
 }
 
 impl Store {
@@ -193,27 +186,6 @@ impl Store {
         self.pool.compact(&|copy: &[u8], from, to| {
             object::slot_of(copy).is_some_and(|index| self.slots.relocate(index, from, to))
         })
-    }
-
-    /// The end: waits for who is at work on the store (each for `patience` at most), and returns the objects that still
-    /// live. There should be none.
-    ///
-    /// To be called when all slots have been emptied, no page operation is in flight, and none will come; nothing is written
-    /// back, cleaned or moved any more. In this order: shrinkers and cleaners still free what they had under way, and the
-    /// pool may only end after that. Errors: [`Error::Busy`] if somebody is still at it: it may be called again.
-    pub fn destroy(&self, patience: Duration) -> Result<Vec<Leaked>> {
-        let InFlight { writebacks, cleanings, movers } = self.stop_writeback(patience);
-        if writebacks + cleanings > 0 {
-            return Err(Error::Busy { writebacks, cleanings, movers });
-        }
-        let mut leaked = Vec::new();
-        let moving = self.pool.destroy(patience, |size, object| {
-            leaked.push(Leaked { size, slot: object::slot_of(object) });
-        });
-        match moving {
-            0 => Ok(leaked),
-            movers => Err(Error::Busy { writebacks, cleanings, movers }),
-        }
     }
 
     /// Frees what discards have detached.

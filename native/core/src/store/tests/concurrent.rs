@@ -39,7 +39,7 @@ fn no_page_is_lost_or_torn_when_the_disk_begins_to_fail() {
 }
 
 fn churn(options: DiskOptions) -> Store {
-    let store = new_store(u64::from(SLOTS), LIMIT_PAGES, options);
+    let store = new_store(Allocator::Zsmalloc, u64::from(SLOTS), LIMIT_PAGES, options);
     let (stop, versions) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
         for _ in 0..2 {

@@ -50,7 +50,7 @@ impl Fixture {
     fn new(segments: u64) -> Fixture {
         let interrupted = Arc::new(Interrupted::default());
         let disk = InterruptedDisk(MemoryDisk::new(segments as usize * SEGMENT_BYTES), interrupted.clone());
-        let store = Arc::new(new_store(SLOTS, 100, disk_of(segments, disk)));
+        let store = Arc::new(new_store(Allocator::Zsmalloc, SLOTS, 100, disk_of(segments, disk)));
         interrupted.store.set(Arc::downgrade(&store)).expect("once");
         store.set_promoting(false);
         let mut fixture = Fixture {

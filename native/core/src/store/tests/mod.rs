@@ -3,12 +3,14 @@
 mod concurrent;
 mod during_the_write;
 mod model;
+mod policy;
 
 use super::*;
 use crate::backing::{Disk, MemoryDisk, SEGMENT_BYTES};
 use crate::codec::Algorithm;
 use crate::lru::Incompressible;
 use crate::page::PAGE_SIZE;
+use std::time::Duration;
 
 const LZ4: Compression = Compression { algorithm: Algorithm::Lz4, zstd_level: 1 };
 
@@ -30,9 +32,9 @@ fn page(slot: u32, version: u32, noise: bool) -> Page {
     page
 }
 
-fn new_store(slots: u64, limit_pages: u64, options: DiskOptions) -> Store {
+fn new_store(allocator: Allocator, slots: u64, limit_pages: u64, options: DiskOptions) -> Store {
     let limit = limit_pages * PAGE_SIZE as u64;
-    let store = Store::new(slots, Allocator::Zsmalloc, limit, Files::default()).expect("store");
+    let store = Store::new(slots, allocator, limit, Files::default()).expect("store");
     let store = store.with_disk(options).expect("disk");
     store.populate_slots().expect("memory");
     store

@@ -74,6 +74,10 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..80)
 }
 
+fn allocators() -> impl Strategy<Value = Allocator> {
+    prop::sample::select(&Allocator::ALL)
+}
+
 /// Faults that are reported, or some that are not too.
 fn faults(silent: bool) -> impl Strategy<Value = String> {
     let kinds: &[&str] = if silent { &["eio", "enospc", "short", "torn", "flip"] } else { &["eio", "enospc", "short"] };
@@ -105,10 +109,10 @@ struct World {
 }
 
 impl World {
-    fn new(limit_pages: u64, rules: &str, silent: bool) -> World {
+    fn new(allocator: Allocator, limit_pages: u64, rules: &str, silent: bool) -> World {
         let disk = Faults::new(MemoryDisk::new(SEGMENTS as usize * SEGMENT_BYTES), rules).expect("rules");
         World {
-            store: new_store(u64::from(SLOTS), limit_pages, disk_of(SEGMENTS, disk)),
+            store: new_store(allocator, u64::from(SLOTS), limit_pages, disk_of(SEGMENTS, disk)),
             scratch: Scratch::new().expect("scratch"),
             shrinker: Shrinker::new().expect("memory"),
             cleaner: Cleaner::new().expect("memory"),
@@ -247,8 +251,8 @@ impl World {
     }
 }
 
-fn live(steps: Vec<Step>, limit_pages: u64, rules: &str, silent: bool) {
-    let mut world = World::new(limit_pages, rules, silent);
+fn live(allocator: Allocator, steps: Vec<Step>, limit_pages: u64, rules: &str, silent: bool) {
+    let mut world = World::new(allocator, limit_pages, rules, silent);
     for step in steps {
         world.step(step);
         world.check();
@@ -263,14 +267,16 @@ proptest! {
     /// What the disk reports it has not done costs no page.
     #[test]
     fn no_page_is_lost_on_a_disk_that_says_when_it_fails(
-        steps in steps(), limit in 0u64..500, rules in faults(false),
+        allocator in allocators(), steps in steps(), limit in 0u64..500, rules in faults(false),
     ) {
-        live(steps, limit, &rules, false);
+        live(allocator, steps, limit, &rules, false);
     }
 
     /// What it does not report costs pages, but none ever reads as another one.
     #[test]
-    fn no_page_is_wrong_on_a_disk_that_lies(steps in steps(), limit in 0u64..500, rules in faults(true)) {
-        live(steps, limit, &rules, true);
+    fn no_page_is_wrong_on_a_disk_that_lies(
+        allocator in allocators(), steps in steps(), limit in 0u64..500, rules in faults(true),
+    ) {
+        live(allocator, steps, limit, &rules, true);
     }
 }

@@ -1,0 +1,211 @@
+//! Which pages go, when, and when that ends.
+
+use super::*;
+use crate::error::Error;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+struct Fixture {
+    store: Store,
+    scratch: Scratch,
+    shrinker: Shrinker,
+}
+
+impl Fixture {
+    fn new(limit_pages: u64, options: DiskOptions) -> Fixture {
+        Fixture {
+            store: new_store(Allocator::Zsmalloc, 4096, limit_pages, options),
+            scratch: Scratch::new().expect("scratch"),
+            shrinker: Shrinker::new().expect("memory"),
+        }
+    }
+
+    fn put(&mut self, slots: Range<u32>, noise: bool) -> Result<()> {
+        slots.into_iter().try_for_each(|slot| self.store.store(slot, &page(slot, 1, noise), LZ4, &mut self.scratch))
+    }
+
+    fn read(&mut self, slot: u32) {
+        let mut bytes = [0; PAGE_SIZE];
+        self.store.load(slot, &mut bytes, &mut self.scratch).expect("readable");
+        assert!(bytes == page(slot, 1, bytes[8] == 1));
+    }
+
+    fn write_back(&mut self, what: What) -> Job {
+        let mut job = Job::new(what);
+        while self.store.write_back(&mut self.shrinker, &mut job).expect("room") {}
+        job
+    }
+
+    fn on_disk(&self, slot: u32) -> bool {
+        matches!(self.store.slots.lock(slot).word().entry(), Entry::Disk(_))
+    }
+}
+
+#[test]
+fn shrinking_begins_before_the_limit_and_ends_at_the_accept_threshold() {
+    let mut fixture = Fixture::new(1000, memory_disk(40));
+    fixture.store.set_accept_threshold(80);
+    let mut stored = 0;
+    while !fixture.store.wants_shrinking() {
+        fixture.put(stored..stored + 1, true).expect("room");
+        stored += 1;
+    }
+    let used = |fixture: &Fixture| fixture.store.metrics().pool_bytes.get() / PAGE_SIZE as u64;
+    assert!((951..=1000).contains(&used(&fixture)), "{} pages", used(&fixture));
+    while fixture.store.shrink(&mut fixture.shrinker).expect("room") {}
+    assert!((700..=800).contains(&used(&fixture)), "{} pages", used(&fixture));
+    assert!(!fixture.store.wants_shrinking());
+    // The coldest, and not more than was needed.
+    assert!(fixture.on_disk(0) && !fixture.on_disk(stored - 1));
+    fixture.put(stored..stored + 100, true).expect("room");
+    assert!(!fixture.store.wants_shrinking());
+    fixture.store.ask_for_shrinking();
+    assert!(fixture.store.wants_shrinking());
+    (0..stored + 100).for_each(|slot| fixture.read(slot));
+    end(&fixture.store);
+}
+
+#[test]
+fn a_store_waits_while_there_can_be_room_and_is_refused_when_there_cannot() {
+    let mut fixture = Fixture::new(200, memory_disk(4));
+    let mut cleaner = Cleaner::new().expect("memory");
+    // Three of the segments can be used.
+    let refused = (0..4096).find_map(|slot| loop {
+        match fixture.put(slot..slot + 1, true) {
+            Err(Error::NoRoomYet) => {
+                if fixture.store.shrink(&mut fixture.shrinker).is_err() {
+                    assert!(fixture.store.clean(&mut cleaner).expect("room"));
+                }
+            }
+            result => return result.err().map(|error| (slot, error)),
+        }
+    });
+    let (slot, error) = refused.expect("it is full in the end");
+    assert_eq!(error.errno(), libc::ENOSPC);
+    assert!(slot > 200 + 100, "only {slot} pages were stored");
+    assert_eq!((fixture.store.metrics().rejected_no_writeback.get(), fixture.store.can_make_room()), (1, false));
+    (0..slot).for_each(|slot| fixture.read(slot));
+    // With room on the disk, there is some again.
+    fixture.store.discard(0..100, &mut Detached::with_capacity(0));
+    assert!(fixture.store.can_make_room());
+    end(&fixture.store);
+    assert!(!fixture.store.can_make_room());
+}
+
+#[test]
+fn a_budget_and_a_failed_disk_end_the_waiting() {
+    let mut fixture = Fixture::new(100, memory_disk(40));
+    fixture.put(0..80, true).expect("room");
+    assert!(fixture.store.can_make_room());
+    let backing = fixture.store.backing().expect("a disk");
+    backing.set_budget(Some(SEGMENT_BYTES as u64 - 1));
+    assert!(!fixture.store.can_make_room());
+    let mut job = Job::new(What::All);
+    let result = fixture.store.write_back(&mut fixture.shrinker, &mut job);
+    assert!(matches!(result, Err(Error::BudgetUsedUp)));
+    backing.set_budget(None);
+    backing.fail();
+    assert!(!fixture.store.can_make_room());
+    assert!(matches!(fixture.store.write_back(&mut fixture.shrinker, &mut job), Err(Error::NoWriteback)));
+    backing.resume();
+    assert!(fixture.store.can_make_room());
+    end(&fixture.store);
+}
+
+#[test]
+fn what_is_idle_or_huge_or_one_page_is_written_back_and_nothing_else() {
+    for (policy, idle, all) in [
+        (Incompressible::Writeback, [2, 3, 12, 13].as_slice(), 20),
+        (Incompressible::Keep, &[2, 3], 10),
+        (Incompressible::First, &[2, 3, 12, 13], 20),
+    ] {
+        let options = || DiskOptions { incompressible: policy, ..memory_disk(40) };
+        let new = || {
+            let mut fixture = Fixture::new(1000, options());
+            fixture.store.set_promoting(false);
+            fixture.put(0..10, false).expect("room");
+            fixture.put(10..20, true).expect("room");
+            fixture
+        };
+        let gone = |fixture: &Fixture| (0..20).filter(|&slot| fixture.on_disk(slot)).collect::<Vec<u32>>();
+
+        let mut fixture = new();
+        assert_eq!(fixture.store.mark_idle(Duration::from_secs(3600)), 0);
+        assert_eq!(fixture.store.mark_idle(Duration::ZERO), 20);
+        // Used since: read, or written.
+        [0, 1, 10, 11].into_iter().for_each(|slot| fixture.read(slot));
+        fixture.put(4..10, false).expect("room");
+        fixture.put(14..20, true).expect("room");
+        assert_eq!(fixture.store.metrics().idle_pages.get(), 4);
+        assert_eq!(fixture.write_back(What::Idle).pages, idle.len() as u64);
+        assert_eq!(gone(&fixture), idle, "{policy:?}");
+        // Asked for by name they go, whatever the policy.
+        assert_eq!(fixture.write_back(What::Page(19)).pages, 1);
+        assert_eq!(fixture.write_back(What::Page(19)).pages, 0);
+        assert_eq!(fixture.write_back(What::Page(4000)).pages, 0);
+        assert_eq!(fixture.write_back(What::Page(u32::MAX)).pages, 0);
+        fixture.write_back(What::Huge);
+        assert!((10..20).all(|slot| fixture.on_disk(slot)), "{policy:?}");
+        end(&fixture.store);
+
+        let mut fixture = new();
+        assert_eq!(fixture.write_back(What::All).pages, all);
+        end(&fixture.store);
+
+        let mut fixture = new();
+        fixture.write_back(What::Coldest { bytes: 1 });
+        assert_eq!(gone(&fixture), [if policy == Incompressible::First { 10 } else { 0 }], "{policy:?}");
+        end(&fixture.store);
+    }
+}
+
+#[test]
+fn a_page_comes_back_to_the_pool_while_there_is_room_below_the_threshold() {
+    let mut fixture = Fixture::new(100, memory_disk(40));
+    fixture.put(0..10, true).expect("room");
+    assert_eq!(fixture.write_back(What::All).pages, 10);
+    fixture.read(0);
+    assert!(!fixture.on_disk(0));
+    fixture.store.set_promoting(false);
+    fixture.read(1);
+    fixture.store.set_promoting(true);
+    fixture.store.set_accept_threshold(1);
+    fixture.read(2);
+    assert!(fixture.on_disk(1) && fixture.on_disk(2));
+    let metrics = fixture.store.metrics();
+    assert_eq!((metrics.pages_promoted.get(), metrics.disk_reads.get(), metrics.pages_on_disk.get()), (1, 3, 9));
+    end(&fixture.store);
+}
+
+#[test]
+fn the_hook_is_called_before_the_disk_is_read_and_only_then() {
+    let mut fixture = Fixture::new(100, memory_disk(40));
+    fixture.store.set_promoting(false);
+    fixture.put(0..2, true).expect("room");
+    fixture.write_back(What::Page(0));
+    let calls = Arc::new(AtomicU32::new(0));
+    let counted = calls.clone();
+    fixture.scratch = Scratch::with_hook(move || {
+        counted.fetch_add(1, Relaxed);
+    })
+    .expect("scratch");
+    fixture.read(1);
+    assert_eq!(calls.load(Relaxed), 0);
+    fixture.read(0);
+    assert_eq!(calls.load(Relaxed), 1);
+    end(&fixture.store);
+}
+
+/// A flipped bit in the pool costs the page, whoever comes across it; it does not go to the disk as if it were whole.
+#[test]
+fn a_damaged_object_is_lost_when_it_is_to_be_written_back() {
+    let mut fixture = Fixture::new(100, memory_disk(40));
+    fixture.put(0..2, false).expect("room");
+    assert!(fixture.store.flip_bit(0, 100));
+    assert_eq!(fixture.write_back(What::All).pages, 1);
+    let mut bytes = [0; PAGE_SIZE];
+    let error = fixture.store.load(0, &mut bytes, &mut fixture.scratch).expect_err("damaged");
+    assert!(matches!(error, Error::Lost { slot: 0 }));
+    fixture.read(1);
+    assert_eq!(fixture.store.metrics().errors_corrupt.get(), 1);
+    end(&fixture.store);
+}
