@@ -156,7 +156,7 @@ def test_detach_can_be_interrupted_while_it_waits_for_the_disk(faulty: MakeFault
             detaching.send_signal(signal.SIGINT)
             _, said = detaching.communicate()
         assert detaching.returncode != 0
-        assert "stays in use" in said or "interrupted" in said, said
+        assert "everything goes on serving" in said, said
         assert 0 < swap_area(daemon).used_bytes < before
         assert workload.unreadable() == 0
 
