@@ -1,16 +1,13 @@
 """A pool too small for what is swapped, and a disk beside it: every page comes back, whatever else happens."""
 
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.daemon import ENVIRONMENT, Daemon, wait_until
+from tests.daemon import Daemon, wait_until
 from tests.swap.backing import (
     DISK_BYTES,
     LIMIT_BYTES,
@@ -22,7 +19,7 @@ from tests.swap.backing import (
     settled,
     touching,
 )
-from tests.swap.workload import ENOUGH, ROOT, assert_gone, swap_area
+from tests.swap.workload import ENOUGH
 from zswapd.bench.corpus import build
 from zswapd.bench.measure import measure
 from zswapd.bench.programs import PAGE
@@ -129,28 +126,6 @@ def test_a_disk_that_fills_up_with_dead_records_is_cleaned(attached: Attached, c
         assert stats["cleaning_bytes"] > 0
         workload.verify()
         assert_all_well(daemon)
-    assert daemon.stop() == 0
-
-
-def test_detach_with_pages_on_the_disk_can_be_interrupted(attached: Attached, corpus: int) -> None:
-    daemon = attached()
-    area = swap_area(daemon)
-    with touching(daemon, corpus) as workload:
-        before = swap_area(daemon).used_bytes
-        workload.group.set_limit(ENOUGH)
-        command = [sys.executable, "-m", "zswapd.ctl", "--config", str(daemon.config), "detach"]
-        with subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True) as detaching:
-            wait_until(
-                lambda: swap_area(daemon).used_bytes < before or detaching.poll() is not None, "swapoff is at work"
-            )
-            detaching.send_signal(signal.SIGINT)
-            status = detaching.wait()
-        if status != 0:  # else it was faster
-            assert swap_area(daemon).loop_device == area.loop_device
-            workload.verify()
-            detach(daemon)
-        assert_gone(daemon, area.loop_device)
-        workload.verify()
     assert daemon.stop() == 0
 
 

@@ -5,13 +5,16 @@ read are counted by a workload that survives them (surviving.py).
 """
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.daemon import Daemon, wait_until
+from tests.daemon import ENVIRONMENT, Daemon, wait_until
 from tests.pages import PAGE, noise
 from tests.swap.backing import (
     DISK_BYTES,
@@ -24,7 +27,7 @@ from tests.swap.backing import (
     touching,
     with_faults,
 )
-from tests.swap.workload import ENOUGH, Workload
+from tests.swap.workload import ENOUGH, ROOT, Workload, swap_area
 
 pytestmark = pytest.mark.usefixtures("_swap")
 
@@ -138,6 +141,24 @@ def test_a_slow_disk_only_takes_time(faulty: MakeFaulty, corpus: int) -> None:
         assert stats["writeback"]["stores_waited"] > 0
         assert not any(stats["rejected_stores"].values()), stats["rejected_stores"]
         assert not any(stats["errors"].values()), stats["errors"]
+
+
+def test_detach_can_be_interrupted_while_it_waits_for_the_disk(faulty: MakeFaulty, corpus: int) -> None:
+    daemon = faulty("read:1-60:slow")
+    with surviving(daemon, corpus, ENOUGH) as workload:
+        workload.page_out()
+        settled(daemon)
+        before = swap_area(daemon).used_bytes
+        command = [sys.executable, "-m", "zswapd.ctl", "--config", str(daemon.config), "detach"]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stderr=pipe, text=True) as detaching:
+            wait_until(lambda: swap_area(daemon).used_bytes < before, "swapoff is at work")
+            detaching.send_signal(signal.SIGINT)
+            _, said = detaching.communicate()
+        assert detaching.returncode != 0
+        assert "everything goes on serving" in said, said
+        assert 0 < swap_area(daemon).used_bytes < before
+        assert workload.unreadable() == 0
 
 
 def test_a_disk_that_fails_midway_is_not_written_any_more_and_still_read(faulty: MakeFaulty, corpus: int) -> None:
