@@ -156,8 +156,10 @@ def test_detach_can_be_interrupted_while_it_waits_for_the_disk(faulty: MakeFault
             detaching.send_signal(signal.SIGINT)
             _, said = detaching.communicate()
         assert detaching.returncode != 0
-        assert "everything goes on serving" in said, said
-        assert 0 < swap_area(daemon).used_bytes < before
+        # The kernel ends it between two processes' memory. That may be after the last one.
+        if "every page is back in memory" not in said:
+            assert "everything goes on serving" in said, said
+            assert 0 < swap_area(daemon).used_bytes < before
         assert workload.unreadable() == 0
 
 
