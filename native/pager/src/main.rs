@@ -4,7 +4,7 @@
 //!
 //! | thread | does | may wait for memory |
 //! | --- | --- | --- |
-//! | workers | one leads: reads requests from /dev/fuse, answers those on the swap file | never |
+//! | workers | one leads: reads requests from /dev/fuse, answers those on the swap file; others wait for the disk | never, but for the disk (a file: in the kernel) |
 //! | relay-out, relay-in | carry all other requests to pyfuse3, and its replies back | in the kernel's socket code |
 //! | refill | keeps the pool's reserve of memory filled | yes |
 //! | compactor | moves objects together when the pool is fragmented; says what workers have to say | in the log |
