@@ -50,6 +50,7 @@ def run(config: Config, root: Path = Path("/")) -> list[Check]:
         _watermark_boost,
         _min_free,
         _page_cluster,
+        _halt_poll,
         _swappiness,
         _overcommit,
         _hibernation,
@@ -233,6 +234,21 @@ def _page_cluster(root: Path) -> Check:
         "warn",
         f"{detail}, each decompressed even if nobody needs it",
         "sysctl -w vm.page-cluster=0, unless the workload reads memory in order",
+    )
+
+
+def _halt_poll(root: Path) -> Check:
+    governor = root / "sys/devices/system/cpu/cpuidle/current_governor"
+    longest = root / "sys/module/haltpoll/parameters/guest_halt_poll_ns"
+    if not (governor.exists() and longest.exists() and governor.read_text().strip() == "haltpoll"):
+        return Check("idle processors", "ok", "not those of a virtual machine that polls before it halts")
+    if nanoseconds := int(longest.read_text()):
+        return Check("idle processors", "ok", f"they look for work for {nanoseconds // 1000} µs before they halt")
+    return Check(
+        "idle processors",
+        "warn",
+        "they halt at once (haltpoll, 0 ns): who waits for a page must be woken through the hypervisor",
+        f"echo 200000 > /{longest.relative_to(root)}, where a fault's latency matters more than idle processors",
     )
 
 

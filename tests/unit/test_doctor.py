@@ -21,7 +21,9 @@ FILES = {
     "proc/sys/vm/overcommit_memory": "0\n",
     "proc/sys/vm/page-cluster": "0\n",
     "proc/sys/vm/swappiness": "60\n",
+    "sys/devices/system/cpu/cpuidle/current_governor": "haltpoll\n",
     "sys/fs/cgroup/cgroup.controllers": "cpu memory\n",
+    "sys/module/haltpoll/parameters/guest_halt_poll_ns": "200000\n",
     "sys/module/zswap/parameters/enabled": "N\n",
     "sys/power/state": "\n",
 }
@@ -70,6 +72,8 @@ def test_nothing_is_wrong(machine: Path) -> None:
         ("proc/sys/vm/min_free_kbytes", "2047\n", {"vm.min_free_kbytes": "fail"}),
         ("proc/sys/vm/min_free_kbytes", "2048\n", {}),
         ("proc/sys/vm/page-cluster", "3\n", {"vm.page-cluster": "warn"}),
+        ("sys/module/haltpoll/parameters/guest_halt_poll_ns", "0\n", {"idle processors": "warn"}),
+        ("sys/devices/system/cpu/cpuidle/current_governor", "menu\n", {}),
         ("proc/sys/vm/swappiness", "0\n", {"vm.swappiness": "warn"}),
         ("proc/sys/vm/overcommit_memory", "2\n", {"vm.overcommit_memory": "warn"}),
         ("sys/power/state", "freeze mem disk\n", {"suspend": "warn"}),
