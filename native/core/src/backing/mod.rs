@@ -42,9 +42,10 @@ use crate::error::{Error, Result};
 use crate::locks::{Rank, Ranked};
 use crate::metrics::SharedMetrics;
 use crate::state::State;
-use crate::sync::MODEL;
+use crate::sync::{AtomicU64, MODEL};
 use cipher::Cipher;
 use record::MAX_DISK_BYTES;
+use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 use table::{Table, MIN_SEGMENTS};
@@ -66,6 +67,8 @@ pub struct Backing {
     disk: Box<dyn Disk>,
     cipher: Cipher,
     table: Ranked<Table>,
+    /// Segments that were written. Raised with Release order before any of their records is named.
+    writes: AtomicU64,
     metrics: SharedMetrics,
 }
 
@@ -96,7 +99,7 @@ impl Backing {
         let cipher = Cipher::new(options.encryption, state)?;
         metrics.backing_bytes.set(u64::from(segments) * SEGMENT_BYTES as u64);
         let table = Ranked::new(Rank::Backing, Table::new(segments));
-        let backing = Backing { disk, cipher, table, metrics };
+        let backing = Backing { disk, cipher, table, writes: AtomicU64::new(0), metrics };
         backing.change(|_| ());
         Ok(backing)
     }
@@ -106,9 +109,10 @@ impl Backing {
         self.change(|table| table.free(at));
     }
 
-    /// Reads a record's object, as it was given to [`Writer::add`]: the blocks that it lies in, and no more.
+    /// Reads a record's object, as it was given to [`Writer::add`]: the blocks that it lies in, and for a request that
+    /// wants more pages those behind it.
     ///
-    /// Waits for the disk. The caller holds the slot's lock, so that the record is not freed meanwhile.
+    /// Waits for the disk, unless the buffer has them already. The caller holds the slot's lock, so that the record is not freed meanwhile.
     /// Errors: [`Error::DiskRead`]: it may be readable another time. [`Error::Corrupt`]: what lies there is not what was
     /// written there for this slot and generation, or `at` is nowhere.
     pub fn read<'b>(
@@ -122,18 +126,18 @@ impl Backing {
         if bytes.end > self.metrics.backing_bytes.get() {
             return Err(Error::Corrupt { slot });
         }
-        let start = Instant::now();
-        let first = bytes.start / BLOCK as u64 * BLOCK as u64;
-        let blocks = &mut buffer.0[..(bytes.end.next_multiple_of(BLOCK as u64) - first) as usize];
+        let record = buffer.record(self, bytes).map_err(|source| Error::DiskRead { slot, source })?;
+        self.cipher.open(record, slot, generation, at).ok_or(Error::Corrupt { slot })
+    }
+
+    /// Reads blocks for a load, and counts that.
+    fn transfer(&self, start: u64, blocks: &mut [u8]) -> io::Result<()> {
+        let begun = Instant::now();
         self.metrics.disk_reads.add(1);
         self.metrics.disk_read_bytes.add(blocks.len() as u64);
-        self.disk.read(first, blocks).map_err(|source| {
-            self.metrics.disk_read_errors.add(1);
-            Error::DiskRead { slot, source }
-        })?;
-        self.metrics.disk_read_latency.record_since(start);
-        let record = &mut blocks[(bytes.start - first) as usize..(bytes.end - first) as usize];
-        self.cipher.open(record, slot, generation, at).ok_or(Error::Corrupt { slot })
+        self.disk.read(start, blocks).inspect_err(|_| self.metrics.disk_read_errors.add(1))?;
+        self.metrics.disk_read_latency.record_since(begun);
+        Ok(())
     }
 
     /// Whether records can be written: now, or when the cleaner has made room, until when [`Writer::begin`] says

@@ -4,21 +4,67 @@ use super::record::{records_of, Record, Records, UNIT};
 use super::{Backing, Victim, BLOCK, SEGMENT_BYTES};
 use crate::error::Result;
 use crate::memory::ZeroedTable;
+use crate::sync::Ordering::Acquire;
 use std::io;
 use std::ops::Range;
 
 /// The blocks that the longest record whose length fits into a slot word can touch.
-const READ_BYTES: usize = (((1 << 9) - 1) * UNIT + BLOCK - UNIT).next_multiple_of(BLOCK);
+const RECORD_BLOCKS: usize = (((1 << 9) - 1) * UNIT + BLOCK - UNIT).next_multiple_of(BLOCK);
+/// What is read ahead of a record at most, and for each page that is wanted next: as much as most records take.
+const MOST_AHEAD: usize = 32 << 10;
+const AHEAD_PER_PAGE: usize = 2 << 10;
 
-/// Room for the blocks of one record. All of its memory is taken when it is made.
-pub struct ReadBuffer(pub(super) ZeroedTable<u8>);
+/// Room for the blocks of one record, and of those behind it. All of its memory is taken when it is made.
+///
+/// Pages that were evicted one after the other lie so on the disk: a request for several needs one transfer then.
+pub struct ReadBuffer {
+    buffer: ZeroedTable<u8>,
+    /// What it holds of the disk, and where in the buffer that begins. Behind the last record that was opened, since
+    /// that is done in place.
+    held: Range<u64>,
+    at: usize,
+    /// How many segments had been written when the transfer began. Invariant: what is held is used only as long as no
+    /// more have been. A record that a slot names then was there before the transfer: it is written before it is named.
+    writes: u64,
+    ahead: usize,
+}
 
 impl ReadBuffer {
     /// Errors: [`crate::error::Error::System`] without memory.
     pub fn new() -> Result<ReadBuffer> {
-        let buffer = ZeroedTable::new(READ_BYTES)?;
-        buffer.populate(0..READ_BYTES)?;
-        Ok(ReadBuffer(buffer))
+        let bytes = RECORD_BLOCKS + MOST_AHEAD;
+        let buffer = ZeroedTable::new(bytes)?;
+        buffer.populate(0..bytes)?;
+        Ok(ReadBuffer { buffer, held: 0..0, at: 0, writes: 0, ahead: 0 })
+    }
+
+    /// Begins a request: forgets what is held.
+    pub fn forget(&mut self) {
+        (self.held, self.ahead) = (0..0, 0);
+    }
+
+    /// So many pages are wanted after the next one.
+    pub fn expect(&mut self, pages: usize) {
+        self.ahead = pages.saturating_mul(AHEAD_PER_PAGE).min(MOST_AHEAD);
+    }
+
+    /// The bytes of a record, to be opened in place; read from the disk if they are not held.
+    pub(super) fn record(&mut self, backing: &Backing, bytes: Range<u64>) -> io::Result<&mut [u8]> {
+        let writes = backing.writes.load(Acquire);
+        if !(self.held.start <= bytes.start && bytes.end <= self.held.end && self.writes == writes) {
+            let block = BLOCK as u64;
+            let start = bytes.start / block * block;
+            let segment_end = (bytes.start / SEGMENT_BYTES as u64 + 1) * SEGMENT_BYTES as u64;
+            let end = (bytes.end + self.ahead as u64).min(segment_end).max(bytes.end).next_multiple_of(block);
+            self.held = 0..0;
+            backing.transfer(start, &mut self.buffer[..(end - start) as usize])?;
+            (self.held, self.at, self.writes) = (start..end, 0, writes);
+        }
+        let skipped = (bytes.start - self.held.start) as usize;
+        let length = (bytes.end - bytes.start) as usize;
+        let record = self.at + skipped..self.at + skipped + length;
+        (self.held.start, self.at) = (bytes.end, record.end);
+        Ok(&mut self.buffer[record])
     }
 }
 

@@ -257,6 +257,43 @@ fn a_failed_write_does_not_succeed_when_asked_again() {
 }
 
 #[test]
+fn a_request_for_several_pages_needs_one_transfer() {
+    let mut fixture = Fixture::new(3, true, "");
+    let objects = objects(&[1500; 60]);
+    let records = fixture.write(&objects).expect("written");
+    // The last ones too: no more is read than the segment has.
+    for (part, objects) in records.chunks(15).zip(objects.chunks(15)) {
+        fixture.buffer.forget();
+        for (n, (record, object)) in part.iter().zip(objects).enumerate() {
+            fixture.buffer.expect(part.len() - n - 1);
+            assert_eq!(&fixture.read(*record).expect("readable"), object);
+        }
+    }
+    assert_eq!(fixture.metrics.disk_reads.get(), 4);
+}
+
+/// What was read ahead may be out of date by then.
+#[test]
+fn what_was_read_ahead_is_not_what_was_written_since() {
+    for encryption in BOTH {
+        let mut fixture = Fixture::new(3, encryption, "");
+        let first = fixture.write(&[object(0, 1500), object(1, 1500)]).expect("written");
+        fixture.buffer.expect(1);
+        fixture.read(first[0]).expect("readable");
+        first.iter().for_each(|record| fixture.backing.free(record.location));
+        // Of three segments two are handed out for this, in turn: the second time it is the first one again.
+        let others = fixture.write(&[object(2, 1500), object(3, 1500)]).expect("written");
+        others.iter().for_each(|record| fixture.backing.free(record.location));
+        let mut again = fixture.write(&[object(4, 1500), object(5, 1500)]).expect("written");
+        while again[1].location != first[1].location {
+            again.iter().for_each(|record| fixture.backing.free(record.location));
+            again = fixture.write(&[object(4, 1500), object(5, 1500)]).expect("written");
+        }
+        assert_eq!(fixture.read(again[1]).expect("readable"), object(5, 1500));
+    }
+}
+
+#[test]
 fn a_failed_read_costs_that_read() {
     for fault in ["eio", "short"] {
         let mut fixture = Fixture::new(3, true, &format!("read:2:{fault}"));

@@ -4,6 +4,7 @@ use super::record::{record_bytes, DiskLocation, Record, MAX_OBJECT};
 use super::{Backing, BLOCK, SEGMENT_BYTES};
 use crate::error::{Error, Result};
 use crate::memory::ZeroedTable;
+use crate::sync::Ordering::Release;
 use std::time::Instant;
 
 /// What a segment is written for.
@@ -101,6 +102,7 @@ impl Writer {
         if purpose == Purpose::Evict {
             backing.metrics.writeback_latency.record_since(start);
         }
+        backing.writes.fetch_add(1, Release);
         backing.change(|table| table.written(segment, self.used as u32));
         Ok(())
     }
