@@ -93,9 +93,13 @@ class Pager:
         command = [os.fspath(KEEPER), "--pager", os.fspath(PROGRAM)]
         for name, value in _options(config).items():
             command += [f"--{name}", value]
-        # A session of its own: what ends the daemon does not reach it.
+        # A session of its own: what ends the daemon does not reach it. Nor does what systemd has for the daemon.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=() if lock is None else (lock,)
+            command,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
+            env={name: value for name, value in os.environ.items() if not name.startswith(("NOTIFY_", "LISTEN_"))},
         )
         deadline = time.monotonic() + _START_SECONDS
         while process.poll() is None and time.monotonic() < deadline:
@@ -155,6 +159,10 @@ class Pager:
         while self._path.exists() and time.monotonic() < deadline:
             time.sleep(0.005)
         return left
+
+    def upgrade(self) -> None:
+        """Has a pager of the program's new version take over; raises OSError if there is none that can: all goes on."""
+        self._ask("upgrade")
 
     def status(self) -> dict[str, int]:
         """pid; keeper and standby: theirs, 0 without; device: the mount's st_dev; opens of the swap file; protected: 1 if the kernel let it lock memory, serve
