@@ -400,7 +400,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(debug_assertions) { 12 } else { 100 }))]
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(debug_assertions) { 6 } else { 100 }))]
 
     #[test]
     fn a_process_may_end_anywhere(
@@ -416,7 +416,7 @@ proptest! {
 #[test]
 fn every_crash_point_is_survived() {
     for allocator in Allocator::ALL {
-        let mut world = World::new(allocator, 1000, 3, 41);
+        let mut world = World::new(allocator, 1000, 2, 97);
         let store = |slot, count, noise| Step::Store { slot, count, noise };
         let rounds = (0..SEGMENTS as u32 + 1).flat_map(|round| {
             // Of each segment some pages stay on the disk, and the others are written anew.
