@@ -40,7 +40,12 @@ def scribbling(daemon: Daemon) -> Iterator[Callable[[], None]]:
     pipe = subprocess.PIPE
     processes = [
         subprocess.Popen(
-            [*command, str(n * pages), str(pages), str(n)], stdin=pipe, stdout=pipe, text=True, env=ENVIRONMENT, cwd=ROOT
+            [*command, str(n * pages), str(pages), str(n)],
+            stdin=pipe,
+            stdout=pipe,
+            text=True,
+            env=ENVIRONMENT,
+            cwd=ROOT,
         )
         for n in range(SCRIBBLERS)
     ]

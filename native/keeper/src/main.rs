@@ -17,10 +17,10 @@ use kept::Kept;
 use pager::{Ended, Pager, Program};
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use systemd::Store;
+use systemd::Systemd;
 use zswapd_keeper::channel::{Kind, Message, ROOM};
 use zswapd_keeper::process::{protect, HAND_OVER};
 
@@ -45,9 +45,9 @@ struct Keeper {
     /// Pagers that have ended since all was well.
     failures: u32,
     next_try: Instant,
-    store: Store,
-    /// The descriptors are in the store.
-    is_stored: bool,
+    systemd: Systemd,
+    /// It has been told that we serve.
+    is_told: bool,
     kept: Kept,
 }
 
@@ -63,35 +63,42 @@ fn main() -> ExitCode {
 
 /// All that allocates.
 fn prepare() -> Result<Keeper, String> {
-    let mut store = Store::new();
+    let stored = systemd::stored();
+    // Pages may be there from before.
+    let has_served = stored.is_some();
     let mut words: Vec<OsString> = std::env::args_os().skip(1).collect();
-    let value = |words: &[OsString], name: &str| {
-        let at = words.iter().step_by(2).position(|word| word == name)?;
-        words.get(2 * at + 1).cloned()
+    let value = |name: &str| {
+        let at = words.chunks(2).position(|pair| pair[0] == name);
+        at.and_then(|at| words.get(2 * at + 1)).cloned()
     };
-    let missing = |name: &str, what: &str| format!("{name} is missing: it takes {what}");
-    let path = value(&words, "--pager").ok_or_else(|| missing("--pager", "the path of the pager's program"))?;
-    let at = words.iter().position(|word| word == "--pager").unwrap_or(0);
-    words.splice(at..at + 2, []);
-    let mount_point = value(&words, "--mount-point").ok_or_else(|| missing("--mount-point", "a directory"))?;
-    let control = value(&words, "--control").ok_or_else(|| missing("--control", "the path of a socket"))?;
-    let backing = value(&words, "--backing");
+    let required = |name: &str| value(name).ok_or_else(|| format!("{name} is missing: give it a path"));
+    let (program, point, control) = (required("--pager")?, required("--mount-point")?, required("--control")?);
+    let backing = value("--backing").map(PathBuf::from);
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGPIPE] {
         // What ends keeper and pagers is the command `stop`, which nobody gives while pages are in use.
         // SAFETY: ignores a signal, here and in the pagers.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
-    let has_served = store.has_pages();
-    let backing = backing.as_deref().map(Path::new);
-    let kept = Kept::new(Path::new(&mount_point), Path::new(&control), backing, &mut store)?;
-    words.insert(0, path);
+    let kept = Kept::new(point.into(), control.into(), backing.as_deref(), stored)?;
+    let at = words.iter().position(|word| word == "--pager").unwrap_or(0);
+    words.drain(at..at + 2);
+    words.insert(0, program);
     let program = Program::new(words, &kept).map_err(|error| format!("cannot prepare a pager: {error}"))?;
+    let systemd = Systemd::new();
     // The pager says what is refused: it is the same.
     let _the_pager_says = protect();
-    let pagers = [None, None, None];
-    let (gone_at, next_try) = (None, Instant::now());
-    let (relay, failures, is_stored) = (None, 0, false);
-    Ok(Keeper { program, pagers, relay, has_served, gone_at, failures, next_try, store, is_stored, kept })
+    Ok(Keeper {
+        program,
+        pagers: [None, None, None],
+        relay: None,
+        has_served,
+        gone_at: None,
+        failures: 0,
+        next_try: Instant::now(),
+        systemd,
+        is_told: false,
+        kept,
+    })
 }
 
 impl Keeper {
@@ -109,9 +116,7 @@ impl Keeper {
             }
         };
         self.pagers.iter_mut().filter_map(Option::take).for_each(Pager::end);
-        for what in ["fuse", "state", "counters", "control"] {
-            self.store.remove(what);
-        }
+        self.systemd.ended();
         ExitCode::from(status)
     }
 
@@ -215,16 +220,8 @@ impl Keeper {
             say!("pager {pid} serves, {} ms after the last one was gone", gone.elapsed().as_millis());
         }
         self.has_served = true;
-        if !std::mem::replace(&mut self.is_stored, true) {
-            for (what, descriptor) in [
-                ("fuse", self.kept.mount.fuse.as_fd()),
-                ("state", self.kept.state.as_fd()),
-                ("counters", self.kept.counters.as_fd()),
-                ("control", self.kept.control.socket.as_fd()),
-            ] {
-                self.store.put(what, descriptor);
-            }
-            self.store.serving();
+        if !std::mem::replace(&mut self.is_told, true) {
+            self.systemd.serving(self.kept.to_store());
         }
         self.tell_standby();
     }

@@ -117,7 +117,8 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
     let Descriptors { fuse, state, counters, control, device: device_number, .. } = args.keeper;
     let take = |number| keeper::take(number).map_err(|error| failed("--keeper")(&error));
     let device = Arc::new(File::from(take(fuse)?));
-    let (state, counters, listener) = (take(state)?, File::from(take(counters)?), socket::Listener::new(take(control)?));
+    let (state, counters, listener) =
+        (take(state)?, File::from(take(counters)?), socket::Listener::new(take(control)?));
     let closer = listener.closer().map_err(|error| failed("control socket")(&error))?;
     let relay = relay::Relay::new(device.clone(), keeper.clone());
     let disk = args.backing.as_ref().map(backing::open).transpose()?;
