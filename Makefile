@@ -20,6 +20,7 @@ SHELL := /bin/bash
 PYTHON := .venv/bin/python
 NATIVE := zswapd/_native.abi3.so
 PAGER := zswapd/zswapd-pager
+KEEPER := zswapd/zswapd-keeper
 NATIVE_SOURCES := pyproject.toml $(shell find native \( -path native/target -o -path native/fuzz \) -prune -o \
     \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 # mkswap, swapon and losetup, where a user's PATH lacks them.
@@ -27,7 +28,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-build: $(NATIVE) $(PAGER)
+build: $(NATIVE) $(PAGER) $(KEEPER)
 
 # pyfuse3 comes as source: what builds it is pinned too, and goes first.
 .venv/.packages: requirements.lock requirements-build.lock | system
@@ -43,10 +44,10 @@ $(NATIVE): .venv/.packages $(NATIVE_SOURCES) | system
 	VIRTUAL_ENV=$(CURDIR)/.venv PIP_NO_INDEX=1 PIP_QUIET=1 $(PYTHON) -m maturin develop --release --locked
 	touch $@
 
-# Beside the Python modules, where zswapd looks for it. Renamed into place: the old one may be running.
-$(PAGER): $(NATIVE_SOURCES) | system
-	@cargo build --manifest-path native/Cargo.toml --quiet --locked --release --package zswapd-pager
-	cp native/target/release/zswapd-pager $@.new
+# Beside the Python modules, where zswapd looks for them. Renamed into place: the old one may be running.
+$(PAGER) $(KEEPER): $(NATIVE_SOURCES) | system
+	@cargo build --manifest-path native/Cargo.toml --quiet --locked --release --package $(@F)
+	cp native/target/release/$(@F) $@.new
 	mv $@.new $@
 
 # Installs what is missing, and only that. Looks for the things themselves, not for packages: they may come from
@@ -176,6 +177,6 @@ lock:
 	rm -r build/lock
 
 clean:
-	rm -rf --one-file-system .venv build native/target native/fuzz/{target,corpus,artifacts,coverage} $(NATIVE) $(PAGER) \
+	rm -rf --one-file-system .venv build native/target native/fuzz/{target,corpus,artifacts,coverage} $(NATIVE) $(PAGER) $(KEEPER) \
 	    .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find zswapd tests -name __pycache__ -prune -exec rm -r {} +

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import logging
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -23,7 +24,10 @@ log = logging.getLogger(__name__)
 
 #: Built beside the Python module, and installed with it.
 PROGRAM = Path(__file__).with_name("zswapd-pager")
+#: Starts the pager, and another when that one is gone.
+KEEPER = Path(__file__).with_name("zswapd-keeper")
 _START_SECONDS = 120
+_END_SECONDS = 30
 
 
 #: The configuration's names of those options of the pager that only a new pager takes.
@@ -86,12 +90,16 @@ class Pager:
 
         Raises DaemonError; the pager has said why on stderr.
         """
-        command = [os.fspath(PROGRAM)]
+        command = [os.fspath(KEEPER), "--pager", os.fspath(PROGRAM)]
         for name, value in _options(config).items():
             command += [f"--{name}", value]
-        # A session of its own: what ends the daemon does not reach it.
+        # A session of its own: what ends the daemon does not reach it. Nor does what systemd has for the daemon.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=() if lock is None else (lock,)
+            command,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
+            env={name: value for name, value in os.environ.items() if not name.startswith(("NOTIFY_", "LISTEN_"))},
         )
         deadline = time.monotonic() + _START_SECONDS
         while process.poll() is None and time.monotonic() < deadline:
@@ -99,12 +107,12 @@ class Pager:
             with contextlib.suppress(OSError):
                 pager = cls(config.swap.mount_point)
                 # Somebody may have started one at the same moment: ours, then, finds the socket in use, and ends.
-                if pager.status()["pid"] == process.pid:
+                if pager.status()["keeper"] == process.pid:
                     return pager
             time.sleep(0.01)
         if process.poll() is None:
-            # Nobody knows of it: nothing is attached.
-            process.kill()
+            # Nobody knows of it: nothing is attached. With all that it has started.
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise DaemonError(f"the pager did not start within {_START_SECONDS} s", "the machine is short of memory")
         raise DaemonError(f"the pager did not start (exit status {process.returncode})", "it says why above")
@@ -113,7 +121,7 @@ class Pager:
         """Of the settings that have changed since the pager was started, applies those that can be applied. Returns the
         others, as zswapd names them: they wait until it is started anew."""
         old, new = self._started_with(), _options(config)
-        changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)} - {"control"}
+        changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)} - {"control", "keeper"}
         if "mem-limit" in changed:
             self.set_mem_limit(config.pool.mem_limit_bytes)
         if changed & {"algorithm", "zstd-level"}:
@@ -145,13 +153,22 @@ class Pager:
 
     def stop(self) -> dict[str, int]:
         """Drops every page and ends the pager. Returns what was left in the pool all the same, as `drain` does: it
-        leaked. Raises OSError (EBUSY) while the swap file is open."""
-        return _numbers(self._ask("stop")[0])
+        leaked. Raises OSError (EBUSY) while the swap file is open. Waits for the keeper, which unmounts."""
+        left = _numbers(self._ask("stop")[0])
+        deadline = time.monotonic() + _END_SECONDS
+        while self._path.exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return left
+
+    def upgrade(self) -> None:
+        """Has a pager of the program's new version take over; raises OSError if there is none that can: all goes on."""
+        self._ask("upgrade")
 
     def status(self) -> dict[str, int]:
-        """pid; device: the mount's st_dev; opens of the swap file; protected: 1 if the kernel let it lock memory, serve
-        reclaim and outlive the OOM killer; forgets: 1 if it stores nothing; footprint: bytes of its memory beside the
-        pool and its tables."""
+        """pid; keeper and standby: theirs, 0 without; device: the mount's st_dev; opens of the swap file; protected: 1 if
+        the kernel let it lock memory, serve reclaim and outlive the OOM killer; forgets: 1 if it stores nothing;
+        footprint: bytes of its memory beside the pool and its tables; takeovers: how often a pager has taken over; resend:
+        1 if the kernel sends again what one had not answered."""
         return _numbers(self._ask("status")[0])
 
     # What every engine does (engine.Engine)
