@@ -5,11 +5,13 @@ on where the last one ended.
 """
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from zswapd._native import Counters
@@ -41,8 +43,8 @@ _KEYS = {
 }
 
 
-def _options(config: Config) -> dict[str, str]:
-    """The pager's command line, by name."""
+def options(config: Config) -> dict[str, str]:
+    """What a pager is started with, by name."""
     swap, compression, writeback = config.swap, config.compression, config.writeback
     options = {
         "mount-point": swap.mount_point,
@@ -67,6 +69,15 @@ def _options(config: Config) -> dict[str, str]:
     return {name: str(value) for name, value in options.items()}
 
 
+@dataclass(frozen=True)
+class Upgraded:
+    """Which pager serves in the place of which, and for how long none did."""
+
+    old_pid: int
+    new_pid: int
+    pause_seconds: float
+
+
 class Pager:
     """The pager of a mount point. A command waits for its answer, and raises OSError: see `pager_socket.ask`."""
 
@@ -87,7 +98,7 @@ class Pager:
         Raises DaemonError; the pager has said why on stderr.
         """
         command = [os.fspath(PROGRAM)]
-        for name, value in _options(config).items():
+        for name, value in options(config).items():
             command += [f"--{name}", value]
         # A session of its own: what ends the daemon does not reach it.
         process = subprocess.Popen(
@@ -112,7 +123,7 @@ class Pager:
     def apply(self, config: Config) -> list[str]:
         """Of the settings that have changed since the pager was started, applies those that can be applied. Returns the
         others, as zswapd names them: they wait until it is started anew."""
-        old, new = self._started_with(), _options(config)
+        old, new = self._started_with(), options(config)
         changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)} - {"control"}
         if "mem-limit" in changed:
             self.set_mem_limit(config.pool.mem_limit_bytes)
@@ -148,10 +159,26 @@ class Pager:
         leaked. Raises OSError (EBUSY) while the swap file is open."""
         return _numbers(self._ask("stop")[0])
 
+    def upgrade(self) -> Upgraded:
+        """Puts what its program's file has become in its place, and returns when that serves.
+
+        Raises OSError: nothing has changed, and the old one goes on; TimeoutError: the new one does not serve yet.
+        """
+        before = self.status()["pid"]
+        with contextlib.suppress(InterruptedError):  # how an answer looks that the old one did not live to give
+            self._ask("upgrade")
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            if (now := self.status()["pid"]) != before:
+                return Upgraded(before, now, self._counters.stats()["takeover_seconds"])
+            time.sleep(0.01)
+        raise TimeoutError(errno.ETIMEDOUT, f"no other pager serves after {_START_SECONDS} s")
+
     def status(self) -> dict[str, int]:
         """pid; device: the mount's st_dev; opens of the swap file; protected: 1 if the kernel let it lock memory, serve
         reclaim and outlive the OOM killer; forgets: 1 if it stores nothing; footprint: bytes of its memory beside the
-        pool and its tables."""
+        pool and its tables; keeper and standby: their pids, 0 for none; resend: 1 if the kernel sends again what a
+        pager that is gone had not answered."""
         return _numbers(self._ask("status")[0])
 
     # What every engine does (engine.Engine)

@@ -184,6 +184,13 @@ pub struct Metrics {
     /// Reads of pages from the disk, and the whole blocks that they took.
     pub disk_reads: Counter,
     pub disk_read_bytes: Counter,
+    /// Objects that were looked at behind a recovery, and those of them that were bad.
+    pub objects_verified: Counter,
+    pub objects_found_bad: Counter,
+    /// How often another process has taken over the swap file, and how long that took last, in nanoseconds. Not set by
+    /// the core.
+    pub takeovers: Counter,
+    pub takeover_ns: Counter,
     /// Segments that could not be written, and pages that could not be read.
     pub writeback_errors: Counter,
     pub disk_read_errors: Counter,
@@ -198,7 +205,7 @@ pub struct Metrics {
 }
 
 /// Changes with every change of [`Metrics`], so that nobody reads one layout as another.
-pub const LAYOUT: u64 = 6;
+pub const LAYOUT: u64 = 7;
 
 impl Default for Metrics {
     fn default() -> Metrics {
