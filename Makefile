@@ -21,6 +21,7 @@ SHELL := /bin/bash
 PYTHON := .venv/bin/python
 NATIVE := zswapd/_native.abi3.so
 PAGER := zswapd/zswapd-pager
+KEEPER := zswapd/zswapd-keeper
 NATIVE_SOURCES := pyproject.toml $(shell find native \( -path native/target -o -path native/fuzz \) -prune -o \
     \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 # mkswap, swapon and losetup, where a user's PATH lacks them.
@@ -28,7 +29,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-build: $(NATIVE) $(PAGER)
+build: $(NATIVE) $(PAGER) $(KEEPER)
 
 # pyfuse3 comes as source: what builds it is pinned too, and goes first.
 .venv/.packages: requirements.lock requirements-build.lock | system
@@ -44,10 +45,10 @@ $(NATIVE): .venv/.packages $(NATIVE_SOURCES) | system
 	VIRTUAL_ENV=$(CURDIR)/.venv PIP_NO_INDEX=1 PIP_QUIET=1 $(PYTHON) -m maturin develop --release --locked
 	touch $@
 
-# Beside the Python modules, where zswapd looks for it. Renamed into place: the old one may be running.
-$(PAGER): $(NATIVE_SOURCES) | system
-	@cargo build --manifest-path native/Cargo.toml --quiet --locked --release --package zswapd-pager
-	cp native/target/release/zswapd-pager $@.new
+# Beside the Python modules, where zswapd looks for them. Renamed into place: the old one may be running.
+$(PAGER) $(KEEPER): $(NATIVE_SOURCES) | system
+	@cargo build --manifest-path native/Cargo.toml --quiet --locked --release --package $(@F)
+	cp native/target/release/$(@F) $@.new
 	mv $@.new $@
 
 # Installs what is missing, and only that. Looks for the things themselves, not for packages: they may come from
@@ -92,6 +93,8 @@ PREFIX ?= /usr
 DESTDIR ?=
 LIB := $(PREFIX)/lib/zswapd
 UNITS := $(notdir $(wildcard systemd/*.service))
+# The version for which it is installed; of this machine's, unless it is said.
+SYSTEMD ?= $(shell systemctl --version 2>/dev/null | sed -n '1s/systemd \([0-9]*\).*/\1/p' | grep . || echo 0)
 CONFIG := $(DESTDIR)/etc/zswapd/zswapd.toml
 
 # A configuration that is there stays as it is. The old programs may be running: all is replaced, nothing overwritten.
@@ -106,6 +109,9 @@ install: build
 	    sed -i 's|/usr/bin/zswap|$(PREFIX)/bin/zswap|; s|/usr/share/doc|$(PREFIX)/share/doc|' \
 	        $(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit
 	done
+	if (( $(SYSTEMD) >= 254 )); then
+	    install -Dm 644 systemd/preserve.conf $(DESTDIR)$(PREFIX)/lib/systemd/system/zswapd-pager.service.d/preserve.conf
+	fi
 	if [[ -z "$(DESTDIR)" && -d /run/systemd/system ]]; then
 	    systemctl daemon-reload
 	    systemd-tmpfiles --create zswapd.conf
@@ -127,7 +133,8 @@ uninstall:
 	rm -rf --one-file-system $(DESTDIR)$(LIB) $(DESTDIR)$(PREFIX)/share/doc/zswapd
 	rm -f $(DESTDIR)$(PREFIX)/bin/{zswapd,zswapctl} $(DESTDIR)$(PREFIX)/lib/sysctl.d/60-zswapd.conf \
 	    $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/zswapd.conf $(UNITS:%=$(DESTDIR)$(PREFIX)/lib/systemd/system/%)
-	# Directories that nobody else uses.
+	rm -rf --one-file-system $(DESTDIR)$(PREFIX)/lib/systemd/system/zswapd-pager.service.d
+	# A directory that nobody else uses.
 	[[ ! -d $(dir $(CONFIG)) ]] || rmdir --ignore-fail-on-non-empty $(dir $(CONFIG))
 	[[ ! -e $(CONFIG) ]] || echo "zswapd: $(CONFIG) was changed, and stays"
 	if [[ -z "$(DESTDIR)" && -d /run/systemd/system ]]; then systemctl daemon-reload; fi
@@ -221,6 +228,6 @@ lock:
 	rm -r build/lock
 
 clean:
-	rm -rf --one-file-system .venv build native/target native/fuzz/{target,corpus,artifacts,coverage} $(NATIVE) $(PAGER) \
+	rm -rf --one-file-system .venv build native/target native/fuzz/{target,corpus,artifacts,coverage} $(NATIVE) $(PAGER) $(KEEPER) \
 	    .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find zswapd tests -name __pycache__ -prune -exec rm -r {} +

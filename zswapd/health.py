@@ -35,7 +35,11 @@ class Health(Collector):
         for name, value, text in (
             ("keeper_up", status["keeper"] > 0, "1: the pager's keeper is there."),
             ("standby_up", status["standby"] > 0, "1: a standby is ready to take over."),
-            ("resend", status["resend"], "1: the kernel sends requests again that a killed pager had not answered."),
+            (
+                "resend",
+                status.get("resend", 0),
+                "1: the kernel sends requests again that a killed pager had not answered.",
+            ),
             ("probe_seconds", self.probe_seconds, "How long the last page read as a test took, with its process."),
             (
                 "page_stuck_seconds",

@@ -9,8 +9,10 @@ import errno
 import itertools
 import logging
 import os
+import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +27,10 @@ log = logging.getLogger(__name__)
 
 #: Built beside the Python module, and installed with it.
 PROGRAM = Path(__file__).with_name("zswapd-pager")
+#: Starts the pager, and another when that one is gone.
+KEEPER = Path(__file__).with_name("zswapd-keeper")
 _START_SECONDS = 120
+_END_SECONDS = 30
 
 
 #: The configuration's names of those options of the pager that only a new pager takes.
@@ -78,6 +83,14 @@ class Upgraded:
     pause_seconds: float
 
 
+def command(options: Mapping[str, str]) -> list[str]:
+    """Of the keeper of a pager with these options."""
+    words = [os.fspath(KEEPER), "--pager", os.fspath(PROGRAM)]
+    for name, value in options.items():
+        words += [f"--{name}", value]
+    return words
+
+
 class Pager:
     """The pager of a mount point. A command waits for its answer, and raises OSError: see `pager_socket.ask`."""
 
@@ -97,12 +110,12 @@ class Pager:
 
         Raises DaemonError; the pager has said why on stderr.
         """
-        command = [os.fspath(PROGRAM)]
-        for name, value in options(config).items():
-            command += [f"--{name}", value]
         # A session of its own: what ends the daemon does not reach it.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=() if lock is None else (lock,)
+            command(options(config)),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
         )
         deadline = time.monotonic() + _START_SECONDS
         while process.poll() is None and time.monotonic() < deadline:
@@ -110,12 +123,12 @@ class Pager:
             with contextlib.suppress(OSError):
                 pager = cls(config.swap.mount_point)
                 # Somebody may have started one at the same moment: ours, then, finds the socket in use, and ends.
-                if pager.status()["pid"] == process.pid:
+                if pager.status()["keeper"] == process.pid:
                     return pager
             time.sleep(0.01)
         if process.poll() is None:
-            # Nobody knows of it: nothing is attached.
-            process.kill()
+            # Nobody knows of it: nothing is attached. With all that it has started.
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise DaemonError(f"the pager did not start within {_START_SECONDS} s", "the machine is short of memory")
         raise DaemonError(f"the pager did not start (exit status {process.returncode})", "it says why above")
@@ -124,7 +137,7 @@ class Pager:
         """Of the settings that have changed since the pager was started, applies those that can be applied. Returns the
         others, as zswapd names them: they wait until it is started anew."""
         old, new = self._started_with(), options(config)
-        changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)} - {"control"}
+        changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)} - {"control", "keeper"}
         if "mem-limit" in changed:
             self.set_mem_limit(config.pool.mem_limit_bytes)
         if changed & {"algorithm", "zstd-level"}:
@@ -156,8 +169,12 @@ class Pager:
 
     def stop(self) -> dict[str, int]:
         """Drops every page and ends the pager. Returns what was left in the pool all the same, as `drain` does: it
-        leaked. Raises OSError (EBUSY) while the swap file is open."""
-        return _numbers(self._ask("stop")[0])
+        leaked. Raises OSError (EBUSY) while the swap file is open. Waits for the keeper, which unmounts."""
+        left = _numbers(self._ask("stop")[0])
+        deadline = time.monotonic() + _END_SECONDS
+        while self._path.exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return left
 
     def upgrade(self) -> Upgraded:
         """Puts what its program's file has become in its place, and returns when that serves.
@@ -175,10 +192,10 @@ class Pager:
         raise TimeoutError(errno.ETIMEDOUT, f"no other pager serves after {_START_SECONDS} s")
 
     def status(self) -> dict[str, int]:
-        """pid; device: the mount's st_dev; opens of the swap file; protected: 1 if the kernel let it lock memory, serve
-        reclaim and outlive the OOM killer; forgets: 1 if it stores nothing; footprint: bytes of its memory beside the
-        pool and its tables; keeper and standby: their pids, 0 for none; resend: 1 if the kernel sends again what a
-        pager that is gone had not answered."""
+        """pid; keeper and standby: theirs, 0 without; device: the mount's st_dev; opens of the swap file; protected: 1
+        if the kernel let it lock memory, serve reclaim and outlive the OOM killer; forgets: 1 if it stores nothing;
+        footprint: bytes of its memory beside the pool and its tables; resend: 1 if the kernel sends again what a pager
+        that is gone had not answered."""
         return _numbers(self._ask("status")[0])
 
     # What every engine does (engine.Engine)

@@ -100,7 +100,7 @@ def test_a_pager_that_another_has_just_started_is_not_taken_for_one_s_own(
     if os.geteuid() != 0:
         lacks("root, which a pager needs to mount")
     first = make_daemon(swap__data_path="pager").start()
-    monkeypatch.setattr("zswapd.pager.PROGRAM", tmp_path / "pager")
+    monkeypatch.setattr("zswapd.pager.KEEPER", tmp_path / "pager")
     (tmp_path / "pager").write_text("#!/bin/sh\nsleep 1\nexit 7\n")
     (tmp_path / "pager").chmod(0o755)
     with pytest.raises(DaemonError, match="exit status 7"):

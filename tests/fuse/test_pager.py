@@ -77,8 +77,8 @@ def test_without_descriptors_it_goes_on(daemon: Daemon) -> None:
     """The pages are in it."""
     pid = daemon.server_pid
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    # The listener's two, and the relay's.
-    wait_until(lambda: sum(name.startswith("socket:") for name in descriptors(pid).values()) == 3, "no connection")
+    # The listener's two, the relay's, and the keeper's.
+    wait_until(lambda: sum(name.startswith("socket:") for name in descriptors(pid).values()) == 4, "no connection")
     taken = {int(path.name) for path in descriptors(pid)}
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(len(taken) + 1)) - taken), limits[1]))
     with connection(daemon) as waiting:

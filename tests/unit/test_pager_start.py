@@ -15,7 +15,7 @@ from zswapd.pager_socket import socket_path
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setattr(pager, "PROGRAM", tmp_path / "pager")
+    monkeypatch.setattr(pager, "KEEPER", tmp_path / "pager")
     return load(None, [f"swap.mount_point={tmp_path}/mnt"], {"ZSWAPD_CONFIG": os.devnull})
 
 

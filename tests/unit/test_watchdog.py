@@ -5,15 +5,16 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.daemon import DEADLINE_SECONDS
-from zswapd import stuck, swapdev, watchdog
+from zswapd import backing, stuck, swapdev, watchdog
 from zswapd.health import Health
+from zswapd.pager import Pager
 from zswapd.swapdev import Attachment
 from zswapd.watchdog import ProbeError
 
@@ -105,7 +106,7 @@ async def test_systemd_is_fed_by_pages_that_come(
 ) -> None:
     device, health = Device(monkeypatch), Health(STATUS)
     with trio.move_on_after(watchdog.PERIOD_SECONDS * 3.5):
-        await watchdog.run(FakePager(), health)  # type: ignore[arg-type]
+        await watchdog.run(cast(Pager, FakePager()), health)
     assert (device.read, systemd(), health.probes, health.probe_failures) == (4, 4, 4, 0)
 
 
@@ -115,7 +116,7 @@ async def test_it_is_fed_often_enough(
     Device(monkeypatch)
     monkeypatch.setenv("WATCHDOG_USEC", "3000000")
     with trio.move_on_after(9.5):
-        await watchdog.run(FakePager(), Health(STATUS))  # type: ignore[arg-type]
+        await watchdog.run(cast(Pager, FakePager()), Health(STATUS))
     assert systemd() == 10
 
 
@@ -125,11 +126,11 @@ async def test_without_swap_it_is_enough_that_the_pager_answers(
     device, pager = Device(monkeypatch), FakePager()
     attached.append(None)
     with trio.move_on_after(watchdog.PERIOD_SECONDS * 1.5):
-        await watchdog.run(pager, Health(STATUS))  # type: ignore[arg-type]
+        await watchdog.run(cast(Pager, pager), Health(STATUS))
     assert (device.read, pager.asked, systemd()) == (0, 2, 2)
     pager.refuses = True
     with trio.move_on_after(watchdog.PERIOD_SECONDS * 1.5):
-        await watchdog.run(pager, Health(STATUS))  # type: ignore[arg-type]
+        await watchdog.run(cast(Pager, pager), Health(STATUS))
     assert (pager.asked, systemd()) == (4, 0)
 
 
@@ -143,7 +144,7 @@ async def test_a_page_that_does_not_come_is_waited_for_alone_and_said(
     device, health = Device(monkeypatch), Health(STATUS)
     device.comes = trio.Event()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(watchdog.run, FakePager(), health)
+        nursery.start_soon(watchdog.run, cast(Pager, FakePager()), health)
         await trio.sleep(watchdog.LATE_SECONDS + watchdog.REMIND_SECONDS * 2 + 1)
         # One, however long it takes, and nothing is fed.
         assert (device.read, device.waiting, systemd()) == (1, 1, 0)
@@ -169,13 +170,13 @@ async def test_a_wrong_page_is_an_error_unless_the_swap_was_detached_meanwhile(
     device, health = Device(monkeypatch), Health(STATUS)
     device.error = "it is wrong"
     with trio.move_on_after(1):
-        await watchdog.run(FakePager(), health)  # type: ignore[arg-type]
+        await watchdog.run(cast(Pager, FakePager()), health)
     assert (health.probe_failures, systemd()) == (1, 0)
     assert "a page of /dev/loop9 was read as a test: it is wrong" in caplog.text
     caplog.clear()
     device.comes = trio.Event()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(watchdog.run, FakePager(), health)
+        nursery.start_soon(watchdog.run, cast(Pager, FakePager()), health)
         await wait_all_tasks_blocked()
         attached.append(None)
         device.comes.set()
@@ -195,10 +196,10 @@ async def test_a_disk_that_completes_nothing_is_said(
     device, pager, health = Device(monkeypatch), FakePager(), Health(STATUS)
     pager.path = Path("/dev/null")
     counts = (0, 7)
-    monkeypatch.setattr(watchdog.backing, "number_of", lambda path: (1, False))
+    monkeypatch.setattr(backing, "number_of", lambda path: (1, False))
     monkeypatch.setattr(stuck, "requests", lambda number: counts)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(watchdog.run, pager, health)
+        nursery.start_soon(watchdog.run, cast(Pager, pager), health)
         await trio.sleep(100)
         assert health.disk_waits_since is None
         counts = (3, 7)

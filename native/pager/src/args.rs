@@ -7,10 +7,11 @@ use std::time::Duration;
 use zswapd_core::codec::Algorithm;
 use zswapd_core::lru::Incompressible;
 use zswapd_core::pool::Allocator;
+use zswapd_keeper::descriptors::Descriptors;
 
 pub struct Args {
-    pub mount_point: PathBuf,
-    pub control: PathBuf,
+    /// What the keeper that has started us keeps.
+    pub keeper: Descriptors,
     pub size: u64,
     pub mem_limit: u64,
     pub allocator: Allocator,
@@ -78,9 +79,11 @@ pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Args, String> {
         faults: if cfg!(debug_assertions) { values.0.remove("--faults") } else { None },
     };
     let stored = values.take("--store", Some("compressed"), "compressed or none", one_of(&["none", "compressed"]))?;
+    // The keeper's, which leaves them here for who looks at the command line.
+    values.take("--mount-point", None, "a directory", text::<PathBuf>)?;
+    values.take("--control", None, "the path of a socket", text::<PathBuf>)?;
     let args = Args {
-        mount_point: values.take("--mount-point", None, "a directory", text)?,
-        control: values.take("--control", None, "the path of a socket to be made", text)?,
+        keeper: values.take("--keeper", None, "descriptors, from zswapd-keeper, which starts pagers", text)?,
         size: values.take("--size", None, "bytes", text)?,
         mem_limit: values.take("--mem-limit", None, "bytes", text)?,
         allocator: values.take("--allocator", None, "zsmalloc or z3fold", text)?,
@@ -134,7 +137,7 @@ mod tests {
     use super::*;
 
     const REQUIRED: &str = "--mount-point /m --control /m.sock --size 4096 --mem-limit 8192 --allocator zsmalloc \
-                            --algorithm lz4 --zstd-level 3";
+                            --algorithm lz4 --zstd-level 3 --keeper fd=3,fuse=4,state=5,counters=6,control=7,device=8";
 
     fn parsed(more: &str) -> Result<Args, String> {
         parse(format!("{REQUIRED} {more}").split_whitespace().map(String::from))

@@ -1,23 +1,21 @@
 //! Opens the backing disk, which zswapd has checked and prepared.
 
 use crate::args;
-use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 #[cfg(debug_assertions)]
 use zswapd_core::backing::Faults;
 use zswapd_core::backing::{Disk, FileDisk};
 use zswapd_core::store::DiskOptions;
 
-/// The disk, all of it. Nobody else gets a block device as long as it is open (O_EXCL); a file is locked by
-/// the descriptor that zswapd leaves to this process.
+/// The disk, all of it. It is nobody else's: the keeper has a block device open with O_EXCL, and a file is locked by the
+/// descriptor that zswapd leaves to all of us.
 ///
 /// Errors: what was wrong, and what to do.
 pub fn open(args: &args::Backing) -> Result<DiskOptions, String> {
     let path = args.path.display();
-    let file = exclusive(&args.path).map_err(|error| match error.raw_os_error() {
-        Some(libc::EBUSY) => format!("the backing disk {path} is in use: free it, or name another"),
+    let direct = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(&args.path);
+    let file = direct.map_err(|error| match error.raw_os_error() {
         Some(libc::EINVAL) => format!("{path} has no direct I/O: name a block device, or a file on ext4 or xfs"),
         _ => format!("cannot open the backing disk {path}: {error}"),
     })?;
@@ -29,10 +27,4 @@ pub fn open(args: &args::Backing) -> Result<DiskOptions, String> {
         _ => Box::new(disk),
     };
     Ok(DiskOptions { disk, bytes, encryption: args.encryption, incompressible: args.incompressible })
-}
-
-fn exclusive(path: &Path) -> io::Result<File> {
-    let is_block = std::fs::metadata(path)?.file_type().is_block_device();
-    let flags = libc::O_DIRECT | if is_block { libc::O_EXCL } else { 0 };
-    OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)
 }

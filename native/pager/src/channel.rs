@@ -11,7 +11,7 @@ use crate::args::Args;
 use crate::crew::{Crew, Pocket};
 use crate::idle::Idle;
 use crate::inbox::{self, Inbox, ROOM};
-use crate::process::{spawn as spawn_thread, touch};
+use crate::process::{spawn as spawn_thread, touch, Start};
 use crate::{no_alloc, Shared};
 use std::fs::File;
 use std::io;
@@ -39,13 +39,21 @@ const DETACHED: usize = 1024;
 /// to write a segment.
 const RETRY_MS: libc::c_int = 1;
 
-/// Starts the workers.
-pub fn spawn(shared: &Arc<Shared>, device: &Arc<File>, args: &Args) -> io::Result<()> {
-    let crew = Arc::new(Crew::new(Lead::new(shared.clone(), device.clone(), spin_here(args.spin))));
-    let workers = if args.backing.is_some() { args.workers } else { 1 };
+/// Makes the workers. Errors: there is no memory, or a thread cannot be started.
+pub fn spawn(start: &Arc<Start>, args: &Args) -> io::Result<()> {
+    let crew = Arc::new(Crew::new());
+    let (workers, room) = if args.backing.is_some() { (args.workers, inbox::MANY) } else { (1, inbox::FEW) };
+    let spin = spin_here(args.spin);
+    let mut first = Some(Inbox::new(room));
     for n in 0..workers {
-        let mut worker = Worker::new(shared.clone(), device.clone(), crew.clone())?;
-        spawn_thread(&format!("worker-{n}"), move || no_alloc::forbidden(|| worker.serve()))?;
+        let (crew, inbox, mine) = (crew.clone(), first.take(), Mine::new(&crew)?);
+        spawn_thread(&format!("worker-{n}"), start, move |shared| {
+            if let Some(inbox) = inbox {
+                crew.give(Box::new(Lead::new(shared.clone(), spin, inbox)));
+            }
+            let mut worker = Worker { shared, crew, mine };
+            no_alloc::forbidden(|| worker.serve());
+        })?;
     }
     Ok(())
 }
@@ -74,9 +82,8 @@ struct Lead {
 }
 
 impl Lead {
-    fn new(shared: Arc<Shared>, device: Arc<File>, spin: Duration) -> Lead {
-        let room = if shared.engine.store().backing().is_some() { inbox::MANY } else { inbox::FEW };
-        let (idle, inbox) = (Idle::new(spin), Inbox::new(room));
+    fn new(shared: Arc<Shared>, spin: Duration, inbox: Inbox) -> Lead {
+        let (device, idle) = (shared.device.clone(), Idle::new(spin));
         Lead { shared, device, idle, cannot_read: false, inbox, progress: Progress::NONE, at_once: 0 }
     }
 
@@ -152,16 +159,20 @@ enum Turn {
 
 struct Worker {
     shared: Arc<Shared>,
-    device: Arc<File>,
     crew: Arc<Crew<Lead>>,
+    mine: Mine,
+}
+
+/// What a worker has for itself, resident before it begins.
+struct Mine {
     /// Has the lead while a READ is answered, until that needs the disk.
     pocket: Arc<Pocket<Lead>>,
     tools: Tools,
     reply: Vec<u8>,
 }
 
-impl Worker {
-    fn new(shared: Arc<Shared>, device: Arc<File>, crew: Arc<Crew<Lead>>) -> io::Result<Worker> {
+impl Mine {
+    fn new(crew: &Arc<Crew<Lead>>) -> io::Result<Mine> {
         let pocket = Arc::new(Pocket::new());
         let before_disk = {
             let (pocket, crew) = (pocket.clone(), crew.clone());
@@ -171,9 +182,11 @@ impl Worker {
         let tools = Tools { scratch, detached: Detached::with_capacity(DETACHED) };
         let mut reply = vec![0; MAX_READ];
         touch(&mut reply);
-        Ok(Worker { shared, device, crew, pocket, tools, reply })
+        Ok(Mine { pocket, tools, reply })
     }
+}
 
+impl Worker {
     fn serve(&mut self) {
         let mut lead = self.crew.take();
         let gone = loop {
@@ -234,11 +247,12 @@ impl Worker {
     fn read(&mut self, lead: Box<Lead>, read: Read) -> Box<Lead> {
         let Read { unique, offset, size } = read;
         let answering = self.shared.gate.begin();
-        self.pocket.put(lead);
-        let payload = swapfile::read(&self.shared.engine, offset, size, &mut self.reply, &mut self.tools);
-        let _ = reply::send(self.device.as_fd(), unique, payload);
+        self.mine.pocket.put(lead);
+        let Mine { reply, tools, .. } = &mut self.mine;
+        let payload = swapfile::read(&self.shared.engine, offset, size, reply, tools);
+        let _ = reply::send(self.shared.device.as_fd(), unique, payload);
         drop(answering);
-        self.pocket.take().unwrap_or_else(|| self.crew.take())
+        self.mine.pocket.take().unwrap_or_else(|| self.crew.take())
     }
 
     /// Answers a request, or, pending, does a part of what it asks for.
@@ -251,7 +265,7 @@ impl Worker {
             Ok(request) => request,
             Err(Malformed { unique }) => {
                 if let Some(unique) = unique {
-                    let _ = reply::send(self.device.as_fd(), unique, Err(libc::EIO));
+                    let _ = reply::send(self.shared.device.as_fd(), unique, Err(libc::EIO));
                 }
                 return Poll::Ready(());
             }
@@ -264,17 +278,18 @@ impl Worker {
         let (opens, releases) =
             (matches!(operation, Some(Operation::Open { .. })), operation == Some(Operation::Release));
         let engine = &self.shared.engine;
+        let Mine { reply: out, tools, .. } = &mut self.mine;
         let payload = match operation {
             None => Poll::Ready(Err(libc::EINVAL)),
             Some(Operation::Open { .. }) if gate.is_closed() => Poll::Ready(Err(libc::ENODEV)),
             Some(Operation::Write { offset, data }) if (self.shared.stored..engine.size()).contains(&offset) => {
-                Poll::Ready(Ok(swapfile::written(&mut self.reply, data.len())))
+                Poll::Ready(Ok(swapfile::written(out, data.len())))
             }
-            Some(other) => swapfile::answer(engine, other, &mut self.reply, &mut self.tools, &mut lead.progress),
+            Some(other) => swapfile::answer(engine, other, out, tools, &mut lead.progress),
         };
         let answered = payload.map(|payload| {
             let opened = opens && payload.is_ok();
-            let delivered = reply::send(self.device.as_fd(), unique, payload).unwrap_or(false);
+            let delivered = reply::send(self.shared.device.as_fd(), unique, payload).unwrap_or(false);
             // An open that nobody waited for will not be released.
             if opened && delivered {
                 gate.opened();
@@ -283,8 +298,8 @@ impl Worker {
             }
         });
         // Behind the reply: nobody waits for this.
-        if !self.tools.detached.is_empty() {
-            engine.store().free_detached(&mut self.tools.detached);
+        if !self.mine.tools.detached.is_empty() {
+            engine.store().free_detached(&mut self.mine.tools.detached);
         }
         answered
     }

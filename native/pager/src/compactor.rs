@@ -28,7 +28,7 @@ mod tests {
 
     #[test]
     fn what_was_fragmented_before_it_began_is_compacted() {
-        let shared = Kernel::new().shared;
+        let shared = Kernel::new().shared.clone();
         let (mut scratch, mut detached) = (Scratch::new().expect("memory"), Detached::with_capacity(0));
         shared.engine.write(0, &noise(1, SIZE as usize / PAGE_SIZE), &mut scratch).expect("room");
         for n in (0..SIZE).step_by(4 * PAGE_SIZE) {

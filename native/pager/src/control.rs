@@ -2,7 +2,7 @@
 //!
 //! | command | reply |
 //! | --- | --- |
-//! | `status` | `ok pid=N device=N opens=N protected=N forgets=N footprint=N`: see `status` below |
+//! | `status` | `ok pid=N keeper=N standby=N device=N opens=N protected=N forgets=N footprint=N`: see `status` below |
 //! | `counters` | `ok`, with the descriptor of the counters |
 //! | `relay` | `ok`, with the descriptor that pyfuse3 is to serve; EBUSY while another one has it |
 //! | `mem-limit BYTES` | `ok`; from a page to 1 TiB |
@@ -359,8 +359,9 @@ fn left(shared: &Shared) -> String {
     format!("objects={objects} pages={pages} writebacks={writebacks} cleanings={cleanings}")
 }
 
-/// The mount's device number; how often the swap file is open; whether this process is protected (see `process::protect`); whether it forgets
-/// what is written (`--store none`); bytes of its memory beside pool, slot words and descriptors.
+/// The pids of this process, its keeper (0: gone) and its standby (0: none); the mount's device number; how often the
+/// swap file is open; whether this process is protected (see `protect`); whether it forgets what is written
+/// (`--store none`); bytes of its memory beside pool, slot words and descriptors.
 fn status(shared: &Shared) -> String {
     let metrics = shared.engine.store().metrics();
     let fields = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -375,7 +376,11 @@ fn status(shared: &Shared) -> String {
     let (pid, opens, protected) = (std::process::id(), shared.gate.opens(), u8::from(shared.protected));
     let forgets = u8::from(shared.stored < shared.engine.size());
     let device = shared.device_number;
-    format!("pid={pid} device={device} opens={opens} protected={protected} forgets={forgets} footprint={footprint}")
+    let (keeper, standby) = (shared.keeper.pid(), shared.keeper.standby());
+    format!(
+        "pid={pid} keeper={keeper} standby={standby} device={device} opens={opens} protected={protected} \
+         forgets={forgets} footprint={footprint}"
+    )
 }
 
 #[cfg(test)]

@@ -24,9 +24,9 @@ pub struct Crew<Lead> {
 pub struct Pocket<Lead>(Place<Lead>);
 
 impl<Lead> Crew<Lead> {
-    /// Nobody leads yet.
-    pub fn new(lead: Lead) -> Crew<Lead> {
-        Crew { place: Mutex::new(Some(Box::new(lead))), given: Condvar::new() }
+    /// Nobody leads before the lead is given for the first time.
+    pub fn new() -> Crew<Lead> {
+        Crew { place: Mutex::new(None), given: Condvar::new() }
     }
 
     /// Waits for the lead, and takes it. Allocates nothing.
@@ -69,7 +69,8 @@ mod tests {
     #[test]
     fn one_leads_at_a_time_and_every_time_it_is_given_somebody_does() {
         const TURNS: usize = 10_000;
-        let (crew, leaders) = (Crew::new(0), AtomicUsize::new(0));
+        let (crew, leaders) = (Crew::new(), AtomicUsize::new(0));
+        crew.give(Box::new(0));
         let follow = || loop {
             let mut turns = crew.take();
             assert_eq!(leaders.fetch_add(1, SeqCst), 0);

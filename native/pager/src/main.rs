@@ -1,6 +1,7 @@
 //! The pager: serves the swap file's pages from locked memory, with nothing to wait for but the next request.
 //!
-//! zswapd starts it and tells it what to do over the control socket; it outlives zswapd. Its threads:
+//! The keeper starts it, and keeps what it serves with for the next one; zswapd tells it what to do over the control
+//! socket. Its threads:
 //!
 //! | thread | does | may wait for memory |
 //! | --- | --- | --- |
@@ -10,6 +11,7 @@
 //! | compactor | moves objects together when the pool is fragmented; says what workers have to say | in the log |
 //! | shrinkers, sweeper | write pages to the backing disk: when the pool is full, and when somebody asks | in the block layer |
 //! | cleaner | moves what lives in sparse segments of the disk together | in the block layer |
+//! | keeper | listens to the keeper | yes |
 //! | main | answers commands on the control socket | yes |
 
 mod args;
@@ -21,23 +23,32 @@ mod crew;
 mod gate;
 mod idle;
 mod inbox;
+mod keeper;
 mod no_alloc;
 mod process;
 mod relay;
 mod shrinker;
 mod socket;
-mod state_file;
 #[cfg(test)]
 mod testing;
 mod trouble;
 
+use args::Args;
+use keeper::Keeper;
+use process::Start;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 use zswapd_core::codec::Compression;
 use zswapd_core::engine::Engine;
-use zswapd_core::metrics::SharedMetrics;
-use zswapd_core::store::Files;
-use zswapd_fuse::mount;
+use zswapd_core::error::{self, Error};
+use zswapd_core::memory;
+use zswapd_core::metrics::Metrics;
+use zswapd_core::store::{DiskOptions, Files};
+use zswapd_keeper::descriptors::Descriptors;
+use zswapd_keeper::process::protect;
 
 fn main() -> ExitCode {
     match run() {
@@ -53,7 +64,10 @@ fn main() -> ExitCode {
 pub struct Shared {
     pub engine: Engine,
     pub relay: relay::Relay,
-    pub counters: std::fs::File,
+    pub keeper: Arc<Keeper>,
+    /// /dev/fuse of the mount.
+    pub device: Arc<File>,
+    pub counters: File,
     pub gate: gate::Gate,
     /// Of the page channel, and of the backing disk.
     pub trouble: trouble::Trouble,
@@ -63,7 +77,7 @@ pub struct Shared {
     pub closer: socket::Closer,
     /// Of the mount.
     pub device_number: u64,
-    /// The kernel has granted all that [`process::protect`] asks for.
+    /// The kernel has granted all that [`protect`] asks for.
     pub protected: bool,
     /// Writes beyond are answered, and forgotten.
     pub stored: u64,
@@ -71,65 +85,88 @@ pub struct Shared {
 
 fn run() -> Result<(), String> {
     let args = args::parse(std::env::args().skip(1))?;
-    let protected = process::protect();
+    let Descriptors { channel, .. } = args.keeper;
+    let keeper = keeper::take(channel).map_err(|error| format!("--keeper fd={channel}: {error}"))?;
+    let keeper = Arc::new(Keeper::new(keeper));
+    serve(&args, &keeper).inspect_err(|why| keeper.failed(why))
+}
+
+/// Sets all up, waits to be told to go, and serves until that ends.
+fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
+    let refused = protect().err();
     let failed = |what: &'static str| move |error: &dyn std::fmt::Display| format!("{what}: {error}");
-    let listener = socket::Listener::bind(&args.control).map_err(|error| failed("control socket")(&error))?;
-
-    let counters = SharedMetrics::file().map_err(|error| error.to_string())?;
-    let files = Files {
-        state: Some(state_file::create().map_err(|error| failed("state file")(&error))?),
-        counters: Some(counters.try_clone().map_err(|error| failed("counters")(&error))?),
-    };
-    let compression = Compression::new(args.algorithm, args.zstd_level).map_err(|error| error.to_string())?;
-    let mut engine = Engine::new(args.size, args.allocator, args.mem_limit, compression, files)
-        .map_err(|error| error.to_string())?;
-    if let Some(backing) = &args.backing {
-        engine = engine.with_disk(backing::open(backing)?).map_err(|error| error.to_string())?;
-        engine.store().set_accept_threshold(backing.accept_threshold_percent);
-    }
-    engine.store().populate_slots().map_err(|error| error.to_string())?;
-    // The first write finds a reserve: it may come before the refill thread runs.
-    while engine.store().pool().adjust().map_err(|error| error.to_string())? {}
-
-    let device = mount::mount(&args.mount_point).map_err(|error| failed("cannot mount")(&error))?;
-    let device_number = mount::device_number(&args.mount_point).map_err(|error| failed("cannot mount")(&error))?;
-    let device = Arc::new(device);
+    let Descriptors { fuse, state, counters, control, device: device_number, .. } = args.keeper;
+    let take = |number| keeper::take(number).map_err(|error| failed("--keeper")(&error));
+    let device = Arc::new(File::from(take(fuse)?));
+    let (state, counters, listener) = (take(state)?, File::from(take(counters)?), socket::Listener::new(take(control)?));
+    let closer = listener.closer().map_err(|error| failed("control socket")(&error))?;
+    let relay = relay::Relay::new(device.clone(), keeper.clone());
+    let disk = args.backing.as_ref().map(backing::open).transpose()?;
     let (sweeper, orders) = shrinker::Sweeper::new();
+    let start = Arc::new(Start::default());
+    spawn(args, &start, orders).map_err(|error| failed("cannot start a thread")(&error))?;
+
+    let Some(go) = keeper.wait_for_go() else { return Ok(()) };
+    if go.gone.is_none() {
+        refused.iter().flat_map(|text| text.lines()).for_each(|line| eprintln!("zswapd-pager: {line}"));
+    }
+    let engine = engine(args, state, &counters, disk).map_err(|error| error.to_string())?;
     let shared = Arc::new(Shared {
         engine,
-        relay: relay::Relay::new(device.clone()),
-        counters: counters.into(),
+        relay,
+        keeper: keeper.clone(),
+        device,
+        counters,
         gate: gate::Gate::default(),
         trouble: trouble::Trouble::new("cannot read from /dev/fuse"),
         disk_trouble: trouble::Trouble::new(
             "cannot write to the backing disk, and keep in memory what was to go there",
         ),
         sweeper,
-        closer: listener.closer().map_err(|error| failed("control socket")(&error))?,
+        closer,
         device_number,
-        protected,
+        protected: refused.is_none(),
         stored: args.stored,
     });
+    start.begin(shared.clone());
+    keeper.serving();
+    control::serve(&listener, &shared);
+    Ok(())
+}
 
-    let spawned = process::spawn("refill", {
-        let shared = shared.clone();
-        move || refill(&shared)
-    })
-    .and_then(|()| {
-        let shared = shared.clone();
-        process::spawn("compactor", move || compactor::run(&shared))
-    })
-    .and_then(|()| args.backing.as_ref().map_or(Ok(()), |backing| shrinker::spawn(&shared, orders, backing)))
-    .and_then(|()| relay::spawn(&shared))
-    .and_then(|()| channel::spawn(&shared, &device, &args));
-    let result =
-        spawned.map_err(|error| failed("cannot start a thread")(&error)).map(|()| control::serve(&listener, &shared));
-    // Nobody has the swap file open when we come here; a failed start is not attached yet. Somebody else may have
-    // unmounted it, and mounted something else there.
-    if mount::device_number(&args.mount_point).is_ok_and(|now| now == device_number) {
-        let _gone_already = mount::unmount(&args.mount_point);
+/// Makes all threads. They begin at the start.
+fn spawn(args: &Args, start: &Arc<Start>, orders: shrinker::Orders) -> io::Result<()> {
+    process::spawn("refill", start, |shared| refill(&shared))?;
+    process::spawn("compactor", start, |shared| compactor::run(&shared))?;
+    process::spawn("keeper", start, |shared| shared.keeper.listen())?;
+    if let Some(backing) = &args.backing {
+        shrinker::spawn(start, orders, backing)?;
     }
-    result
+    relay::spawn(start)?;
+    channel::spawn(start, args)
+}
+
+/// A new engine, in files that are empty.
+fn engine(args: &Args, state: OwnedFd, counters: &File, disk: Option<DiskOptions>) -> error::Result<Engine> {
+    let system = |what| move |source| Error::System { what, source };
+    if memory::length_of(state.as_fd())? > 0 {
+        return Err(Error::Invalid("what another pager has left cannot be taken over".into()));
+    }
+    memory::set_length(counters.as_fd(), size_of::<Metrics>() as u64)?;
+    let counters = counters.try_clone().map_err(system("cannot duplicate a descriptor"))?;
+    let files = Files { state: Some(state), counters: Some(counters.into()) };
+    let compression = Compression::new(args.algorithm, args.zstd_level)?;
+    let mut engine = Engine::new(args.size, args.allocator, args.mem_limit, compression, files)?;
+    if let Some(disk) = disk {
+        engine = engine.with_disk(disk)?;
+    }
+    if let Some(backing) = &args.backing {
+        engine.store().set_accept_threshold(backing.accept_threshold_percent);
+    }
+    engine.store().populate_slots()?;
+    // The first write finds a reserve: it may come before the refill thread runs.
+    while engine.store().pool().adjust()? {}
+    Ok(engine)
 }
 
 /// Keeps the reserve filled, for ever.

@@ -1,48 +1,11 @@
-//! What the process asks of the kernel for itself.
+//! The pager's threads.
 
+use crate::Shared;
 use std::io;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// Bytes of a thread's stack, all of it touched before the thread starts its work.
 const STACK: usize = 128 << 10;
-
-/// From linux/prctl.h; the libc crate does not have it.
-const PR_SET_IO_FLUSHER: libc::c_int = 57;
-
-/// Locks all memory, marks the process as one that serves I/O for reclaim, and takes it from the OOM killer's sight.
-///
-/// To be called before any thread starts: threads inherit the mark. What is refused is said, and done without: then it
-/// returns false, and such a pager is fit for tests, not for a machine's swap.
-#[must_use]
-pub fn protect() -> bool {
-    // What is mapped now (program, libraries) becomes resident; what comes later is locked as it is touched, since
-    // most of it is sparse.
-    // SAFETY: changes how the kernel treats this process's memory, nothing else.
-    let current = unsafe { libc::mlockall(libc::MCL_CURRENT) };
-    // SAFETY: as above.
-    let future = unsafe { libc::mlockall(libc::MCL_FUTURE | libc::MCL_ONFAULT) };
-    // SAFETY: sets a flag of this thread.
-    let flusher = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
-    let steps = [
-        ("lock its memory (CAP_IPC_LOCK)", check(current).and(check(future))),
-        ("become an I/O flusher (CAP_SYS_RESOURCE)", check(flusher)),
-        ("leave the OOM killer's sight (CAP_SYS_RESOURCE)", std::fs::write("/proc/self/oom_score_adj", "-1000")),
-    ];
-    let mut protected = true;
-    for (what, result) in steps {
-        if let Err(error) = result {
-            eprintln!("zswapd-pager: may not {what}: {error}; do not use it for swap");
-            protected = false;
-        }
-    }
-    protected
-}
-
-fn check(result: libc::c_int) -> io::Result<()> {
-    match result {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
 
 /// Lets the calling thread go before others where processors are scarce. Refused, it waits its turn.
 pub fn hurry() {
@@ -50,12 +13,38 @@ pub fn hurry() {
     unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
 }
 
-/// Starts a thread whose stack is resident before its work begins.
-pub fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+/// Where the threads wait until there is something to serve: those of a standby, for long.
+#[derive(Default)]
+pub struct Start {
+    shared: Mutex<Option<Arc<Shared>>>,
+    begun: Condvar,
+}
+
+impl Start {
+    fn wait(&self) -> Arc<Shared> {
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match &*shared {
+                Some(shared) => return shared.clone(),
+                None => shared = self.begun.wait(shared).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    /// Lets all of them begin.
+    pub fn begin(&self, shared: Arc<Shared>) {
+        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(shared);
+        self.begun.notify_all();
+    }
+}
+
+/// Makes a thread whose stack is resident, and which begins its work at the start.
+pub fn spawn(name: &str, start: &Arc<Start>, work: impl FnOnce(Arc<Shared>) + Send + 'static) -> io::Result<()> {
     let builder = std::thread::Builder::new().name(name.into()).stack_size(STACK);
+    let start = start.clone();
     builder.spawn(move || {
         touch_stack();
-        work();
+        work(start.wait());
     })?;
     Ok(())
 }

@@ -4,14 +4,15 @@
 //! fixed size, or answers EAGAIN if that is full. pyfuse3 may be gone at any time: what it had not answered by then is
 //! answered EINTR, and what comes before its successor is there, EAGAIN.
 
-use crate::process::{spawn as spawn_thread, touch};
-use crate::Shared;
+use crate::keeper::Keeper;
+use crate::process::{spawn as spawn_thread, touch, Start};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use zswapd_fuse::wire::{opcode, u32_at, u64_at, Request};
 use zswapd_fuse::{init, reply};
+use zswapd_keeper::socket;
 
 /// The longest request that is relayed: a command to a control file is far shorter.
 const MESSAGE: usize = 8 << 10;
@@ -64,6 +65,7 @@ struct Inner {
 /// The way to pyfuse3. The lock is held for bounded work only, never while sending or receiving.
 pub struct Relay {
     device: Arc<File>,
+    keeper: Arc<Keeper>,
     inner: Mutex<Inner>,
     changed: Condvar,
 }
@@ -75,7 +77,7 @@ enum Outgoing {
 }
 
 impl Relay {
-    pub fn new(device: Arc<File>) -> Relay {
+    pub fn new(device: Arc<File>, keeper: Arc<Keeper>) -> Relay {
         // Workers fill what relay-out empties. Fresh memory is all zeros, and would fault only then.
         let mut ring: Box<[Message]> = vec![Message::EMPTY; QUEUE].into();
         let mut init = Box::new(Message::EMPTY);
@@ -90,7 +92,7 @@ impl Relay {
             send_init: false,
             negotiated: false,
         };
-        Relay { device, inner: Mutex::new(inner), changed: Condvar::new() }
+        Relay { device, keeper, inner: Mutex::new(inner), changed: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -135,6 +137,8 @@ impl Relay {
         if inner.peer.is_some() {
             return Err(io::Error::from_raw_os_error(libc::EBUSY));
         }
+        // Before anything is sent over it.
+        self.keeper.keep_relay(Some(ours.as_fd()));
         inner.peer = Some(Arc::new(ours));
         inner.send_init = inner.init.length > 0;
         self.changed.notify_all();
@@ -159,6 +163,7 @@ impl Relay {
         let mut inner = self.lock();
         if inner.peer.as_ref().is_some_and(|current| Arc::ptr_eq(current, peer)) {
             inner.peer = None;
+            self.keeper.keep_relay(None);
             self.give_up(&mut inner);
             // A log that nobody reads must not hold up a worker.
             drop(inner);
@@ -255,31 +260,23 @@ impl Relay {
     }
 }
 
-/// Starts relay-out and relay-in.
-pub fn spawn(shared: &Arc<Shared>) -> io::Result<()> {
-    let (out, back) = (shared.clone(), shared.clone());
-    spawn_thread("relay-out", move || out.relay.send_all())?;
-    spawn_thread("relay-in", move || back.relay.receive_all())
+/// Makes relay-out and relay-in.
+pub fn spawn(start: &Arc<Start>) -> io::Result<()> {
+    spawn_thread("relay-out", start, |shared| shared.relay.send_all())?;
+    spawn_thread("relay-in", start, |shared| shared.relay.receive_all())
 }
 
 /// A pair of sockets that keep messages whole, with room for the longest.
 pub fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    let mut fds = [-1; 2];
-    // SAFETY: room for two descriptors.
-    if unsafe { libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, fds.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: just returned by the kernel, and nobody else has them.
-    let pair = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    let (ours, theirs) = socket::pair()?;
     let size = SOCKET_BUFFER;
-    for socket in &pair {
+    for socket in [&ours, &theirs] {
         for option in [libc::SO_SNDBUFFORCE, libc::SO_RCVBUFFORCE] {
             let (value, length) = (&raw const size, size_of_val(&size) as libc::socklen_t);
             // SAFETY: `value` points to `length` bytes. Refused, the default must do.
             unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, value.cast(), length) };
         }
     }
-    let [ours, theirs] = pair;
     Ok((ours, theirs))
 }
 

@@ -3,7 +3,7 @@
 //!
 //! Once started they allocate nothing: what they need is made, and resident, before.
 
-use crate::process::spawn as spawn_thread;
+use crate::process::{spawn as spawn_thread, Start};
 use crate::{args, no_alloc, Shared};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -70,16 +70,17 @@ impl Sweeper {
     }
 }
 
-/// Starts the threads of a backing disk. Errors: there is no memory, or a thread cannot be started.
-pub fn spawn(shared: &Arc<Shared>, orders: Orders, args: &args::Backing) -> io::Result<()> {
+/// Makes the threads of a backing disk. Errors: there is no memory, or a thread cannot be started.
+pub fn spawn(start: &Arc<Start>, orders: Orders, args: &args::Backing) -> io::Result<()> {
     for n in 0..args.shrinkers {
-        let (shared, mut shrinker) = (shared.clone(), Shrinker::new().map_err(io::Error::other)?);
-        spawn_thread(&format!("shrinker-{n}"), move || no_alloc::forbidden(|| shrink(&shared, &mut shrinker)))?;
+        let mut shrinker = Shrinker::new().map_err(io::Error::other)?;
+        let work = move |shared: Arc<Shared>| no_alloc::forbidden(|| shrink(&shared, &mut shrinker));
+        spawn_thread(&format!("shrinker-{n}"), start, work)?;
     }
-    let (for_sweeper, mut shrinker) = (shared.clone(), Shrinker::new().map_err(io::Error::other)?);
-    spawn_thread("sweeper", move || sweep_all(&for_sweeper, &mut shrinker, &orders))?;
-    let (shared, mut cleaner) = (shared.clone(), Cleaner::new().map_err(io::Error::other)?);
-    spawn_thread("cleaner", move || no_alloc::forbidden(|| clean(&shared, &mut cleaner)))
+    let mut shrinker = Shrinker::new().map_err(io::Error::other)?;
+    spawn_thread("sweeper", start, move |shared| sweep_all(&shared, &mut shrinker, &orders))?;
+    let mut cleaner = Cleaner::new().map_err(io::Error::other)?;
+    spawn_thread("cleaner", start, move |shared| no_alloc::forbidden(|| clean(&shared, &mut cleaner)))
 }
 
 /// Keeps the pool below its limit, for ever.

@@ -1,6 +1,8 @@
 //! A pager without a mount, for tests, which take the kernel's side of its device: a pair of sockets that keep messages
 //! whole, as /dev/fuse does.
 
+use crate::keeper::Keeper;
+use crate::process::Start;
 use crate::{args, channel, gate, relay, shrinker, socket, trouble, Shared};
 use std::fs::File;
 use std::io;
@@ -42,9 +44,13 @@ pub fn shared(
         engine = engine.with_disk(disk).expect("disk");
     }
     let (sweeper, orders) = shrinker::Sweeper::new();
+    // Nobody listens.
+    let keeper = Arc::new(Keeper::new(zswapd_keeper::socket::pair().expect("sockets").0));
     let shared = Shared {
         engine,
-        relay: relay::Relay::new(device.clone()),
+        relay: relay::Relay::new(device.clone(), keeper.clone()),
+        keeper,
+        device: device.clone(),
         counters: SharedMetrics::file().expect("counters").into(),
         gate: gate::Gate::default(),
         trouble: trouble::Trouble::new("the device"),
@@ -62,7 +68,15 @@ pub fn shared(
 pub struct Kernel {
     pub shared: Arc<Shared>,
     pub listener: socket::Listener,
+    /// Of the control socket; removed with this.
+    pub path: PathBuf,
     pub socket: OwnedFd,
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
 }
 
 /// A disk on which reads, or writes, wait as long as they are held.
@@ -152,22 +166,26 @@ impl Kernel {
         // Never closed: a worker that found it closed would end, as no test wants it to.
         std::mem::forget(socket.try_clone().expect("descriptor"));
         let device = Arc::new(File::from(device));
-        let listener = socket::Listener::bind(&socket_path()).expect("control socket");
+        let path = socket_path();
+        let listener = socket::Listener::new(zswapd_keeper::socket::listen(&path).expect("control socket"));
         let backing = if disk.is_some() { "--backing /dev/null" } else { "" };
         let (shared, orders) = shared(&device, &listener, mem_limit, disk);
         let shared = Arc::new(Shared { stored, ..shared });
         let words = format!(
             "--mount-point / --control / --size {SIZE} --allocator zsmalloc --mem-limit {mem_limit} --algorithm lz4 \
-             --zstd-level 1 --spin-us 0 --workers {WORKERS} {backing}"
+             --zstd-level 1 --spin-us 0 --workers {WORKERS} --keeper fd=0,fuse=0,state=0,counters=0,control=0,device=0 \
+             {backing}"
         );
         let args = args::parse(words.split_whitespace().map(String::from)).expect("arguments");
-        relay::spawn(&shared).expect("threads");
+        let start = Arc::new(Start::default());
+        relay::spawn(&start).expect("threads");
         if let Some(backing) = &args.backing {
-            shrinker::spawn(&shared, orders, backing).expect("threads");
+            shrinker::spawn(&start, orders, backing).expect("threads");
         }
-        channel::spawn(&shared, &device, &args).expect("threads");
+        channel::spawn(&start, &args).expect("threads");
+        start.begin(shared.clone());
         set_patience(&socket);
-        Kernel { shared, listener, socket }
+        Kernel { shared, listener, path, socket }
     }
 
     pub fn send(&self, message: &[u8]) {

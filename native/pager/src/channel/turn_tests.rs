@@ -23,10 +23,13 @@ fn workers(disk: Option<DiskOptions>) -> ([Worker; 2], File) {
     // SAFETY: just made, and nobody else has them.
     let [device, kernel] = ends.map(|fd| unsafe { File::from_raw_fd(fd) });
     let path = std::env::temp_dir().join(format!("zswapd-test-{}-{}.sock", std::process::id(), ends[0]));
-    let (device, listener) = (Arc::new(device), Listener::bind(&path).expect("socket"));
+    let room = if disk.is_some() { inbox::MANY } else { inbox::FEW };
+    let (device, listener) = (Arc::new(device), Listener::new(zswapd_keeper::socket::listen(&path).expect("socket")));
+    std::fs::remove_file(&path).expect("it is there");
     let shared = Arc::new(testing::shared(&device, &listener, 64 << 20, disk).0);
-    let crew = Arc::new(Crew::new(Lead::new(shared.clone(), device.clone(), Duration::ZERO)));
-    let worker = || Worker::new(shared.clone(), device.clone(), crew.clone()).expect("worker");
+    let crew = Arc::new(Crew::new());
+    crew.give(Box::new(Lead::new(shared.clone(), Duration::ZERO, Inbox::new(room))));
+    let worker = || Worker { shared: shared.clone(), crew: crew.clone(), mine: Mine::new(&crew).expect("worker") };
     ([worker(), worker()], kernel)
 }
 

@@ -1,7 +1,6 @@
 //! The control socket as anybody may use it: every command is answered once, and nobody keeps others from theirs.
 
 use super::*;
-use crate::socket::{address_of, check, seqpacket};
 use crate::testing::*;
 use proptest::prelude::*;
 use std::path::PathBuf;
@@ -28,7 +27,7 @@ impl Control {
             let kernel = kernel.clone();
             std::thread::spawn(move || serve(&kernel.listener, &kernel.shared))
         };
-        Control { shared: kernel.shared.clone(), path: kernel.listener.path.clone(), kernel, serving: Some(serving) }
+        Control { shared: kernel.shared.clone(), path: kernel.path.clone(), kernel, serving: Some(serving) }
     }
 
     /// Waits until commands are answered no more.
@@ -39,11 +38,7 @@ impl Control {
     }
 
     fn connect(&self) -> OwnedFd {
-        let socket = seqpacket().expect("socket");
-        let address = address_of(&self.path).expect("short enough");
-        let length = size_of_val(&address) as libc::socklen_t;
-        // SAFETY: `address` is a sockaddr_un of that length.
-        check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) }).expect("connected");
+        let socket = zswapd_keeper::socket::connect(&self.path).expect("connected");
         set_patience(&socket);
         socket
     }
@@ -384,21 +379,6 @@ fn paging_ends_after_the_last_read_of_the_disk() {
     disk.hold(READS, false);
     assert_eq!(control.kernel.reply(), crate::testing::Reply { unique: 2, errno: 0, payload: noise(1, 1) });
     assert!(receive(&drained).expect("an answer in time").starts_with(b"ok objects="));
-}
-
-#[test]
-fn a_socket_is_replaced_only_if_nobody_listens() {
-    let path = std::env::temp_dir().join(format!("zswapd-pager-test-{}-bind.sock", std::process::id()));
-    let first = Listener::bind(&path).expect("free");
-    assert_eq!(Listener::bind(&path).err().and_then(|error| error.raw_os_error()), Some(libc::EADDRINUSE));
-    // Killed, a pager leaves its file.
-    let left = path.with_extension("left");
-    std::fs::rename(&path, &left).expect("renamed");
-    drop(first);
-    std::fs::rename(&left, &path).expect("renamed");
-    let second = Listener::bind(&path).expect("nobody listens");
-    drop(second);
-    assert!(!path.exists());
 }
 
 proptest! {

@@ -13,7 +13,7 @@ const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
 /// own lock keeps from being swapped.
 pub fn create() -> io::Result<OwnedFd> {
     on_noswap_tmpfs().or_else(|error| {
-        eprintln!("zswapd-pager: no tmpfs without swap ({error}): the lock alone keeps the pool in memory");
+        eprintln!("zswapd-keeper: no tmpfs without swap ({error}): the lock alone keeps the pool in memory");
         // SAFETY: a valid C string; the result is checked.
         descriptor(i64::from(unsafe { libc::memfd_create(c"zswapd-state".as_ptr(), libc::MFD_CLOEXEC) }))
     })
