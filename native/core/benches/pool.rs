@@ -50,7 +50,7 @@ struct Pooled {
 
 impl Pooled {
     fn new(allocator: Allocator) -> Pooled {
-        let state = State::create(1, 1 << 20, None).expect("address space");
+        let state = State::create(1, 1 << 20, 0, None).expect("address space");
         let metrics = SharedMetrics::new(None).expect("memory");
         let pool = Arc::new(Pool::new(Arc::new(state), allocator, 4 << 30, metrics).expect("memory"));
         let end = Arc::new(AtomicBool::new(false));

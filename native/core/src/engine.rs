@@ -7,6 +7,7 @@ use crate::pool::Allocator;
 use crate::scratch::Scratch;
 use crate::store::{Detached, DiskOptions, Files, Store};
 use crate::sync::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed as Plain;
 
 /// The largest swap file: a slot index has 32 bits.
 pub const MAX_SIZE_BYTES: u64 = 16 << 40;
@@ -43,6 +44,23 @@ impl Engine {
         Ok(engine)
     }
 
+    /// A swap file that goes on with what another process has left in `files`: see [`Store::recover`], also for what it
+    /// takes. Its size, its limit and its compression are those of the state.
+    ///
+    /// Errors: [`Error::Invalid`], with nothing changed; [`Error::System`]: it may be tried again.
+    pub fn recover(allocator: Allocator, files: Files, disk: Option<DiskOptions>) -> Result<Engine> {
+        let store = Store::recover(allocator, files, disk)?;
+        let packed = store.settings().compression.load(Plain) as u32;
+        let engine = Engine { store, compression: AtomicU32::new(0) };
+        engine.store.metrics().swap_size_bytes.set(engine.size());
+        // Whatever stands there, pages can be stored.
+        let unpacked = unpack(packed);
+        let compression = Compression::new(unpacked.algorithm, unpacked.zstd_level.clamp(1, 22))?;
+        engine.set_compression(compression);
+        engine.store.refresh_gauges();
+        Ok(engine)
+    }
+
     /// Gives a new swap file, to which nothing was written yet, a backing disk: see [`Store::with_disk`].
     pub fn with_disk(self, options: DiskOptions) -> Result<Engine> {
         let engine = Engine { store: self.store.with_disk(options)?, ..self };
@@ -61,15 +79,15 @@ impl Engine {
 
     /// What new pages are compressed with.
     pub fn compression(&self) -> Compression {
-        let packed = self.compression.load(Relaxed);
-        let algorithm = if packed >> 8 == 0 { Algorithm::Lz4 } else { Algorithm::Zstd };
-        Compression { algorithm, zstd_level: (packed & 0xff) as i32 }
+        unpack(self.compression.load(Relaxed))
     }
 
     /// Changes what new pages are compressed with. Stored pages stay as they are, and readable.
     pub fn set_compression(&self, compression: Compression) {
         let algorithm = u32::from(compression.algorithm == Algorithm::Zstd);
-        self.compression.store(algorithm << 8 | compression.zstd_level as u32, Relaxed);
+        let packed = algorithm << 8 | compression.zstd_level as u32;
+        self.compression.store(packed, Relaxed);
+        self.store.settings().compression.store(packed.into(), Plain);
         self.store.metrics().algorithm.set(u64::from(algorithm));
         self.store.metrics().zstd_level.set(compression.zstd_level as u64);
     }
@@ -157,6 +175,11 @@ impl Engine {
         self.store.metrics().rejected_out_of_range.add(1);
         Err(Error::OutOfRange { offset, length, size })
     }
+}
+
+fn unpack(packed: u32) -> Compression {
+    let algorithm = if packed >> 8 == 0 { Algorithm::Lz4 } else { Algorithm::Zstd };
+    Compression { algorithm, zstd_level: (packed & 0xff) as i32 }
 }
 
 /// The part of a byte range that lies in one page.

@@ -7,11 +7,12 @@
 //!
 //! ```text
 //! engine → store → {slots, lru, scratch → codec, pool, backing, object}
-//!        → {state, touched, page, metrics, locks, gate} → sync
+//!        → {state, touched, page, metrics, locks, gate} → {session, sync, crash}
 //! ```
 
 pub mod backing;
 pub mod codec;
+pub mod crash;
 pub mod engine;
 pub mod error;
 pub mod gate;
@@ -24,6 +25,7 @@ pub mod object;
 pub mod page;
 pub mod pool;
 pub mod scratch;
+pub mod session;
 pub mod slots;
 #[cfg_attr(any(loom, shuttle, miri), path = "models/standin/state.rs")]
 pub mod state;

@@ -207,6 +207,35 @@ pub struct Metrics {
 /// Changes with every change of [`Metrics`], so that nobody reads one layout as another.
 pub const LAYOUT: u64 = 7;
 
+impl Metrics {
+    /// Sets to zero what is as of now. The peak of the pool stays, and settings are set by who has them.
+    fn reset_gauges(&self) {
+        let pages = [
+            &self.pages_lz4,
+            &self.pages_zstd,
+            &self.pages_same_filled,
+            &self.pages_incompressible,
+            &self.pages_lost,
+            &self.pages_on_disk,
+            &self.idle_pages,
+        ];
+        let bytes = [
+            &self.compressed_bytes,
+            &self.pool_bytes,
+            &self.backed_bytes,
+            &self.backing_state,
+            &self.backing_bytes,
+            &self.backing_free_bytes,
+            &self.disk_live_bytes,
+        ];
+        let at_work = [&self.movers_awaited, &self.writebacks_in_flight, &self.cleanings_in_flight];
+        pages.iter().chain(&bytes).chain(&at_work).for_each(|gauge| gauge.set(0));
+        for class in &self.classes {
+            [&class.zspages, &class.objects].into_iter().chain(&class.groups).for_each(|gauge| gauge.set(0));
+        }
+    }
+}
+
 impl Default for Metrics {
     fn default() -> Metrics {
         // SAFETY: atomics of integers, valid when zero.
@@ -226,6 +255,18 @@ impl SharedMetrics {
     pub fn new(file: Option<BorrowedFd<'_>>) -> Result<SharedMetrics> {
         let metrics = Self::over(file.map_or(Backing::Private, Backing::File))?;
         metrics.layout.set(LAYOUT);
+        Ok(metrics)
+    }
+
+    /// The block in `file` that another process has written, and that this one goes on with: events are counted on, all
+    /// else begins at zero. Without a file, a new block.
+    ///
+    /// Errors: [`Error::Invalid`], with nothing changed, if its size or layout is another one.
+    pub fn resume(file: Option<BorrowedFd<'_>>) -> Result<SharedMetrics> {
+        let Some(file) = file else { return Self::new(None) };
+        SharedMetrics::open(file)?;
+        let metrics = Self::over(Backing::File(file))?;
+        metrics.reset_gauges();
         Ok(metrics)
     }
 

@@ -22,6 +22,7 @@
 //! has moved the object. Both exchange the word they have seen for a new one, so that one of them wins.
 
 use crate::backing::DiskLocation;
+use crate::crash::crash_point;
 use crate::error::Result;
 use crate::locks::{Guard, Rank, Ranked};
 use crate::pool::Location;
@@ -138,7 +139,7 @@ pub struct Slot<'a> {
 }
 
 impl SlotTable {
-    /// A table over slot words that are all EMPTY. Errors: [`crate::error::Error::System`].
+    /// A table over slot words that are all EMPTY, or see [`SlotTable::mark_touched`]. Errors: [`crate::error::Error::System`].
     pub fn new(state: Arc<State>) -> Result<SlotTable> {
         let stripes = (0..STRIPES).map(|_| Ranked::new(Rank::Slot, ())).collect();
         Ok(SlotTable { touched: Touched::new(state.slots())?, state, stripes })
@@ -148,6 +149,15 @@ impl SlotTable {
     pub fn populate(&self) -> Result<()> {
         self.state.populate_words()?;
         self.touched.populate()
+    }
+
+    /// Marks the slots that hold something, in a table over words from before, which nobody changes meanwhile.
+    pub fn mark_touched(&self) {
+        for (index, word) in self.state.words().iter().enumerate() {
+            if Word(word.load(Acquire)).entry() != Entry::Empty {
+                self.touched.mark(index as u32);
+            }
+        }
     }
 
     /// The slots of a range that may hold something: all others have been EMPTY for ever.
@@ -174,7 +184,10 @@ impl SlotTable {
         let Some(word) = self.state.words().get(index as usize) else { return false };
         let old = Word(word.load(Acquire));
         let new = Word::new(Entry::Pool(to), old.generation_after(1));
-        old.entry() == Entry::Pool(from) && word.compare_exchange(old.0, new.0, AcqRel, Acquire).is_ok()
+        crash_point("move: before the word");
+        let moved = old.entry() == Entry::Pool(from) && word.compare_exchange(old.0, new.0, AcqRel, Acquire).is_ok();
+        crash_point("move: after the word");
+        moved
     }
 
     /// Bytes of slot words, marks and locks.
@@ -197,12 +210,14 @@ impl Slot<'_> {
     /// Release order: the object's bytes are written before its location can be seen.
     pub fn publish(&mut self, entry: Entry) -> Entry {
         self.table.touched.mark(self.index);
+        crash_point("before the word");
         loop {
             let old = self.word();
             let new = Word::new(entry, old.generation_after(1));
             let word = &self.table.state.words()[self.index as usize];
             // It fails if the old object has just been moved: then it is the copy that is to be freed.
             if word.compare_exchange(old.0, new.0, AcqRel, Acquire).is_ok() {
+                crash_point("after the word");
                 return old.entry();
             }
         }
@@ -212,7 +227,10 @@ impl Slot<'_> {
     pub fn publish_over(&mut self, old: Word, entry: Entry) -> bool {
         let new = Word::new(entry, old.generation_after(1));
         let word = &self.table.state.words()[self.index as usize];
-        word.compare_exchange(old.0, new.0, AcqRel, Acquire).is_ok()
+        crash_point("writeback: before the word");
+        let published = word.compare_exchange(old.0, new.0, AcqRel, Acquire).is_ok();
+        crash_point("writeback: after the word");
+        published
     }
 }
 
@@ -247,7 +265,7 @@ mod tests {
 
         #[test]
         fn every_change_is_a_new_generation(before in entries(), after in entries()) {
-            let table = SlotTable::new(Arc::new(State::create(1, 512, None).expect("state"))).expect("table");
+            let table = SlotTable::new(Arc::new(State::create(1, 512, 0, None).expect("state"))).expect("table");
             let mut slot = table.lock(0);
             slot.publish(before);
             let old = slot.word();
@@ -258,7 +276,7 @@ mod tests {
 
         #[test]
         fn a_word_is_published_over_the_one_that_was_seen_and_no_other(entries in prop::array::uniform3(entries())) {
-            let table = SlotTable::new(Arc::new(State::create(1, 512, None).expect("state"))).expect("table");
+            let table = SlotTable::new(Arc::new(State::create(1, 512, 0, None).expect("state"))).expect("table");
             let mut slot = table.lock(0);
             slot.publish(entries[0]);
             let old = slot.word();
@@ -273,7 +291,7 @@ mod tests {
     #[test]
     fn only_chunks_that_were_published_to_are_looked_at() {
         let slots = 1 << 20;
-        let table = SlotTable::new(Arc::new(State::create(slots, 512, None).expect("state"))).expect("table");
+        let table = SlotTable::new(Arc::new(State::create(slots, 512, 0, None).expect("state"))).expect("table");
         table.populate().expect("memory");
         assert_eq!(table.touched(0..slots).count(), 0);
         table.lock(700_000).publish(Entry::Lost);

@@ -1,29 +1,42 @@
 //! The state file: what must outlive the process, addressed by index and never by pointer.
 //!
 //! ```text
-//! page 0      header: magic, version, sizes, checksum; key and next nonce of the backing disk
+//! page 0      header: magic, version, sizes, checksum; key and next nonce of the backing disk; settings; the session
 //! then        slot words, 8 bytes per page of the swap file
+//! then        the page map, 2 bytes per page of the arena (`pool/page_map.rs`)
 //! at 2 MiB·n  the arena: objects, each with its own header
 //! ```
 //!
 //! It is a memory file; everything else (free lists, fullness, counts, locks) is private memory that can be rebuilt
-//! from the slot words. The file is sparse: only pages that were touched take memory.
+//! from the slot words and the page map. The file is sparse: only pages that were touched take memory.
+//!
+//! Numbers are in the machine's own order of bytes: a state does not leave its machine.
 
 use crate::error::{Error, Result};
-use crate::memory::{memory_file, set_length, status_of, Backing, Mapping};
+use crate::memory::{length_of, memory_file, set_length, status_of, Backing, Mapping};
 use crate::page::PAGE_SIZE;
+use crate::session::{Session, Settings};
 use crate::sync::AtomicU64;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::AtomicU16;
 use xxhash_rust::xxh3::xxh3_64;
 
 const MAGIC: [u8; 8] = *b"zswapd\0\x01";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// The arena ends at 1 TiB: a location in a slot word counts 8 bytes, and has 45 bits.
 pub const MAX_ARENA_PAGES: u64 = 1 << 28;
 
-/// Where the header has the [`CipherState`]: behind what the checksum covers, since it changes.
+/// Of the part of the header that never changes, with its checksum at the end.
+const HEADER_BYTES: usize = 48;
+/// Where page 0 has what changes, behind what the checksum covers.
 const CIPHER_AT: usize = 64;
+const SETTINGS_AT: usize = 256;
+const SESSION_AT: usize = 512;
+const _: () = assert!(HEADER_BYTES <= CIPHER_AT && CIPHER_AT + size_of::<CipherState>() <= SETTINGS_AT);
+const _: () = assert!(SETTINGS_AT + size_of::<Settings>() <= SESSION_AT);
+const _: () = assert!(SESSION_AT + size_of::<Session>() <= PAGE_SIZE);
 
 /// What the cipher of the backing disk must not forget as long as the state lives.
 #[derive(Default)]
@@ -38,54 +51,125 @@ pub struct CipherState {
 /// Regions of the arena are huge pages, if the system makes them so.
 const ARENA_ALIGNMENT: usize = 2 << 20;
 
+/// What a state is for. It never changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shape {
+    slots: u64,
+    arena_pages: u32,
+    /// Stands for how objects are laid out: whoever lays them out otherwise must leave them alone.
+    geometry: u64,
+}
+
+impl Shape {
+    fn page_map_start(self) -> usize {
+        PAGE_SIZE + (self.slots as usize * size_of::<AtomicU64>()).next_multiple_of(PAGE_SIZE)
+    }
+
+    fn arena_start(self) -> usize {
+        let map_bytes = self.arena_pages as usize * size_of::<AtomicU16>();
+        (self.page_map_start() + map_bytes).next_multiple_of(ARENA_ALIGNMENT)
+    }
+
+    /// Bytes of the file.
+    fn length(self) -> usize {
+        self.arena_start() + self.arena_pages as usize * PAGE_SIZE
+    }
+
+    fn to_header(self) -> [u8; HEADER_BYTES] {
+        let mut header = [0; HEADER_BYTES];
+        header[..8].copy_from_slice(&MAGIC);
+        header[8..12].copy_from_slice(&VERSION.to_ne_bytes());
+        header[12..16].copy_from_slice(&(PAGE_SIZE as u32).to_ne_bytes());
+        header[16..24].copy_from_slice(&self.slots.to_ne_bytes());
+        header[24..28].copy_from_slice(&self.arena_pages.to_ne_bytes());
+        header[32..40].copy_from_slice(&self.geometry.to_ne_bytes());
+        let checksum = xxh3_64(&header[..40]);
+        header[40..].copy_from_slice(&checksum.to_ne_bytes());
+        header
+    }
+
+    /// What a header says; or what is wrong with it.
+    fn of_header(header: &[u8; HEADER_BYTES]) -> std::result::Result<Shape, String> {
+        let u32_at = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let u64_at = |at: usize| std::array::from_fn(|n| header[at + n]);
+        let u64_at = |at: usize| u64::from_ne_bytes(u64_at(at));
+        // The magic and the version stand at the same place in every version; nothing else need.
+        if header[..8] != MAGIC {
+            return Err("it is none of zswapd's".into());
+        }
+        if u32_at(8) != VERSION {
+            return Err(format!("it is of version {}, and this program knows version {VERSION}", u32_at(8)));
+        }
+        if u64_at(40) != xxh3_64(&header[..40]) {
+            return Err("its header is damaged".into());
+        }
+        if u32_at(12) != PAGE_SIZE as u32 {
+            return Err(format!("it is for pages of {} bytes", u32_at(12)));
+        }
+        let shape = Shape { slots: u64_at(16), arena_pages: u32_at(24), geometry: u64_at(32) };
+        let possible = (1..=1 << 32).contains(&shape.slots) && u64::from(shape.arena_pages) <= MAX_ARENA_PAGES;
+        possible.then_some(shape).ok_or_else(|| format!("it cannot be as large as it says: {shape:?}"))
+    }
+}
+
 /// The mapped state file.
 pub struct State {
     // Declared before `file`: unmapped before it is closed.
     mapping: Mapping,
     file: OwnedFd,
-    slots: u64,
-    arena_pages: u32,
-    arena_start: usize,
+    shape: Shape,
 }
 
 impl State {
     /// Makes an empty state in `file` (zeroed, of any length) for `slots` pages of swap and `arena_pages` pages of
-    /// objects; without a file, in a new memory file.
+    /// objects; without a file, in a new memory file. `geometry` stands for the way in which objects are laid out.
     ///
     /// Takes address space, but memory only as it is touched. Errors: [`Error::System`].
-    pub fn create(slots: u64, arena_pages: u32, file: Option<OwnedFd>) -> Result<State> {
-        let words_bytes = (slots as usize * size_of::<AtomicU64>()).next_multiple_of(PAGE_SIZE);
-        let arena_start = (PAGE_SIZE + words_bytes).next_multiple_of(ARENA_ALIGNMENT);
-        let length = arena_start + arena_pages as usize * PAGE_SIZE;
+    pub fn create(slots: u64, arena_pages: u32, geometry: u64, file: Option<OwnedFd>) -> Result<State> {
+        let shape = Shape { slots, arena_pages, geometry };
+        let length = shape.length();
         let file = match file {
             Some(file) => set_length(file.as_fd(), length as u64).map(|()| file),
             None => memory_file(c"zswapd-state", length as u64),
         }?;
-        let mapping = Mapping::new(length, Backing::File(file.as_fd()))?;
-        let state = State { mapping, file, slots, arena_pages, arena_start };
-        state.write_header();
+        let state = State { mapping: Mapping::new(length, Backing::File(file.as_fd()))?, file, shape };
+        let header = shape.to_header();
+        // SAFETY: page 0 of the mapping is the header's, and nobody else has the mapping yet.
+        unsafe { std::ptr::copy_nonoverlapping(header.as_ptr(), state.mapping.start().as_ptr(), header.len()) };
         Ok(state)
     }
 
-    fn write_header(&self) {
-        let mut header = [0u8; 40];
-        header[..8].copy_from_slice(&MAGIC);
-        header[8..12].copy_from_slice(&VERSION.to_le_bytes());
-        header[12..16].copy_from_slice(&(PAGE_SIZE as u32).to_le_bytes());
-        header[16..24].copy_from_slice(&self.slots.to_le_bytes());
-        header[24..28].copy_from_slice(&self.arena_pages.to_le_bytes());
-        let checksum = xxh3_64(&header[..32]);
-        header[32..].copy_from_slice(&checksum.to_le_bytes());
-        // SAFETY: page 0 of the mapping is the header's, and nobody else has the mapping yet.
-        unsafe { std::ptr::copy_nonoverlapping(header.as_ptr(), self.mapping.start().as_ptr(), header.len()) };
+    /// Maps a state that another process has left behind. Changes nothing, and takes no memory.
+    ///
+    /// Errors: [`Error::Invalid`], which says what is wrong, if it is none, of another version, for objects that are laid
+    /// out in another way (`geometry`), damaged in its header, or not as long as it should be; [`Error::System`].
+    pub fn open(file: OwnedFd, geometry: u64) -> Result<State> {
+        let refused = |what: String| Error::Invalid(format!("the state file cannot be recovered: {what}"));
+        let mut header = [0; HEADER_BYTES];
+        // SAFETY: `header` is as long as it is said to be.
+        let read = unsafe { libc::pread(file.as_raw_fd(), header.as_mut_ptr().cast(), HEADER_BYTES, 0) };
+        match usize::try_from(read) {
+            Ok(HEADER_BYTES) => {}
+            Ok(_) => return Err(refused("it ends in its header".into())),
+            Err(_) => return Err(Error::last_os("cannot read the state file")),
+        }
+        let shape = Shape::of_header(&header).map_err(refused)?;
+        if shape.geometry != geometry {
+            return Err(refused("its pages are laid out by another allocator, or in another way".into()));
+        }
+        let (length, expected) = (length_of(file.as_fd())?, shape.length() as u64);
+        if length != expected {
+            return Err(refused(format!("it has {length} bytes, and should have {expected}")));
+        }
+        Ok(State { mapping: Mapping::new(shape.length(), Backing::File(file.as_fd()))?, file, shape })
     }
 
     pub fn slots(&self) -> u64 {
-        self.slots
+        self.shape.slots
     }
 
     pub fn arena_pages(&self) -> u32 {
-        self.arena_pages
+        self.shape.arena_pages
     }
 
     pub fn cipher(&self) -> &CipherState {
@@ -94,11 +178,33 @@ impl State {
         unsafe { &*self.mapping.start().as_ptr().add(CIPHER_AT).cast() }
     }
 
+    pub fn settings(&self) -> &Settings {
+        // SAFETY: as above.
+        unsafe { &*self.mapping.start().as_ptr().add(SETTINGS_AT).cast() }
+    }
+
+    pub fn session(&self) -> &Session {
+        // SAFETY: as above.
+        unsafe { &*self.mapping.start().as_ptr().add(SESSION_AT).cast() }
+    }
+
+    /// The page map, one entry per page of the arena.
+    pub fn page_map(&self) -> &[AtomicU16] {
+        // SAFETY: from there on the mapping holds as many entries, page-aligned; every bit pattern is a valid u16, and
+        // they are only ever accessed as atomics.
+        unsafe {
+            let start = self.mapping.start().as_ptr().add(self.shape.page_map_start());
+            std::slice::from_raw_parts(start.cast(), self.shape.arena_pages as usize)
+        }
+    }
+
     /// The slot words, one per page of the swap file.
     pub fn words(&self) -> &[AtomicU64] {
         // SAFETY: pages 1.. of the mapping hold `slots` words, 8-aligned; every bit pattern is a valid u64, and they
         // are only ever accessed as atomics.
-        unsafe { std::slice::from_raw_parts(self.mapping.start().as_ptr().add(PAGE_SIZE).cast(), self.slots as usize) }
+        unsafe {
+            std::slice::from_raw_parts(self.mapping.start().as_ptr().add(PAGE_SIZE).cast(), self.shape.slots as usize)
+        }
     }
 
     /// Bytes of memory that the file takes now: header, touched slot words and resident arena pages.
@@ -113,31 +219,55 @@ impl State {
 
     /// Bytes of the arena, to be written: see [`State::bytes`].
     pub fn bytes_mut(&self, offset: usize, length: usize) -> *mut [u8] {
-        let end = self.arena_pages as usize * PAGE_SIZE;
+        let end = self.shape.arena_pages as usize * PAGE_SIZE;
         assert!(offset < end && length <= end - offset, "{length} bytes at {offset} are not inside the arena");
         // SAFETY: the mapping reaches `arena_pages` pages beyond `arena_start`.
-        let start = unsafe { self.mapping.start().as_ptr().add(self.arena_start + offset) };
+        let start = unsafe { self.mapping.start().as_ptr().add(self.shape.arena_start() + offset) };
         std::ptr::slice_from_raw_parts_mut(start, length)
     }
 
-    /// Takes memory for arena pages from the system and maps it: touching them then faults no more.
+    /// Takes memory for arena pages from the system and maps it, and for their part of the page map: touching them then
+    /// faults no more. Of pages that have memory already, only the mapping takes some.
     ///
     /// May wait for memory. Errors: [`Error::System`], with some of the pages taken perhaps.
     pub fn populate(&self, page: u32, pages: u32) -> Result<()> {
-        let offset = self.arena_start + page as usize * PAGE_SIZE;
+        let entries = [page, page + pages].map(|n| self.shape.page_map_start() + n as usize * size_of::<AtomicU16>());
+        self.mapping.populate(entries[0]..entries[1])?;
+        let offset = self.shape.arena_start() + page as usize * PAGE_SIZE;
         self.mapping.populate(offset..offset + pages as usize * PAGE_SIZE)
+    }
+
+    /// The next pages of the arena, from `page` on, that have memory, up to the first that has none.
+    ///
+    /// Errors: [`Error::System`].
+    pub fn next_resident(&self, page: u32) -> Result<Option<Range<u32>>> {
+        let start = self.shape.arena_start() as u64;
+        let seek = |from: u64, whence| {
+            // SAFETY: plain system call; the file's position is used for nothing else.
+            let found = unsafe { libc::lseek(self.file.as_raw_fd(), from as libc::off_t, whence) };
+            match u64::try_from(found) {
+                Ok(found) => Ok(Some(found)),
+                Err(_) if std::io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO) => Ok(None),
+                Err(_) => Err(Error::last_os("cannot find out where the state file has memory (lseek)")),
+            }
+        };
+        let page_of = |offset: u64| ((offset - start) / PAGE_SIZE as u64) as u32;
+        let Some(data) = seek(start + u64::from(page) * PAGE_SIZE as u64, libc::SEEK_DATA)? else { return Ok(None) };
+        // There is a hole at the end of every file.
+        let hole = seek(data, libc::SEEK_HOLE)?.unwrap_or(self.shape.length() as u64);
+        Ok(Some(page_of(data)..page_of(hole)))
     }
 
     /// Takes memory for all slot words, as [`State::populate`] does for arena pages.
     pub fn populate_words(&self) -> Result<()> {
-        self.mapping.populate(0..PAGE_SIZE + self.slots as usize * size_of::<AtomicU64>())
+        self.mapping.populate(0..PAGE_SIZE + self.shape.slots as usize * size_of::<AtomicU64>())
     }
 
     /// Gives the memory of arena pages back to the system; they read zeros afterwards.
     ///
     /// Errors: [`Error::System`]; the pages then stay resident, with their contents.
     pub fn punch(&self, page: u32, pages: u32) -> Result<()> {
-        let offset = self.arena_start + page as usize * PAGE_SIZE;
+        let offset = self.shape.arena_start() + page as usize * PAGE_SIZE;
         let length = pages as usize * PAGE_SIZE;
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: plain system call on our descriptor; the caller owns these pages, and they stay mapped.
@@ -154,7 +284,7 @@ mod tests {
 
     #[test]
     fn punched_pages_read_zeros() {
-        let state = State::create(1, 512, None).expect("state");
+        let state = State::create(1, 512, 0, None).expect("state");
         let page = state.bytes_mut(5 * PAGE_SIZE, PAGE_SIZE);
         // SAFETY: no one else uses the page.
         unsafe { (*page).fill(7) };

@@ -46,7 +46,7 @@ fn look_through(start: u64, bytes: &[u8]) {
 }
 
 fn damage(encryption: bool, lengths: &[u16], changes: &[(u32, u8)], bits: u64) {
-    let state = Arc::new(State::create(1, 512, None).expect("state"));
+    let state = Arc::new(State::create(1, 512, 0, None).expect("state"));
     let disk = Arc::new(MemoryDisk::new(SEGMENTS * SEGMENT_BYTES));
     let (bytes, metrics) = ((SEGMENTS * SEGMENT_BYTES) as u64, SharedMetrics::new(None).expect("metrics"));
     let backing = Backing::new(Box::new(disk.clone()), bytes, Options { encryption }, state, metrics).expect("a disk");

@@ -6,9 +6,10 @@
 //!
 //! A nonce is the state's counter, raised before it is used. Who writes an object again, after an error or for another
 //! place, seals it anew, with a new nonce. The key lives in the state's header, so that who goes on with a state after a
-//! crash goes on with its key; it is wiped with the [`Cipher`].
+//! crash goes on with its key. It is wiped at the store's end.
 
 use super::record::{record_bytes, DiskLocation, Header, MAX_OBJECT, RECORD_HEADER, TAG};
+use crate::crash::crash_point;
 use crate::error::{Error, Result};
 use crate::state::State;
 use crate::sync::Ordering::Relaxed;
@@ -21,7 +22,7 @@ use zeroize::Zeroizing;
 
 pub struct Cipher {
     state: Arc<State>,
-    /// Wiped when dropped. In a box: moved, it would leave a copy behind.
+    /// Its copy of the key is wiped when dropped. In a box: moved, it would leave a copy behind.
     encryption: Option<Box<Aes256Gcm>>,
 }
 
@@ -39,8 +40,7 @@ impl Cipher {
     pub fn seal(&self, record: &mut [u8], slot: u32, generation: u16, at: DiskLocation, object: &[u8]) {
         debug_assert!(object.len() <= MAX_OBJECT && record.len() == record_bytes(object.len()));
         let nonce = match self.encryption {
-            // Relaxed: no two get the same, which is all that matters.
-            Some(_) => self.state.cipher().next_nonce.fetch_add(1, Relaxed),
+            Some(_) => self.next_nonce(),
             None => 0,
         };
         let header = Header { slot, object_bytes: object.len() as u16, generation, nonce };
@@ -59,6 +59,19 @@ impl Cipher {
                 <[u8; TAG]>::from(tag.expect("an object of at most a page"))
             }
         });
+    }
+
+    /// Raised before it is used. Relaxed: no two get the same, which is all that matters.
+    fn next_nonce(&self) -> u64 {
+        crash_point("before the nonce");
+        let nonce = self.state.cipher().next_nonce.fetch_add(1, Relaxed);
+        crash_point("after the nonce");
+        nonce
+    }
+
+    /// Wipes the state's key: what was sealed with it cannot be read any more by who opens the state.
+    pub fn wipe_key(&self) {
+        self.state.cipher().key.iter().for_each(|word| word.store(0, Relaxed));
     }
 
     /// The object of a record that was read at `at`, decrypted in place: at most once. None if it is not what was
@@ -80,12 +93,6 @@ impl Cipher {
                 opened.ok().map(|()| &*object)
             }
         }
-    }
-}
-
-impl Drop for Cipher {
-    fn drop(&mut self) {
-        self.state.cipher().key.iter().for_each(|word| word.store(0, Relaxed));
     }
 }
 

@@ -38,6 +38,7 @@ pub use reader::{CleanBuffer, ReadBuffer};
 pub use record::{records_of, Damaged, DiskLocation, Record, Records};
 pub use writer::{Purpose, Writer, MAX_RECORDS};
 
+use crate::crash::crash_point;
 use crate::error::{Error, Result};
 use crate::locks::{Rank, Ranked};
 use crate::metrics::SharedMetrics;
@@ -45,6 +46,7 @@ use crate::state::State;
 use crate::sync::MODEL;
 use cipher::Cipher;
 use record::MAX_DISK_BYTES;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::Arc;
 use std::time::Instant;
 use table::{Table, MIN_SEGMENTS};
@@ -60,12 +62,12 @@ pub struct Options {
     pub encryption: bool,
 }
 
-/// All methods take `&self` and may be called from several threads. Dropping it wipes the key: what the disk holds is
-/// then noise.
+/// All methods take `&self` and may be called from several threads.
 pub struct Backing {
     disk: Box<dyn Disk>,
     cipher: Cipher,
     table: Ranked<Table>,
+    state: Arc<State>,
     metrics: SharedMetrics,
 }
 
@@ -78,7 +80,13 @@ pub struct Victim {
 }
 
 impl Backing {
-    /// The first `bytes` of a disk, in whole segments, all of them free. Takes memory, 20 bytes for a segment.
+    /// How much of a disk of so many bytes is used: whole segments.
+    pub fn usable_bytes(bytes: u64) -> u64 {
+        bytes.min(MAX_DISK_BYTES) / SEGMENT_BYTES as u64 * SEGMENT_BYTES as u64
+    }
+
+    /// The first `bytes` of a disk, in whole segments, all of them free but for what is adopted. Takes memory, 20 bytes
+    /// for a segment. With the state's key, or a new one if it has none.
     ///
     /// Errors: [`Error::Invalid`] if it is too small; [`Error::System`] if there is no randomness for a key.
     pub fn new(
@@ -88,22 +96,33 @@ impl Backing {
         state: Arc<State>,
         metrics: SharedMetrics,
     ) -> Result<Backing> {
-        let segments = (bytes.min(MAX_DISK_BYTES) / SEGMENT_BYTES as u64) as u32;
+        let segments = (Backing::usable_bytes(bytes) / SEGMENT_BYTES as u64) as u32;
         if segments < MIN_SEGMENTS {
             let least = u64::from(MIN_SEGMENTS) * SEGMENT_BYTES as u64;
             return Err(Error::Invalid(format!("the backing disk has {bytes} bytes; it needs {least}")));
         }
-        let cipher = Cipher::new(options.encryption, state)?;
+        let cipher = Cipher::new(options.encryption, state.clone())?;
         metrics.backing_bytes.set(u64::from(segments) * SEGMENT_BYTES as u64);
         let table = Ranked::new(Rank::Backing, Table::new(segments));
-        let backing = Backing { disk, cipher, table, metrics };
+        let backing = Backing { disk, cipher, table, state, metrics };
         backing.change(|_| ());
         Ok(backing)
+    }
+
+    /// A slot names this record, from before: it is live. Before anything else is done. False if there can be none.
+    pub fn adopt(&self, at: DiskLocation) -> bool {
+        self.change(|table| table.adopt(at))
+    }
+
+    /// Wipes the key: what the disk holds is noise for who opens the state.
+    pub fn wipe_key(&self) {
+        self.cipher.wipe_key();
     }
 
     /// A record is dead: no slot names it, and nobody reads it. Takes the lock `Backing`; does not touch the disk.
     pub fn free(&self, at: DiskLocation) {
         self.change(|table| table.free(at));
+        crash_point("record freed");
     }
 
     /// Reads a record's object, as it was given to [`Writer::add`]: the blocks that it lies in, and no more.
@@ -208,7 +227,9 @@ impl Backing {
         self.metrics.backing_state.set(if table.is_failed() { 2 } else { 1 });
         self.metrics.backing_free_bytes.set(u64::from(table.free_segments()) * SEGMENT_BYTES as u64);
         self.metrics.disk_live_bytes.set(table.live_bytes());
-        self.metrics.writeback_budget_bytes.set(table.budget().unwrap_or(u64::MAX));
+        let budget = table.budget().unwrap_or(u64::MAX);
+        self.metrics.writeback_budget_bytes.set(budget);
+        self.state.settings().budget_bytes.store(budget, Relaxed);
         result
     }
 }

@@ -56,7 +56,7 @@ impl DiskLocation {
     }
 
     /// Of the disk.
-    pub(super) fn bytes(self) -> Range<u64> {
+    pub(crate) fn bytes(self) -> Range<u64> {
         let start = (self.0 & ((1 << START_BITS) - 1)) * UNIT as u64;
         start..start + (self.0 >> START_BITS) * UNIT as u64
     }

@@ -17,7 +17,7 @@
 use super::record::{DiskLocation, MAX_RECORD, UNIT};
 use super::{Purpose, SEGMENT_BYTES};
 use crate::error::{Error, Result};
-use std::ops::{Index, IndexMut};
+use std::ops::{Index, IndexMut, Range};
 
 /// Segments kept back for cleaning: it fills one before it frees any.
 const RESERVE: u32 = 1;
@@ -189,6 +189,27 @@ impl Table {
     /// The writer is through with the segment.
     pub fn finish(&mut self, index: u32) {
         self.set_state(index, State::Sealed);
+    }
+
+    /// A slot names this record, in a table in which all was free. Its segment was written at least up to its end. False,
+    /// with nothing changed, if it does not lie in one segment.
+    pub fn adopt(&mut self, at: DiskLocation) -> bool {
+        let Range { start, end } = at.bytes();
+        let (index, begin) = (start / SEGMENT_BYTES as u64, start / SEGMENT_BYTES as u64 * SEGMENT_BYTES as u64);
+        if index >= self.segments.len() as u64 || start == end || end - begin > SEGMENT_BYTES as u64 {
+            return false;
+        }
+        let index = index as u32;
+        self.unlist(index);
+        let segment = &mut self[index];
+        let before = segment.live;
+        segment.state = State::Sealed;
+        segment.written = segment.written.max((end - begin) as u32);
+        // Damaged words may name a record twice.
+        segment.live = (before + (end - start) as u32).min(segment.written);
+        self.live += u64::from(self[index].live - before);
+        self.enlist(index);
+        true
     }
 
     /// A record is dead.

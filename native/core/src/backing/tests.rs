@@ -81,7 +81,7 @@ impl Fixture {
 }
 
 fn new_state() -> Arc<State> {
-    Arc::new(State::create(1, 512, None).expect("state"))
+    Arc::new(State::create(1, 512, 0, None).expect("state"))
 }
 
 pub(super) fn object(seed: usize, length: usize) -> Vec<u8> {
@@ -352,7 +352,7 @@ fn the_budget_is_kept_to_the_block() {
 
 #[test]
 fn a_disk_too_small_is_refused() {
-    let (state, metrics) = (State::create(1, 512, None).expect("state"), SharedMetrics::new(None).expect("metrics"));
+    let (state, metrics) = (State::create(1, 512, 0, None).expect("state"), SharedMetrics::new(None).expect("metrics"));
     let bytes = 3 * SEGMENT_BYTES as u64 - 1;
     let disk = Box::new(MemoryDisk::new(bytes as usize));
     assert!(Backing::new(disk, bytes, Options { encryption: true }, Arc::new(state), metrics).is_err());

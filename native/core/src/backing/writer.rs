@@ -2,6 +2,7 @@
 
 use super::record::{record_bytes, DiskLocation, Record, MAX_OBJECT};
 use super::{Backing, BLOCK, SEGMENT_BYTES};
+use crate::crash::crash_point;
 use crate::error::{Error, Result};
 use crate::memory::ZeroedTable;
 use std::time::Instant;
@@ -91,7 +92,9 @@ impl Writer {
         };
         counter.add(blocks as u64);
         self.written = true;
+        crash_point("before the segment");
         let result = backing.disk.write(Backing::offset_of(segment), &self.buffer[..blocks]);
+        crash_point("after the segment");
         if let Err(error) = result {
             backing.metrics.writeback_errors.add(1);
             backing.change(|table| table.write_failed(segment));

@@ -4,6 +4,8 @@
 //! backed by memory, so that neither handing it out nor touching it waits for the system. A few wholly free regions
 //! are kept in reserve; [`Arena::adjust`] restores the reserve, and is the only thing here that may wait for memory.
 
+mod recover;
+
 use super::class::MAX_CHAIN;
 use crate::error::{Error, Result};
 use crate::locks::{Rank, Ranked};
@@ -13,6 +15,7 @@ use crate::page::PAGE_SIZE;
 use crate::state::State;
 use crate::sync::MODEL;
 use std::ops::Range;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
 use std::thread::Thread;
 
@@ -319,7 +322,9 @@ impl Arena {
     /// Changes the limit, in pages. Below what is in use it only stops growth.
     pub fn set_limit(&self, pages: u64) {
         self.inner.lock().limit_pages = pages;
-        self.metrics.pool_limit_bytes.set(pages.saturating_mul(PAGE_SIZE as u64));
+        let bytes = pages.saturating_mul(PAGE_SIZE as u64);
+        self.metrics.pool_limit_bytes.set(bytes);
+        self.state.settings().limit_bytes.store(bytes, Relaxed);
         self.wake_adjuster();
     }
 
@@ -363,7 +368,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     fn arena(regions: u32, limit: u64) -> Arena {
-        let state = Arc::new(State::create(1, regions * REGION_PAGES, None).expect("state"));
+        let state = Arc::new(State::create(1, regions * REGION_PAGES, 0, None).expect("state"));
         Arena::new(state, limit, SharedMetrics::new(None).expect("metrics")).expect("arena")
     }
 

@@ -86,6 +86,10 @@ pub trait Driver: Send + Sync {
     /// Frees an object, which must live, and gives pages back to the arena that it was the last one on.
     fn free(&self, object: &Object);
 
+    /// Makes the object at a location live that a slot names, if there can be one: for who recovers the pool, alone.
+    /// None, with nothing changed, if not. Takes no memory where [`Driver::prepare`] was before.
+    fn adopt(&self, location: Location, slot: u32) -> Option<Object>;
+
     /// Shows the objects of the zspage that begins at a page, if one does. Nobody else may be at work.
     fn visit(&self, first: u32, see: &mut dyn FnMut(&Object));
 

@@ -9,6 +9,8 @@ mod class;
 mod compact;
 mod driver;
 pub(crate) mod lock;
+mod page_map;
+mod recover;
 mod z3fold;
 mod zsmalloc;
 mod zspage;

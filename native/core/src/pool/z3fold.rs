@@ -20,15 +20,17 @@ mod layout;
 
 use super::driver::{Base, Commit, Driver, Object};
 use super::lock::ZspageLock;
-use super::Location;
+use super::{Location, REGION_PAGES};
 use crate::error::{Error, Result};
 use crate::locks::{hold, Rank, Ranked};
 use crate::memory::{Zeroable, ZeroedTable};
 use crate::metrics::ClassMetrics;
+use crate::object::{self, HEADER_SIZE};
 use crate::page::PAGE_SIZE;
 use crate::sync::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use crate::sync::{AtomicU16, AtomicU32, AtomicU8};
-use layout::{object_of, objects, pages_for, Layout, CHUNK, CHUNKS, MAX_CHUNKS};
+pub use layout::CHUNK;
+use layout::{object_of, objects, pages_for, Layout, CHUNKS, MAX_CHUNKS};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -259,6 +261,34 @@ impl Driver for Z3fold {
         lists.change(&self.descriptors, page, layout.without(object.index));
         drop(lists);
         self.put(page);
+    }
+
+    /// The page map says nothing of these: where an object ends is in its header, which is believed if the object's
+    /// checksum is right. Two that are never overlap, as each begins where the other's bytes would go on.
+    fn adopt(&self, location: Location, slot: u32) -> Option<Object> {
+        let offset = location.offset()?;
+        let page = u32::try_from(offset / PAGE_SIZE).ok().filter(|&page| self.base.arena.is_backed(page))?;
+        // Only what begins a page may go on to the next one, of the same region.
+        let crosses = offset % PAGE_SIZE == 0 && self.base.arena.is_backed(page + 1) && (page + 1) % REGION_PAGES != 0;
+        let room = PAGE_SIZE - offset % PAGE_SIZE + if crosses { PAGE_SIZE } else { 0 };
+        // SAFETY: inside the arena, and nobody else is at work.
+        let bytes = unsafe { &*self.base.state.bytes(offset, room.min(MAX_CHUNKS * CHUNK)) };
+        let (_, payload) = object::verify(bytes, slot)?;
+        let chunks = (HEADER_SIZE + payload.len()).div_ceil(CHUNK);
+        let desc = &self.descriptors[page as usize];
+        let (index, layout) = desc.layout().with_at(offset % PAGE_SIZE, chunks)?;
+        let mut lists = self.lists.lock();
+        if desc.layout().is_empty() {
+            if !self.base.arena.claim(page, pages_for(chunks)) {
+                return None;
+            }
+            desc.pages.store(pages_for(chunks) as u8, Relaxed);
+            self.metrics(page).zspages.add(1);
+        }
+        desc.get();
+        lists.change(&self.descriptors, page, layout);
+        self.metrics(page).objects.add(1);
+        Some(object_of(page, index, layout))
     }
 
     fn visit(&self, first: u32, see: &mut dyn FnMut(&Object)) {

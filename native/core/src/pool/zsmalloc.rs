@@ -4,10 +4,12 @@
 use super::class::{ClassTable, Geometry};
 use super::driver::{Base, Commit, Driver, Object};
 use super::lock::ZspageLock;
+use super::page_map;
 use super::zspage::{is_used, objects_in_use, zspage_of, ClassLists, Descriptors, PageDesc};
 use super::Location;
 use crate::error::{Error, Result};
 use crate::locks::{Rank, Ranked};
+use crate::object::{self, HEADER_SIZE};
 use crate::page::PAGE_SIZE;
 use std::ops::Range;
 use std::sync::Arc;
@@ -41,9 +43,14 @@ impl Zsmalloc {
     /// Makes a zspage of pages from the arena, and takes an object of it. It has one, or it would not be a class.
     pub(super) fn grow(&self, lists: &mut ClassLists, class: usize, first: u32) -> Option<(u32, usize)> {
         let geometry = &self.table.classes()[class];
-        lists.insert_zspage(&self.descriptors, first, geometry);
-        self.base.metrics.classes[class].zspages.add(1);
+        page_map::note(&self.base.state, first, class, geometry.pages);
+        self.insert_zspage(lists, class, first);
         lists.take_object(&self.descriptors, geometry, |zspage| zspage != first)
+    }
+
+    fn insert_zspage(&self, lists: &mut ClassLists, class: usize, first: u32) {
+        lists.insert_zspage(&self.descriptors, first, &self.table.classes()[class]);
+        self.base.metrics.classes[class].zspages.add(1);
     }
 
     /// Takes an object out of its zspage. Returns true if the zspage is no more: its pages are then the caller's.
@@ -97,6 +104,35 @@ impl Driver for Zsmalloc {
         if empty {
             self.base.arena.free(object.first, self.table.classes()[class].pages);
         }
+    }
+
+    fn adopt(&self, location: Location, slot: u32) -> Option<Object> {
+        let offset = location.offset()?;
+        let page = u32::try_from(offset / PAGE_SIZE).ok().filter(|&page| self.base.arena.is_backed(page))?;
+        let there = zspage_of(&self.descriptors, page);
+        let (first, class) = there.or_else(|| page_map::zspage_of(&self.base.state, self.table, page))?;
+        let geometry = &self.table.classes()[class];
+        let within = offset - first as usize * PAGE_SIZE;
+        let object = object_of(first, within / geometry.size, geometry);
+        if within % geometry.size != 0 || object.index >= geometry.objects {
+            return None;
+        }
+        // SAFETY: inside the arena, and nobody else is at work.
+        let bytes = unsafe { &*self.base.bytes(&object) };
+        let (_, length) = object::peek(bytes).filter(|_| object::belongs_to(bytes, slot))?;
+        if self.table.index_for(HEADER_SIZE + length) != class {
+            return None;
+        }
+        let mut lists = self.classes[class].lock();
+        if there.is_none() {
+            if !self.base.arena.claim(first, geometry.pages) {
+                return None;
+            }
+            self.insert_zspage(&mut lists, class, first);
+        }
+        let adopted = lists.adopt_object(&self.descriptors, geometry, first, object.index);
+        self.base.metrics.classes[class].objects.add(u64::from(adopted));
+        adopted.then_some(object)
     }
 
     fn visit(&self, first: u32, see: &mut dyn FnMut(&Object)) {

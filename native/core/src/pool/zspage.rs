@@ -114,6 +114,17 @@ impl ClassLists {
         Some((first, object))
     }
 
+    /// Takes a certain object of a zspage. False if it is in use already.
+    pub fn adopt_object(&mut self, descriptors: &Descriptors, geometry: &Geometry, first: u32, object: usize) -> bool {
+        if is_used(descriptors, first, object) {
+            return false;
+        }
+        let word = &descriptors[first as usize + object / 64].used;
+        word.store(word.load(Relaxed) | 1 << (object % 64), Release);
+        self.change_in_use(descriptors, first, geometry, 1);
+        true
+    }
+
     /// The emptiest zspage that has an object in use, is not full, and not to be avoided.
     pub fn emptiest(&self, descriptors: &Descriptors, avoid: impl Fn(u32) -> bool) -> Option<u32> {
         self.heads[1..FULL].iter().flat_map(|&head| list(descriptors, head)).find(|&first| !avoid(first))

@@ -1,6 +1,6 @@
 //! What a store with a backing disk has besides, and how a page is read from there.
 
-use super::pressure::Pressure;
+use super::pressure::{Pressure, ACCEPT_THRESHOLD_PERCENT};
 use super::Store;
 use crate::backing::{self, Backing, Disk};
 use crate::error::{Error, Result};
@@ -11,6 +11,7 @@ use crate::page::Page;
 use crate::scratch::Scratch;
 use crate::slots::Slot;
 use crate::sync::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed as Plain;
 use std::time::{Duration, Instant};
 
 /// A backing disk, and how it is to be used.
@@ -36,6 +37,26 @@ pub(super) struct Writeback {
 }
 
 impl Writeback {
+    /// With the settings and the key of the store's state. Takes memory for the table of segments, and address space.
+    pub fn new(store: &Store, options: DiskOptions) -> Result<Writeback> {
+        let DiskOptions { disk, bytes, encryption, incompressible } = options;
+        let how = backing::Options { encryption };
+        let settings = store.settings();
+        let (percent, promoting) = (settings.accept_threshold_percent.load(Plain), settings.promoting.load(Plain));
+        let budget = Some(settings.budget_bytes.load(Plain)).filter(|&bytes| bytes != u64::MAX);
+        let backing = Backing::new(disk, bytes, how, store.state.clone(), store.metrics.clone())?;
+        backing.set_budget(budget);
+        Ok(Writeback {
+            backing,
+            lru: Lru::new(store.slots(), incompressible, store.metrics.clone())?,
+            pressure: Pressure::new(percent.min(100) as u32),
+            writebacks: Gate::new(),
+            cleanings: Gate::new(),
+            promoting: AtomicBool::new(promoting != 0),
+            epoch: Instant::now(),
+        })
+    }
+
     /// Seconds since the store was made.
     pub fn seconds(&self, now: Instant) -> u32 {
         now.duration_since(self.epoch).as_secs() as u32
@@ -47,17 +68,16 @@ impl Store {
     ///
     /// Errors: those of [`Backing::new`], and [`Error::System`] without memory for its tables.
     pub fn with_disk(mut self, options: DiskOptions) -> Result<Store> {
-        let DiskOptions { disk, bytes, encryption, incompressible } = options;
-        let how = backing::Options { encryption };
-        self.writeback = Some(Writeback {
-            backing: Backing::new(disk, bytes, how, self.state.clone(), self.metrics.clone())?,
-            lru: Lru::new(self.slots(), incompressible, self.metrics.clone())?,
-            pressure: Pressure::new(),
-            writebacks: Gate::new(),
-            cleanings: Gate::new(),
-            promoting: AtomicBool::new(true),
-            epoch: Instant::now(),
-        });
+        let encrypted = u64::from(options.encryption);
+        let bytes = Backing::usable_bytes(options.bytes);
+        let settings = self.settings();
+        settings.accept_threshold_percent.store(ACCEPT_THRESHOLD_PERCENT.into(), Plain);
+        settings.promoting.store(1, Plain);
+        settings.budget_bytes.store(u64::MAX, Plain);
+        settings.disk_encrypted.store(encrypted, Plain);
+        self.writeback = Some(Writeback::new(&self, options)?);
+        // Only now that there is a key.
+        self.settings().disk_bytes.store(bytes, std::sync::atomic::Ordering::Release);
         Ok(self)
     }
 
@@ -71,6 +91,7 @@ impl Store {
     pub fn set_promoting(&self, on: bool) {
         if let Some(writeback) = &self.writeback {
             writeback.promoting.store(on, Relaxed);
+            self.settings().promoting.store(u64::from(on), Plain);
         }
     }
 

@@ -54,6 +54,8 @@ impl Store {
     /// The end: waits for who is at work on the store (each for `patience` at most), and returns the objects that still
     /// live. There should be none.
     ///
+    /// The key of the backing disk is wiped then: what lies there is noise.
+    ///
     /// To be called when all slots have been emptied, no page operation is in flight, and none will come; nothing is
     /// written back, cleaned or moved any more. In this order: shrinkers and cleaners still free what they had under
     /// way, and the pool may only end after that. Errors: [`Error::Busy`] if somebody is still at it: it may be called
@@ -68,7 +70,12 @@ impl Store {
             leaked.push(Leaked { size, slot: object::slot_of(object) });
         });
         match moving {
-            0 => Ok(leaked),
+            0 => {
+                if let Some(Writeback { backing, .. }) = &self.writeback {
+                    backing.wipe_key();
+                }
+                Ok(leaked)
+            }
             movers => Err(Error::Busy { writebacks, cleanings, movers }),
         }
     }

@@ -8,20 +8,25 @@ mod clean;
 mod disk;
 mod end;
 mod pressure;
+mod recover;
+mod verify;
 mod writeback;
 
 pub use clean::Cleaner;
 pub use disk::DiskOptions;
 pub use end::{InFlight, Leaked};
+pub use verify::Verifier;
 pub use writeback::{Job, Shrinker, What};
 
 use crate::codec::{Codec, Compression};
+use crate::crash::crash_point;
 use crate::error::{Error, Result};
 use crate::metrics::{Counter, Metrics, SharedMetrics};
 use crate::object::{self, HEADER_SIZE};
 use crate::page::{self, Page};
 use crate::pool::{Allocator, Location, Pinned, Pool};
 use crate::scratch::Scratch;
+use crate::session::{Session, Settings};
 use crate::slots::{Entry, Slot, SlotTable};
 use crate::state::State;
 use disk::Writeback;
@@ -40,10 +45,10 @@ pub struct Store {
     writeback: Option<Writeback>,
 }
 
-/// What a store is made in: both are made anew where they are None.
+/// What a store is made in, or recovered from: both are made anew where they are None.
 #[derive(Default)]
 pub struct Files {
-    /// The state file, empty.
+    /// The state file: empty, or one to be recovered.
     pub state: Option<OwnedFd>,
     /// The block of counters (see [`SharedMetrics::file`]).
     pub counters: Option<OwnedFd>,
@@ -76,7 +81,12 @@ impl Store {
     /// Errors: [`Error::System`] if the memory file or its mappings cannot be made.
     pub fn new(slots: u64, allocator: Allocator, limit_bytes: u64, files: Files) -> Result<Store> {
         let metrics = SharedMetrics::new(files.counters.as_ref().map(AsFd::as_fd))?;
-        let state = Arc::new(State::create(slots, Pool::arena_pages_for(slots), files.state)?);
+        let geometry = allocator.geometry();
+        let state = State::create(slots, Pool::arena_pages_for(slots), geometry, files.state)?;
+        Store::over(Arc::new(state), allocator, limit_bytes, metrics)
+    }
+
+    fn over(state: Arc<State>, allocator: Allocator, limit_bytes: u64, metrics: SharedMetrics) -> Result<Store> {
         Ok(Store {
             slots: SlotTable::new(state.clone())?,
             pool: Pool::new(state.clone(), allocator, limit_bytes, metrics.clone())?,
@@ -88,6 +98,15 @@ impl Store {
 
     pub fn pool(&self) -> &Pool {
         &self.pool
+    }
+
+    /// What was agreed on with the kernel, for who serves the swap file next.
+    pub fn session(&self) -> &Session {
+        self.state.session()
+    }
+
+    pub(crate) fn settings(&self) -> &Settings {
+        self.state.settings()
     }
 
     pub fn metrics(&self) -> &Metrics {
@@ -365,6 +384,7 @@ impl Store {
             self.pages_of(codec).sub(1);
         }
         self.pool.free(location);
+        crash_point("object freed");
     }
 
     fn pages_of(&self, codec: Codec) -> &Counter {

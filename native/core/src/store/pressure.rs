@@ -21,7 +21,7 @@ use std::sync::OnceLock;
 use std::thread::Thread;
 
 /// Until somebody sets another one.
-const ACCEPT_THRESHOLD_PERCENT: u32 = 90;
+pub const ACCEPT_THRESHOLD_PERCENT: u32 = 90;
 
 /// Threads that are unparked together; of more than so many, not all.
 #[derive(Default)]
@@ -65,9 +65,9 @@ struct Marks {
 }
 
 impl Pressure {
-    pub fn new() -> Pressure {
+    pub fn new(accept_threshold_percent: u32) -> Pressure {
         Pressure {
-            accept_threshold_percent: AtomicU32::new(ACCEPT_THRESHOLD_PERCENT),
+            accept_threshold_percent: AtomicU32::new(accept_threshold_percent),
             shrinking: AtomicBool::new(false),
             starved: AtomicBool::new(false),
             writing: AtomicU32::new(0),
@@ -97,6 +97,9 @@ impl Store {
     pub fn set_accept_threshold(&self, percent: u32) {
         if let Some(writeback) = &self.writeback {
             writeback.pressure.accept_threshold_percent.store(percent.min(100), Relaxed);
+            self.settings()
+                .accept_threshold_percent
+                .store(percent.min(100).into(), std::sync::atomic::Ordering::Relaxed);
         }
     }
 

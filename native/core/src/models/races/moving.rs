@@ -239,7 +239,7 @@ fn destroy_while_moving(swap: Arc<Swap>) {
 
 /// A pool without a store: two zspages with one object each, at these locations.
 fn sparse_pool() -> (Arc<Pool>, [Location; 2]) {
-    let state = Arc::new(State::create(1, 24, None).expect("state"));
+    let state = Arc::new(State::create(1, 24, 0, None).expect("state"));
     let pool = Pool::new(state, Zsmalloc, 1 << 20, SharedMetrics::new(None).expect("metrics")).expect("a pool");
     let objects = [0; 4].map(|_| pool.insert(100, |object| object.fill(1)).expect("room").location());
     pool.free(objects[1]);

@@ -1,11 +1,14 @@
 //! Stands in for `state.rs` under a model checker or Miri: no file, the slot words are the checker's atomics, and each access
 //! to the bytes of the arena is noted.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::page::PAGE_SIZE;
+use crate::session::{Session, Settings};
 use crate::sync::AtomicU64;
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::AtomicU16;
 
 pub const MAX_ARENA_PAGES: u64 = 1 << 29;
 
@@ -21,6 +24,10 @@ pub struct CipherState {
 
 pub struct State {
     cipher: CipherState,
+    settings: Settings,
+    session: Session,
+    /// Not the checker's: only a successor reads it.
+    page_map: Box<[AtomicU16]>,
     words: Box<[AtomicU64]>,
     arena: UnsafeCell<Box<[u8]>>,
     arena_pages: u32,
@@ -31,15 +38,22 @@ pub struct State {
 unsafe impl Sync for State {}
 
 impl State {
-    pub fn create(slots: u64, arena_pages: u32, _file: Option<OwnedFd>) -> Result<State> {
+    pub fn create(slots: u64, arena_pages: u32, _geometry: u64, _file: Option<OwnedFd>) -> Result<State> {
         let bytes = arena_pages as usize * PAGE_SIZE;
         Ok(State {
             cipher: CipherState::default(),
+            settings: Settings::default(),
+            session: Session::default(),
+            page_map: (0..arena_pages).map(|_| AtomicU16::default()).collect(),
             words: (0..slots).map(|_| AtomicU64::default()).collect(),
             arena: UnsafeCell::new(vec![0; bytes].into()),
             arena_pages,
             shadows: (0..bytes / SHADOWED).map(|_| Shadow::default()).collect(),
         })
+    }
+
+    pub fn open(_file: OwnedFd, _geometry: u64) -> Result<State> {
+        Err(Error::Invalid("a model has no files".into()))
     }
 
     pub fn slots(&self) -> u64 {
@@ -52,6 +66,22 @@ impl State {
 
     pub fn cipher(&self) -> &CipherState {
         &self.cipher
+    }
+
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    pub fn page_map(&self) -> &[AtomicU16] {
+        &self.page_map
+    }
+
+    pub fn next_resident(&self, _page: u32) -> Result<Option<Range<u32>>> {
+        Ok(None)
     }
 
     pub fn words(&self) -> &[AtomicU64] {

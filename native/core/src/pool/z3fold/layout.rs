@@ -73,6 +73,28 @@ impl Layout {
         self
     }
 
+    /// With an object that begins at this byte of the page, and which one it is. None if it can be none.
+    pub fn with_at(self, offset: usize, chunks: usize) -> Option<(usize, Layout)> {
+        let start = offset / CHUNK;
+        let index = match start {
+            0 => FIRST,
+            _ if start + chunks == CHUNKS => LAST,
+            _ => MIDDLE,
+        };
+        let apart =
+            |other| start + chunks <= self.start(other) || self.start(other) + usize::from(self.chunks[other]) <= start;
+        let others_apart = [FIRST, MIDDLE, LAST].into_iter().filter(|&other| self.has(other)).all(apart);
+        let fits = start + chunks <= CHUNKS || self.is_empty() && start == 0 && chunks <= MAX_CHUNKS;
+        if offset % CHUNK != 0 || chunks == 0 || self.has(index) || !others_apart || !fits {
+            return None;
+        }
+        let mut with = self.with(index, chunks);
+        if index == MIDDLE {
+            with.middle = start as u8;
+        }
+        Some((index, with))
+    }
+
     /// With an object less.
     pub fn without(self, object: usize) -> Layout {
         self.with(object, 0)

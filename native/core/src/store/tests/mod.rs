@@ -1,9 +1,13 @@
 //! The store with a backing disk: against a simple model of it, and many at once.
 
 mod concurrent;
+#[cfg(not(any(loom, shuttle, miri)))]
+mod damage;
 mod during_the_write;
 mod model;
 mod policy;
+#[cfg(not(any(loom, shuttle, miri)))]
+mod recover;
 
 use super::*;
 use crate::backing::{Disk, MemoryDisk, SEGMENT_BYTES};

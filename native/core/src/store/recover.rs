@@ -1,0 +1,101 @@
+//! A store over the state that another process has left behind, at whatever instruction it ended.
+//!
+//! The slot words say what there is; all else is made anew. What no word names is free: the copy of a page that was
+//! being written, moved or promoted, the record of one that was being written back, the object of one that was being
+//! freed. A word that names what cannot be its page costs that page (it is LOST), and no other.
+
+use super::disk::Writeback;
+use super::{DiskOptions, Files, Store};
+use crate::backing::Backing;
+use crate::codec::Codec;
+use crate::error::{Error, Result};
+use crate::metrics::SharedMetrics;
+use crate::pool::Allocator;
+use crate::slots::Entry;
+use crate::state::State;
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::Arc;
+use std::time::Instant;
+
+impl Store {
+    /// Goes on with the state in `files`, with its settings, its counters, and the disk that it was used with. Nobody
+    /// else may be at work on them any more: the process that was is gone, and so is what it had under way with the disk.
+    ///
+    /// Takes memory for what is stored, and no more: descriptors (0.6 % of the pool's memory), and where pages lie on the
+    /// list of cold ones (12 bytes each, with a disk). Does not touch the disk. Goes through all slot words, and the
+    /// header of each object. May itself be ended at any instruction, and be begun anew. Errors: [`Error::Invalid`],
+    /// with nothing changed: those of [`State::open`], counters of another layout, another disk than it was used with;
+    /// [`Error::System`].
+    pub fn recover(allocator: Allocator, files: Files, disk: Option<DiskOptions>) -> Result<Store> {
+        let file = files.state.ok_or_else(|| Error::Invalid("there is no state file to recover".into()))?;
+        let state = Arc::new(State::open(file, allocator.geometry())?);
+        check_disk(&state, disk.as_ref())?;
+        let metrics = SharedMetrics::resume(files.counters.as_ref().map(AsFd::as_fd))?;
+        let limit_bytes = state.settings().limit_bytes.load(Relaxed);
+        let mut store = Store::over(state, allocator, limit_bytes, metrics)?;
+        if let Some(options) = disk {
+            store.writeback = Some(Writeback::new(&store, options)?);
+        }
+        store.pool.begin_recovery()?;
+        store.slots.mark_touched();
+        for index in store.slots.touched(0..store.slots()) {
+            store.adopt(index);
+        }
+        store.pool.end_recovery()?;
+        Ok(store)
+    }
+
+    /// Makes live what a slot names.
+    fn adopt(&self, index: u32) {
+        let mut slot = self.slots.lock(index);
+        let entry = slot.word().entry();
+        let is_right = match entry {
+            Entry::Pool(location) | Entry::Writeback(location) => match self.pool.adopt(location, index) {
+                Some((codec, length)) => {
+                    self.metrics.compressed_bytes.add(length as u64);
+                    self.pages_of(codec).add(1);
+                    if let Some(writeback) = &self.writeback {
+                        writeback.lru.insert(index, codec == Codec::Raw, writeback.seconds(Instant::now()));
+                    }
+                    if entry == Entry::Writeback(location) {
+                        // Whoever was writing it back is no more.
+                        slot.publish(Entry::Pool(location));
+                    }
+                    true
+                }
+                None => false,
+            },
+            Entry::Disk(at) => self.writeback.as_ref().is_some_and(|writeback| writeback.backing.adopt(at)),
+            // A reader is told.
+            Entry::Damaged => return,
+            Entry::Empty | Entry::Lost | Entry::SameFilled(_) => true,
+        };
+        let entry = if is_right { entry } else { Entry::Lost };
+        if !is_right {
+            slot.publish(Entry::Lost);
+            self.metrics.errors_corrupt.add(1);
+        }
+        if let Some(gauge) = self.gauge_of(entry) {
+            gauge.add(1);
+        }
+    }
+}
+
+/// That a state goes on with the disk that has its pages.
+fn check_disk(state: &State, disk: Option<&DiskOptions>) -> Result<()> {
+    let settings = state.settings();
+    let (bytes, encrypted) = (settings.disk_bytes.load(Relaxed), settings.disk_encrypted.load(Relaxed) != 0);
+    let refused = |what: String| Err(Error::Invalid(format!("the state file cannot be recovered: {what}")));
+    match disk {
+        _ if bytes == 0 => Ok(()),
+        None => refused("some of its pages may lie on a backing disk, and none was named".into()),
+        Some(disk) if Backing::usable_bytes(disk.bytes) != bytes => {
+            refused(format!("its backing disk has {bytes} usable bytes, and this one {}", disk.bytes))
+        }
+        Some(disk) if disk.encryption != encrypted => {
+            refused("its backing disk is encrypted, or not, as this one is not to be".into())
+        }
+        Some(_) => Ok(()),
+    }
+}
