@@ -129,6 +129,10 @@ class Daemon:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def kill_pagers(self) -> None:
+        """The active one, the standby, and the keeper, which would start others: their session."""
+        os.killpg(os.getsid(self.server_pid), signal.SIGKILL)
+
     def launch(self) -> None:
         """Starts the process, and waits for nothing."""
         lines = (f"{key} = {json.dumps(value)}\n" for key, value in self.settings.items())
@@ -267,12 +271,13 @@ class Daemon:
         # A pager outlives its daemon.
         with suppress(OSError):
             pager = Pager(self.mount_point)
-            pid = pager.status()["pid"]
+            status = pager.status()
             try:
                 pager.stop()
             except OSError:
                 self._abort()
-                os.kill(pid, signal.SIGKILL)
+                # A session of its own, with the pagers.
+                os.killpg(os.getsid(status["pid"]), signal.SIGKILL)
         if swapdev.is_mounted(self.mount_point):
             unmount = ("umount", "--lazy") if os.geteuid() == 0 else ("fusermount3", "-u", "-z")
             subprocess.run([*unmount, str(self.mount_point)], check=False)

@@ -354,7 +354,7 @@ def _daemon(config: Config) -> list[Check]:
     elif not pager["standby"]:
         text = "no standby is ready: a takeover has to wait until one is"
         checks.append(Check("takeover", "warn", text, "look again in a moment; if it stays so, see the log"))
-    elif not pager.get("resend"):
+    elif not pager["resend"]:
         checks.append(Check("takeover", "warn", f"no FUSE_NOTIFY_RESEND: {NO_RESEND}", "use Linux 6.9.4 or later"))
     else:
         text = f"keeper pid {pager['keeper']}, standby pid {pager['standby']}, {stats['takeovers']} takeovers so far"

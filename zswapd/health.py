@@ -37,7 +37,7 @@ class Health(Collector):
             ("standby_up", status["standby"] > 0, "1: a standby is ready to take over."),
             (
                 "resend",
-                status.get("resend", 0),
+                status["resend"],
                 "1: the kernel sends requests again that a killed pager had not answered.",
             ),
             ("probe_seconds", self.probe_seconds, "How long the last page read as a test took, with its process."),

@@ -110,12 +110,13 @@ class Pager:
 
         Raises DaemonError; the pager has said why on stderr.
         """
-        # A session of its own: what ends the daemon does not reach it.
+        # A session of its own: what ends the daemon does not reach it. Nor does what systemd has for the daemon.
         process = subprocess.Popen(
             command(options(config)),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             pass_fds=() if lock is None else (lock,),
+            env={name: value for name, value in os.environ.items() if not name.startswith(("NOTIFY_", "LISTEN_"))},
         )
         deadline = time.monotonic() + _START_SECONDS
         while process.poll() is None and time.monotonic() < deadline:

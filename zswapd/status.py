@@ -204,7 +204,7 @@ def _survival(stats: dict[str, Any]) -> Text:
     if takeovers:
         pause = _duration(stats["takeover_seconds"])
         text.append(f"; {takeovers} {'takeover' if takeovers == 1 else 'takeovers'}, the last one took {pause}")
-    if not pager.get("resend"):
+    if not pager["resend"]:
         text.append("; not what is under way at a takeover: see zswapctl doctor", "yellow")
     return text
 

@@ -162,12 +162,12 @@ def test_pages_go_on_while_the_daemon_is_stopped(make_daemon: MakeDaemon) -> Non
             daemon.signal(signal.SIGCONT)
 
 
-def test_a_killed_pager_with_nothing_attached_is_started_anew(make_daemon: MakeDaemon) -> None:
+def test_killed_pagers_with_nothing_attached_are_started_anew(make_daemon: MakeDaemon) -> None:
     if os.geteuid() != 0:
         lacks("root, which a pager needs to mount")
     daemon = make_daemon(swap__data_path="pager").start()
     pager = daemon.server_pid
-    os.kill(pager, signal.SIGKILL)
+    daemon.kill_pagers()
     assert daemon.wait() == 1
     assert "the pager has ended unasked, with nothing attached" in daemon.log()
     daemon.start_again()
@@ -175,13 +175,13 @@ def test_a_killed_pager_with_nothing_attached_is_started_anew(make_daemon: MakeD
     assert daemon.stop() == 0
 
 
-def test_a_killed_pager_under_a_loop_device_is_not_started_anew(make_daemon: MakeDaemon) -> None:
+def test_killed_pagers_under_a_loop_device_are_not_started_anew(make_daemon: MakeDaemon) -> None:
     """Without swap on it, which could be other processes' pages."""
     if os.geteuid() != 0:
         lacks("root, which a pager needs to mount")
     daemon = make_daemon(swap__data_path="pager").start()
     device = looped(daemon)
-    os.kill(daemon.server_pid, signal.SIGKILL)
+    daemon.kill_pagers()
     assert daemon.wait() == LostSwapError.exit_status
     for message in (daemon.log(), daemon.fails(LostSwapError.exit_status)):
         assert f"the pager has died while {device} was attached" in message
@@ -383,7 +383,7 @@ def test_a_lazy_unmount_ends_the_daemon_when_all_is_detached(hidden: tuple[Daemo
 
 def test_what_is_attached_is_not_forgotten_after_a_lazy_unmount(hidden: tuple[Daemon, str]) -> None:
     daemon, device = hidden
-    os.kill(daemon.server_pid, signal.SIGKILL)
+    daemon.kill_pagers()
     assert daemon.wait() == LostSwapError.exit_status
     assert f"the pager has died while {device} was attached" in daemon.log()
     assert f"then losetup --detach {device}, then" in daemon.log()
@@ -405,16 +405,15 @@ def test_the_end_of_a_lazily_unmounted_file_system_leaves_what_was_mounted_there
         subprocess.run(["umount", daemon.mount_point], check=True)
 
 
-def test_a_pager_killed_under_a_loop_device_that_was_lazily_unmounted_has_lost_swap(make_daemon: MakeDaemon) -> None:
+def test_pagers_killed_under_a_loop_device_that_was_lazily_unmounted_have_lost_swap(make_daemon: MakeDaemon) -> None:
     if os.geteuid() != 0:
         lacks("root, which a pager needs to mount")
     daemon = make_daemon(swap__data_path="pager").start()
     losetup = ["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096", str(daemon.swapfile)]
     device = subprocess.run(losetup, check=True, capture_output=True, text=True).stdout.strip()
     try:
-        pager = daemon.server_pid
         subprocess.run(["umount", "--lazy", daemon.mount_point], check=True)
-        os.kill(pager, signal.SIGKILL)
+        daemon.kill_pagers()
         assert daemon.wait() == LostSwapError.exit_status
         assert f"the pager has died while {device} was attached" in daemon.log()
         assert f"losetup --detach {device}" in daemon.log()

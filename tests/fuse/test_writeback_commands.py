@@ -222,7 +222,7 @@ def test_the_budget_ends_it_early_and_outlives_everybody(make: MakeDaemon, disk:
     daemon.start_again()
     assert daemon.stats()["writeback"]["budget_bytes"] == left
     # What a pager had left that was killed counts as written.
-    os.kill(daemon.server_pid, signal.SIGKILL)
+    daemon.kill_pagers()
     assert daemon.wait() == 1
     daemon.start_again()
     assert daemon.stats()["writeback"]["budget_bytes"] == 0

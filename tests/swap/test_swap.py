@@ -257,7 +257,10 @@ def test_swap_of_a_daemon_that_was_killed_can_be_taken_away(attached: Callable[.
     daemon = attached(swap__priority=0)
     area = swap_area(daemon)
     # Whoever has the pages.
-    os.kill(daemon.server_pid, signal.SIGKILL)
+    if data_path == "pager":
+        daemon.kill_pagers()
+    else:
+        daemon.signal(signal.SIGKILL)
     daemon.wait()
     result = daemon.ctl("detach")
     assert result.returncode == 1

@@ -4,7 +4,7 @@
 //! and is read by a successor, or by who has set it.
 
 // Not those of `sync`: nothing is ordered by them.
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// The longest INIT request that is kept.
 pub const MAX_INIT: usize = 128;
@@ -37,8 +37,8 @@ pub struct Session {
     init: [AtomicU64; MAX_INIT / 8],
     /// 1: the kernel has had its reply to INIT.
     pub negotiated: AtomicU64,
-    /// How often the swap file is open.
-    pub opens: AtomicI64,
+    /// How often the swap file is open: whoever counts says how.
+    pub opens: AtomicU64,
     /// How often a process has taken over.
     pub takeovers: AtomicU64,
     /// 1: the gate is closed, and the swap file cannot be opened any more.

@@ -28,6 +28,9 @@ mod flag {
     pub const MAX_PAGES: u32 = 1 << 22;
     pub const NO_OPENDIR_SUPPORT: u32 = 1 << 24;
     pub const INIT_EXT: u32 = 1 << 30;
+
+    /// In flags2.
+    pub const HAS_RESEND: u32 = 1 << 7;
 }
 
 /// Offered by the kernel, but not to be seen by pyfuse3: splice does not work on a socket as on /dev/fuse; a writeback
@@ -42,6 +45,15 @@ const HIDDEN: u32 = flag::SPLICE_WRITE
 
 /// Where in `struct fuse_init_in` and `_out` the flags stand (after major, minor, max_readahead).
 const FLAGS: usize = 12;
+/// Where in `struct fuse_init_in` the further ones stand.
+const FLAGS2: usize = 16;
+
+/// Whether the kernel, whose INIT this is, can send requests again that were sent to a process that is gone.
+pub fn has_resend(request: &[u8]) -> bool {
+    let flags = u32_at(request, IN_HEADER + FLAGS).unwrap_or(0);
+    let more = u32_at(request, IN_HEADER + FLAGS2).filter(|_| flags & flag::INIT_EXT != 0);
+    more.is_some_and(|more| more & flag::HAS_RESEND != 0)
+}
 
 /// Changes an INIT request to what pyfuse3 may see. False, with nothing changed, if it is too short.
 pub fn mask_request(message: &mut [u8]) -> bool {
@@ -91,6 +103,17 @@ mod tests {
         assert!(mask_request(&mut request));
         assert_eq!(u32_at(&request, IN_HEADER + FLAGS), Some(!HIDDEN));
         assert!(!mask_request(&mut [0; IN_HEADER]));
+    }
+
+    #[test]
+    fn resending_is_offered_among_the_further_flags() {
+        let mut request = with_flags(IN_HEADER, 64, flag::INIT_EXT);
+        assert!(!has_resend(&request));
+        request[IN_HEADER + FLAGS2] = 0x80;
+        assert!(has_resend(&request));
+        request[IN_HEADER + FLAGS + 3] = 0;
+        assert!(!has_resend(&request), "what is not announced is not there");
+        assert!(!has_resend(&with_flags(IN_HEADER, 16, flag::INIT_EXT)));
     }
 
     #[test]

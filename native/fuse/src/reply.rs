@@ -33,6 +33,17 @@ pub fn send_raw(device: BorrowedFd<'_>, message: &[u8]) -> io::Result<bool> {
     send_parts(device, &[IoSlice::new(message)])
 }
 
+/// Has the kernel send again what was sent to a process that is gone, and not answered: first of all, with
+/// [`RESENT`](crate::wire::RESENT) in its name.
+///
+/// To be called when that process has ended, and before anybody reads. Errors: EINVAL where the kernel cannot (before
+/// 6.9).
+pub fn resend(device: BorrowedFd<'_>) -> io::Result<()> {
+    /// FUSE_NOTIFY_RESEND: a notification has its code where a reply has an error, and no name.
+    const NOTIFY_RESEND: i32 = 7;
+    send_raw(device, &out_header(0, -NOTIFY_RESEND, 0)).map(drop)
+}
+
 fn send_parts(device: BorrowedFd<'_>, parts: &[IoSlice<'_>]) -> io::Result<bool> {
     // SAFETY: IoSlice has the layout of iovec, and every part is valid for the call.
     let written = unsafe { libc::writev(device.as_raw_fd(), parts.as_ptr().cast(), parts.len() as libc::c_int) };

@@ -13,20 +13,31 @@ pub mod opcode {
     pub const FORGET: u32 = 2;
     pub const GETATTR: u32 = 3;
     pub const SETATTR: u32 = 4;
+    pub const READLINK: u32 = 5;
     pub const OPEN: u32 = 14;
     pub const READ: u32 = 15;
     pub const WRITE: u32 = 16;
     pub const STATFS: u32 = 17;
     pub const RELEASE: u32 = 18;
     pub const FSYNC: u32 = 20;
+    pub const GETXATTR: u32 = 22;
+    pub const LISTXATTR: u32 = 23;
     pub const FLUSH: u32 = 25;
     pub const INIT: u32 = 26;
+    pub const OPENDIR: u32 = 27;
+    pub const READDIR: u32 = 28;
+    pub const RELEASEDIR: u32 = 29;
+    pub const ACCESS: u32 = 34;
     pub const INTERRUPT: u32 = 36;
     pub const DESTROY: u32 = 38;
     pub const BATCH_FORGET: u32 = 42;
     pub const FALLOCATE: u32 = 43;
+    pub const READDIRPLUS: u32 = 44;
     pub const LSEEK: u32 = 46;
 }
+
+/// FUSE_UNIQUE_RESEND: in the name of a request that the kernel has sent before, to a process that is gone.
+pub const RESENT: u64 = 1 << 63;
 
 /// A request: who wants what of which inode. `bytes` is the whole message, header included.
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +70,35 @@ impl<'a> Request<'a> {
     /// whose reply only means "again").
     pub fn wants_reply(&self) -> bool {
         !matches!(self.opcode, opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT)
+    }
+
+    /// Whether it was sent before, to a process that is gone, and may be done already.
+    pub fn is_resent(&self) -> bool {
+        self.unique & RESENT != 0
+    }
+
+    /// Whether doing it twice is the same as doing it once. Of a file's openings one may be left over, which nobody
+    /// uses.
+    pub fn may_be_repeated(&self) -> bool {
+        use opcode::*;
+        matches!(
+            self.opcode,
+            LOOKUP
+                | GETATTR
+                | READLINK
+                | OPEN
+                | READ
+                | STATFS
+                | RELEASE
+                | GETXATTR
+                | LISTXATTR
+                | FLUSH
+                | OPENDIR
+                | READDIR
+                | RELEASEDIR
+                | ACCESS
+                | READDIRPLUS
+        )
     }
 
     fn arguments(&self) -> &'a [u8] {

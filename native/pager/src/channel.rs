@@ -246,7 +246,7 @@ impl Worker {
     /// Answers a READ. Returns the lead: if it was given away meanwhile, when it is our turn again.
     fn read(&mut self, lead: Box<Lead>, read: Read) -> Box<Lead> {
         let Read { unique, offset, size } = read;
-        let answering = self.shared.gate.begin();
+        let answering = self.shared.gate().begin();
         self.mine.pocket.put(lead);
         let Mine { reply, tools, .. } = &mut self.mine;
         let payload = swapfile::read(&self.shared.engine, offset, size, reply, tools);
@@ -259,7 +259,7 @@ impl Worker {
     ///
     /// A reply that the kernel refuses is the matter of one request. Whether the device is gone, the next read tells.
     fn handle(&mut self, lead: &mut Lead, at: Range<usize>) -> Poll<()> {
-        let gate = &self.shared.gate;
+        let gate = self.shared.gate();
         let _until_the_end = gate.begin();
         let request = match Request::parse(lead.inbox.bytes(at)) {
             Ok(request) => request,
@@ -271,7 +271,7 @@ impl Worker {
             }
         };
         if request.nodeid != swapfile::NODEID || !request.wants_reply() {
-            let _ = self.shared.relay.forward(&request);
+            let _ = self.shared.relay.forward(&request, self.shared.session());
             return Poll::Ready(());
         }
         let (unique, operation) = (request.unique, Operation::parse(&request));
@@ -289,12 +289,15 @@ impl Worker {
         };
         let answered = payload.map(|payload| {
             let opened = opens && payload.is_ok();
-            let delivered = reply::send(self.shared.device.as_fd(), unique, payload).unwrap_or(false);
-            // An open that nobody waited for will not be released.
-            if opened && delivered {
-                gate.opened();
+            // Before the reply: once the kernel has it, it does not send the request again to who goes on from here.
+            if opened {
+                gate.opened(unique);
             } else if releases {
-                gate.released();
+                gate.released(unique);
+            }
+            let delivered = reply::send(self.shared.device.as_fd(), unique, payload).unwrap_or(false);
+            if opened && !delivered {
+                gate.take_back();
             }
         });
         // Behind the reply: nobody waits for this.

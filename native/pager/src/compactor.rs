@@ -1,6 +1,13 @@
-//! The compactor: moves objects together when it is worth it, or asked for.
+//! The compactor: moves objects together when it is worth it, or asked for; and verifies, a few at a time, those that
+//! were taken over.
 
 use crate::Shared;
+use std::thread;
+use std::time::Duration;
+use zswapd_core::store::Verifier;
+
+/// Between two steps of verifying, of 64 objects each: some percent of a processor.
+const PACE: Duration = Duration::from_millis(5);
 
 /// Looks whether there is something to do, at once and whenever it is woken, for ever.
 pub fn run(shared: &Shared) {
@@ -8,12 +15,19 @@ pub fn run(shared: &Shared) {
     store.pool().become_compactor();
     shared.trouble.become_teller();
     shared.disk_trouble.become_teller();
+    let mut verifier = shared.verify.then(Verifier::default);
     loop {
         shared.trouble.say();
         shared.disk_trouble.say();
         // Again after a run that has freed something: meanwhile there may have come more than wakes us.
         while store.pool().wants_compaction() && store.compact() > 0 {}
-        std::thread::park();
+        match verifier.take() {
+            Some(mut unfinished) => {
+                verifier = store.verify(&mut unfinished).then_some(unfinished);
+                thread::park_timeout(PACE);
+            }
+            None => thread::park(),
+        }
     }
 }
 
@@ -21,7 +35,7 @@ pub fn run(shared: &Shared) {
 mod tests {
     use super::*;
     use crate::testing::{noise, Kernel, SIZE};
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
     use zswapd_core::page::PAGE_SIZE;
     use zswapd_core::scratch::Scratch;
     use zswapd_core::store::Detached;

@@ -2,7 +2,7 @@
 //!
 //! | command | reply |
 //! | --- | --- |
-//! | `status` | `ok pid=N keeper=N standby=N device=N opens=N protected=N forgets=N footprint=N`: see `status` below |
+//! | `status` | `ok pid=N keeper=N standby=N device=N opens=N protected=N forgets=N footprint=N takeovers=N resend=N`: see `status` below |
 //! | `counters` | `ok`, with the descriptor of the counters |
 //! | `relay` | `ok`, with the descriptor that pyfuse3 is to serve; EBUSY while another one has it |
 //! | `mem-limit BYTES` | `ok`; from a page to 1 TiB |
@@ -10,6 +10,7 @@
 //! | `compact` | `ok`: it has begun |
 //! | `reset` | `ok` when every page is dropped, or EBUSY while the swap file is open |
 //! | `drain` | `ok objects=N pages=N writebacks=N cleanings=N`, or EBUSY while the swap file is open |
+//! | `upgrade` | `ok` when a pager of the program's new version has all set to take over, which it then does; EINVAL if there is none, and all goes on |
 //! | `stop` | as `drain`, with every page dropped; then the pager unmounts and ends |
 //!
 //! With a backing disk; without one these fail with ENODEV:
@@ -35,6 +36,7 @@
 //!
 //! No connection waits for another one: whoever says nothing is not waited for, and what takes long is done in steps.
 
+use crate::keeper::hand_over;
 use crate::shrinker::{End, Swept};
 use crate::socket::{Connection, Listener};
 use crate::Shared;
@@ -51,8 +53,10 @@ use zswapd_core::backing::Backing;
 use zswapd_core::codec::{Algorithm, Compression, ZSTD_LEVELS};
 use zswapd_core::error::Error;
 use zswapd_core::page::PAGE_SIZE;
+use zswapd_core::session::MAX_INIT;
 use zswapd_core::state::MAX_ARENA_PAGES;
 use zswapd_core::store::{Detached, InFlight, Leaked, What};
+use zswapd_fuse::init::has_resend;
 
 /// Connections that have not said anything yet. The oldest one makes room for the next.
 const SILENT: usize = 16;
@@ -76,6 +80,7 @@ enum Reply {
     /// As `Later`, but others do the work: it is only looked at, and keeps no other command waiting.
     Meanwhile(Job),
     Stop(String),
+    HandOver,
 }
 
 /// A step of a command that takes long. None: there are more.
@@ -152,6 +157,10 @@ fn answer(connection: &Connection, result: &Result<Reply, Error>) -> bool {
         Ok(Reply::Text(text) | Reply::Stop(text)) => connection.send(&format!("ok {text}"), None),
         Ok(Reply::Descriptor(descriptor)) => connection.send("ok", Some(descriptor)),
         Ok(Reply::Later(_) | Reply::Meanwhile(_)) => {}
+        Ok(Reply::HandOver) => {
+            connection.send("ok", None);
+            hand_over();
+        }
         Err(error) => connection.send(&format!("error {} {error}", error.errno()), None),
     }
     matches!(result, Ok(Reply::Stop(_)))
@@ -174,7 +183,7 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
         ["relay"] => {
             let descriptor = shared.relay.connect().map_err(system("another zswapd is connected"))?;
             // The last one may have been killed between `drain` and `stop`.
-            shared.gate.open();
+            shared.gate().open();
             Ok(Reply::Descriptor(descriptor))
         }
         ["compact"] => {
@@ -234,15 +243,22 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
         ["reset"] => {
             let (mut empty, mut was_closed) = (emptying(), None);
             later(move |shared| {
-                let was_closed = *was_closed.get_or_insert_with(|| shared.gate.is_closed());
+                let was_closed = *was_closed.get_or_insert_with(|| shared.gate().is_closed());
                 let done = empty(shared)?;
                 if done && !was_closed {
-                    shared.gate.open();
+                    shared.gate().open();
                 }
                 Ok(done.then(|| Reply::Text(String::new())))
             })
         }
-        ["drain"] => later(|shared| Ok(shared.gate.close()?.then(|| Reply::Text(left(shared))))),
+        ["upgrade"] => {
+            shared.keeper.upgrade().map_err(system("the keeper cannot be asked"))?;
+            Ok(Reply::Meanwhile(Box::new(|shared| {
+                let granted = shared.keeper.upgraded().map_err(Error::Invalid)?;
+                Ok(granted.map(|()| Reply::HandOver))
+            })))
+        }
+        ["drain"] => later(|shared| Ok(shared.gate().close()?.then(|| Reply::Text(left(shared))))),
         ["stop"] => {
             let mut stop = stopping();
             later(move |shared| Ok(stop(shared)?.then(|| Reply::Stop(left(shared)))))
@@ -266,7 +282,7 @@ fn number<T: FromStr + PartialOrd + Display>(word: &str, what: &str, range: Rang
 fn emptying() -> impl FnMut(&Shared) -> Result<bool, Error> {
     let mut next = 0;
     move |shared| {
-        if !shared.gate.close()? {
+        if !shared.gate().close()? {
             return Ok(false);
         }
         let store = shared.engine.store();
@@ -295,7 +311,7 @@ fn stopping() -> impl FnMut(&Shared) -> Result<bool, Error> {
     move |shared| {
         let store = shared.engine.store();
         if !emptied {
-            if !shared.gate.close()? {
+            if !shared.gate().close()? {
                 say("stopping: waiting for page operations".into());
                 return Ok(false);
             }
@@ -361,7 +377,8 @@ fn left(shared: &Shared) -> String {
 
 /// The pids of this process, its keeper (0: gone) and its standby (0: none); the mount's device number; how often the
 /// swap file is open; whether this process is protected (see `protect`); whether it forgets what is written
-/// (`--store none`); bytes of its memory beside pool, slot words and descriptors.
+/// (`--store none`); bytes of its memory beside pool, slot words and descriptors; how often a pager has taken over;
+/// whether the kernel sends again what it has sent to one that is gone.
 fn status(shared: &Shared) -> String {
     let metrics = shared.engine.store().metrics();
     let fields = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -373,13 +390,15 @@ fn status(shared: &Shared) -> String {
     let tables = metrics.metadata_bytes.get() + metrics.arena_metadata_bytes.get();
     let descriptors = tables.saturating_sub(shared.engine.size() / PAGE_SIZE as u64 * 8);
     let footprint = (bytes("RssAnon:") + bytes("RssFile:")).saturating_sub(descriptors);
-    let (pid, opens, protected) = (std::process::id(), shared.gate.opens(), u8::from(shared.protected));
+    let (pid, opens, protected) = (std::process::id(), shared.gate().opens(), u8::from(shared.protected));
     let forgets = u8::from(shared.stored < shared.engine.size());
     let device = shared.device_number;
     let (keeper, standby) = (shared.keeper.pid(), shared.keeper.standby());
+    let resend = shared.session().init(&mut [0; MAX_INIT]).map_or(0, |request| u8::from(has_resend(request)));
     format!(
         "pid={pid} keeper={keeper} standby={standby} device={device} opens={opens} protected={protected} \
-         forgets={forgets} footprint={footprint}"
+         forgets={forgets} footprint={footprint} takeovers={} resend={resend}",
+        metrics.takeovers.get(),
     )
 }
 

@@ -34,19 +34,24 @@ mod testing;
 mod trouble;
 
 use args::Args;
+use gate::Gate;
 use keeper::Keeper;
 use process::Start;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
+use std::sync::atomic::AtomicI64;
 use std::sync::Arc;
 use zswapd_core::codec::Compression;
 use zswapd_core::engine::Engine;
-use zswapd_core::error::{self, Error};
+use zswapd_core::error;
 use zswapd_core::memory;
 use zswapd_core::metrics::Metrics;
+use zswapd_core::session::Session;
+use zswapd_core::state::State;
 use zswapd_core::store::{DiskOptions, Files};
+use zswapd_fuse::reply;
 use zswapd_keeper::descriptors::Descriptors;
 use zswapd_keeper::process::protect;
 
@@ -68,7 +73,8 @@ pub struct Shared {
     /// /dev/fuse of the mount.
     pub device: Arc<File>,
     pub counters: File,
-    pub gate: gate::Gate,
+    /// Requests that workers have begun.
+    pub under_way: AtomicI64,
     /// Of the page channel, and of the backing disk.
     pub trouble: trouble::Trouble,
     pub disk_trouble: trouble::Trouble,
@@ -81,6 +87,19 @@ pub struct Shared {
     pub protected: bool,
     /// Writes beyond are answered, and forgotten.
     pub stored: u64,
+    /// What was taken over is to be looked at.
+    pub verify: bool,
+}
+
+impl Shared {
+    /// What was agreed on with the kernel.
+    pub fn session(&self) -> &Session {
+        self.engine.store().session()
+    }
+
+    pub fn gate(&self) -> Gate<'_> {
+        Gate::new(self.session(), &self.under_way)
+    }
 }
 
 fn run() -> Result<(), String> {
@@ -102,6 +121,11 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
     let closer = listener.closer().map_err(|error| failed("control socket")(&error))?;
     let relay = relay::Relay::new(device.clone(), keeper.clone());
     let disk = args.backing.as_ref().map(backing::open).transpose()?;
+    if !is_empty(&state)? {
+        // Looked at, and left as it is: who cannot go on with it does not say that all is set.
+        let copy = state.try_clone().map_err(|error| failed("state file")(&error))?;
+        State::open(copy, args.allocator.geometry()).map_err(|error| error.to_string())?;
+    }
     let (sweeper, orders) = shrinker::Sweeper::new();
     let start = Arc::new(Start::default());
     spawn(args, &start, orders).map_err(|error| failed("cannot start a thread")(&error))?;
@@ -110,14 +134,24 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
     if go.gone.is_none() {
         refused.iter().flat_map(|text| text.lines()).for_each(|line| eprintln!("zswapd-pager: {line}"));
     }
-    let engine = engine(args, state, &counters, disk).map_err(|error| error.to_string())?;
+    let is_new = is_empty(&state)?;
+    let files = files(state, &counters)?;
+    let engine = match is_new {
+        true => new_engine(args, files, disk),
+        false => Engine::recover(args.allocator, files, disk),
+    }
+    .and_then(prepared)
+    .map_err(|error| error.to_string())?;
+    if !is_new {
+        take_over(&engine, &relay, go, &device);
+    }
     let shared = Arc::new(Shared {
         engine,
         relay,
         keeper: keeper.clone(),
         device,
         counters,
-        gate: gate::Gate::default(),
+        under_way: AtomicI64::new(0),
         trouble: trouble::Trouble::new("cannot read from /dev/fuse"),
         disk_trouble: trouble::Trouble::new(
             "cannot write to the backing disk, and keep in memory what was to go there",
@@ -127,6 +161,7 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
         device_number,
         protected: refused.is_none(),
         stored: args.stored,
+        verify: !is_new,
     });
     start.begin(shared.clone());
     keeper.serving();
@@ -146,15 +181,30 @@ fn spawn(args: &Args, start: &Arc<Start>, orders: shrinker::Orders) -> io::Resul
     channel::spawn(start, args)
 }
 
+/// Goes on with what the last pager had begun with the kernel, and with pyfuse3.
+fn take_over(engine: &Engine, relay: &relay::Relay, go: keeper::Go, device: &File) {
+    relay.go_on(engine.store().session(), go.relay);
+    // Before anybody reads: what is sent again then was the last one's. Where the kernel cannot, it says so in INIT.
+    let _ = reply::resend(device.as_fd());
+    let metrics = engine.store().metrics();
+    metrics.takeovers.add(1);
+    metrics.takeover_ns.set(go.gone.map_or(0, |gone| gone.elapsed().as_nanos() as u64));
+}
+
+/// Whether no pager has served with this state yet.
+fn is_empty(state: &OwnedFd) -> Result<bool, String> {
+    memory::length_of(state.as_fd()).map(|length| length == 0).map_err(|error| error.to_string())
+}
+
+fn files(state: OwnedFd, counters: &File) -> Result<Files, String> {
+    let counters = counters.try_clone().map_err(|error| format!("counters: {error}"))?;
+    Ok(Files { state: Some(state), counters: Some(counters.into()) })
+}
+
 /// A new engine, in files that are empty.
-fn engine(args: &Args, state: OwnedFd, counters: &File, disk: Option<DiskOptions>) -> error::Result<Engine> {
-    let system = |what| move |source| Error::System { what, source };
-    if memory::length_of(state.as_fd())? > 0 {
-        return Err(Error::Invalid("what another pager has left cannot be taken over".into()));
-    }
-    memory::set_length(counters.as_fd(), size_of::<Metrics>() as u64)?;
-    let counters = counters.try_clone().map_err(system("cannot duplicate a descriptor"))?;
-    let files = Files { state: Some(state), counters: Some(counters.into()) };
+fn new_engine(args: &Args, files: Files, disk: Option<DiskOptions>) -> error::Result<Engine> {
+    let counters = files.counters.as_ref().map(AsFd::as_fd);
+    counters.map_or(Ok(()), |counters| memory::set_length(counters, size_of::<Metrics>() as u64))?;
     let compression = Compression::new(args.algorithm, args.zstd_level)?;
     let mut engine = Engine::new(args.size, args.allocator, args.mem_limit, compression, files)?;
     if let Some(disk) = disk {
@@ -163,6 +213,11 @@ fn engine(args: &Args, state: OwnedFd, counters: &File, disk: Option<DiskOptions
     if let Some(backing) = &args.backing {
         engine.store().set_accept_threshold(backing.accept_threshold_percent);
     }
+    Ok(engine)
+}
+
+/// With all that a worker touches in memory.
+fn prepared(engine: Engine) -> error::Result<Engine> {
     engine.store().populate_slots()?;
     // The first write finds a reserve: it may come before the refill thread runs.
     while engine.store().pool().adjust()? {}

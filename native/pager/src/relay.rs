@@ -3,13 +3,19 @@
 //! A send to a socket allocates in the kernel, so that no worker does it: a worker puts the request into a queue of
 //! fixed size, or answers EAGAIN if that is full. pyfuse3 may be gone at any time: what it had not answered by then is
 //! answered EINTR, and what comes before its successor is there, EAGAIN.
+//!
+//! The pager may be gone at any time too. Its successor goes on with the same pair, and pyfuse3 does not notice. What the
+//! kernel then sends again may have been relayed before: it is relayed again if that makes no difference, and answered
+//! EINTR if it may. What pyfuse3 replies to the request as it was first sent is for nobody.
 
 use crate::keeper::Keeper;
 use crate::process::{spawn as spawn_thread, touch, Start};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use zswapd_core::session::{Session, MAX_INIT};
 use zswapd_fuse::wire::{opcode, u32_at, u64_at, Request};
 use zswapd_fuse::{init, reply};
 use zswapd_keeper::socket;
@@ -58,8 +64,15 @@ struct Inner {
     init: Box<Message>,
     /// INIT is to be sent to the peer.
     send_init: bool,
-    /// The kernel has had its reply to INIT: what a later pyfuse3 replies is not for the kernel.
-    negotiated: bool,
+}
+
+impl Inner {
+    /// Keeps the kernel's INIT, as pyfuse3 may see it, and has it sent.
+    fn take_init(&mut self, request: &[u8]) {
+        self.init.set(request);
+        init::mask_request(&mut self.init.bytes[..request.len()]);
+        self.send_init = true;
+    }
 }
 
 /// The way to pyfuse3. The lock is held for bounded work only, never while sending or receiving.
@@ -90,7 +103,6 @@ impl Relay {
             peer: None,
             init,
             send_init: false,
-            negotiated: false,
         };
         Relay { device, keeper, inner: Mutex::new(inner), changed: Condvar::new() }
     }
@@ -99,16 +111,34 @@ impl Relay {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Goes on where another process has ended: with what `session` says, and its end of the pair to pyfuse3. To be
+    /// called before any thread begins.
+    pub fn go_on(&self, session: &Session, peer: Option<OwnedFd>) {
+        let mut inner = self.lock();
+        let mut room = [0; MAX_INIT];
+        // Else the kernel sends INIT again; and a pyfuse3 that may have had it would not take it twice: it is left to
+        // notice.
+        if let Some(request) = session.init(&mut room).filter(|_| session.negotiated.load(SeqCst) != 0) {
+            inner.take_init(request);
+            inner.send_init = false;
+            inner.peer = peer.map(Arc::new);
+        }
+    }
+
     /// Takes a request from a worker. Never waits for pyfuse3. An error means that the device is gone.
-    pub fn forward(&self, request: &Request<'_>) -> io::Result<()> {
+    pub fn forward(&self, request: &Request<'_>, session: &Session) -> io::Result<()> {
         if request.bytes.len() > MESSAGE {
             return self.refuse(request, libc::EINVAL);
         }
+        if request.is_resent() && request.opcode != opcode::INIT && !request.may_be_repeated() {
+            return self.refuse(request, libc::EINTR);
+        }
         let mut inner = self.lock();
         if request.opcode == opcode::INIT {
-            inner.init.set(request.bytes);
-            init::mask_request(&mut inner.init.bytes[..request.bytes.len()]);
-            inner.send_init = true;
+            // It has had no reply.
+            session.negotiated.store(0, SeqCst);
+            session.set_init(request.bytes);
+            inner.take_init(request.bytes);
         } else if inner.peer.is_none() || inner.queued == QUEUE {
             drop(inner);
             return self.refuse(request, libc::EAGAIN);
@@ -215,12 +245,13 @@ impl Relay {
     }
 
     /// relay-in: receives, for ever.
-    fn receive_all(&self) {
+    fn receive_all(&self, session: &Session) {
         let mut buffer = vec![0; REPLY];
+        touch(&mut buffer);
         loop {
             let peer = self.wait_for_peer();
             while let Some(length) = receive(&peer, &mut buffer) {
-                self.pass_on(&mut buffer[..length]);
+                self.pass_on(&mut buffer[..length], session);
             }
             self.hung_up(&peer);
         }
@@ -237,14 +268,15 @@ impl Relay {
     }
 
     /// Passes a reply or a notification of pyfuse3 to the kernel, if the kernel waits for it.
-    fn pass_on(&self, message: &mut [u8]) {
+    fn pass_on(&self, message: &mut [u8], session: &Session) {
         let Some(unique) = u64_at(message, 8).filter(|_| u32_at(message, 0) == Some(message.len() as u32)) else {
             return;
         };
         let mut inner = self.lock();
         if unique != 0 {
             if u64_at(inner.init.bytes(), 8) == Some(unique) {
-                if std::mem::replace(&mut inner.negotiated, true) {
+                // Before the kernel has it: it sends INIT again if it has not. What a later pyfuse3 replies is not for it.
+                if session.negotiated.swap(1, SeqCst) != 0 {
                     return;
                 }
                 init::raise_reply(inner.init.bytes(), message);
@@ -263,7 +295,7 @@ impl Relay {
 /// Makes relay-out and relay-in.
 pub fn spawn(start: &Arc<Start>) -> io::Result<()> {
     spawn_thread("relay-out", start, |shared| shared.relay.send_all())?;
-    spawn_thread("relay-in", start, |shared| shared.relay.receive_all())
+    spawn_thread("relay-in", start, |shared| shared.relay.receive_all(shared.session()))
 }
 
 /// A pair of sockets that keep messages whole, with room for the longest.

@@ -120,7 +120,7 @@ fn sweep_all(shared: &Shared, shrinker: &mut Shrinker, orders: &Orders) {
 fn sweep(shared: &Shared, shrinker: &mut Shrinker, job: &mut Job) -> End {
     let store = shared.engine.store();
     loop {
-        if shared.gate.is_closed() {
+        if shared.gate().is_closed() {
             return End::Stopped;
         }
         match noted(shared, store.write_back(shrinker, job)) {

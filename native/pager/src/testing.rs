@@ -3,12 +3,12 @@
 
 use crate::keeper::Keeper;
 use crate::process::Start;
-use crate::{args, channel, gate, relay, shrinker, socket, trouble, Shared};
+use crate::{args, channel, relay, shrinker, socket, trouble, Shared};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 use zswapd_core::backing::{Disk, MemoryDisk};
@@ -52,7 +52,7 @@ pub fn shared(
         keeper,
         device: device.clone(),
         counters: SharedMetrics::file().expect("counters").into(),
-        gate: gate::Gate::default(),
+        under_way: AtomicI64::new(0),
         trouble: trouble::Trouble::new("the device"),
         disk_trouble: trouble::Trouble::new("the disk"),
         sweeper,
@@ -60,6 +60,7 @@ pub fn shared(
         device_number: 0,
         protected: false,
         stored: u64::MAX,
+        verify: false,
     };
     (shared, orders)
 }

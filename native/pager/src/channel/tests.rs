@@ -194,12 +194,12 @@ fn an_open_counts_once_it_is_answered_and_a_truncating_one_is_refused() {
     assert_eq!(open(libc::O_RDWR).map(|payload| payload.len()), Ok(16));
     assert_eq!(open(libc::O_RDWR | libc::O_TRUNC), Err(libc::EPERM));
     kernel.expect_quiet();
-    assert_eq!(kernel.shared.gate.opens(), 1);
+    assert_eq!(kernel.shared.gate().opens(), 1);
     for opcode in [opcode::FLUSH, opcode::FSYNC, opcode::RELEASE] {
         assert_eq!(kernel.ask(opcode, &[0; 24]), Ok(vec![]));
     }
     kernel.expect_quiet();
-    assert_eq!(kernel.shared.gate.opens(), 0);
+    assert_eq!(kernel.shared.gate().opens(), 0);
 }
 
 #[test]

@@ -1,10 +1,13 @@
 //! What is not on the swap file, with the test in the places of both the kernel and pyfuse3.
 
+use super::socket_pair;
 use crate::testing::*;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering::SeqCst;
+use zswapd_core::session::MAX_INIT;
 use zswapd_fuse::init::MAX_WRITE;
 use zswapd_fuse::swapfile::NODEID;
-use zswapd_fuse::wire::{opcode, u32_at};
+use zswapd_fuse::wire::{opcode, u32_at, RESENT};
 
 const ROOT: u64 = 1;
 /// Splice and the writeback cache, which pyfuse3 must not see.
@@ -180,4 +183,83 @@ fn init_is_shown_without_what_is_hidden_and_answered_to_the_kernel_once() {
         drop(peer);
         expect_error(&kernel, unanswered, libc::EINTR);
     }
+}
+
+#[test]
+fn what_is_sent_again_is_relayed_only_if_it_may_be_done_twice() {
+    let kernel = Kernel::new();
+    let peer = connect(&kernel);
+    for opcode in [opcode::LOOKUP, opcode::GETATTR, opcode::OPEN, opcode::READ, opcode::READDIR, opcode::RELEASE] {
+        let unique = next_unique() | RESENT;
+        let message = request(opcode, unique, 3, &[0; 40]);
+        kernel.send(&message);
+        assert_eq!(receive(&peer).as_ref(), Some(&message), "{opcode}");
+        send(&peer, &reply(unique, 0, &[]));
+        expect_error(&kernel, unique, 0);
+    }
+    for opcode in [opcode::WRITE, opcode::SETATTR, 9, 10, 35] {
+        let unique = next_unique() | RESENT;
+        kernel.send(&request(opcode, unique, 3, &[0; 40]));
+        expect_error(&kernel, unique, libc::EINTR);
+    }
+    assert_eq!(receive_now(&peer), None, "a command is given twice");
+    kernel.expect_quiet();
+}
+
+#[test]
+fn a_successor_goes_on_with_the_same_pyfuse3_and_knows_the_kernel_s_init() {
+    let first = Kernel::new();
+    let unique = next_unique();
+    let init = request(opcode::INIT, unique, 0, &arguments(64, &[(0, &7u32.to_ne_bytes()), (4, &38u32.to_ne_bytes())]));
+    first.send(&init);
+    let peer = connect(&first);
+    assert_eq!(receive(&peer).as_ref(), Some(&init));
+    let answer = reply(unique, 0, &arguments(64, &[(0, &7u32.to_ne_bytes()), (4, &31u32.to_ne_bytes())]));
+    send(&peer, &answer);
+    assert_eq!(first.reply().unique, unique);
+
+    // What the keeper has kept, and the state.
+    let (ours, peer) = socket_pair().expect("sockets");
+    set_patience(&peer);
+    let second = Kernel::new();
+    let mut room = [0; MAX_INIT];
+    let kept = first.shared.session().init(&mut room).expect("kept");
+    let session = second.shared.session();
+    assert!(session.set_init(kept));
+    session.negotiated.store(1, SeqCst);
+    second.shared.relay.go_on(session, Some(ours));
+    second.shared.relay.changed.notify_all();
+    // To what the first one has passed on, and to what the second one does.
+    let unanswered = next_unique();
+    send(&peer, &reply(unanswered, 0, b"late"));
+    let again = look_up(&second);
+    assert!(receive(&peer).is_some(), "not INIT again");
+    send(&peer, &reply(again, 0, b"right"));
+    assert_eq!(second.reply(), Reply { unique: again, errno: 0, payload: b"right".to_vec() });
+    // The next pyfuse3 is given the same INIT, and what it replies is not for the kernel.
+    let unanswered = look_up(&second);
+    assert!(receive(&peer).is_some());
+    drop(peer);
+    expect_error(&second, unanswered, libc::EINTR);
+    let next = connect(&second);
+    assert_eq!(receive(&next).as_ref(), Some(&init));
+    send(&next, &answer);
+    second.expect_quiet();
+}
+
+#[test]
+fn one_that_has_not_answered_init_is_not_gone_on_with() {
+    let kernel = Kernel::new();
+    let (ours, peer) = socket_pair().expect("sockets");
+    set_patience(&peer);
+    kernel.shared.relay.go_on(kernel.shared.session(), Some(ours));
+    assert_eq!(receive(&peer), Some(vec![]), "it hangs up");
+    // INIT is sent again, and kept for the next one.
+    let unique = next_unique() | RESENT;
+    let init = request(opcode::INIT, unique, 0, &arguments(64, &[(0, &7u32.to_ne_bytes())]));
+    kernel.send(&init);
+    let peer = connect(&kernel);
+    assert_eq!(receive(&peer), Some(init));
+    send(&peer, &reply(unique, 0, &arguments(64, &[(0, &7u32.to_ne_bytes())])));
+    assert_eq!(kernel.reply().unique, unique);
 }

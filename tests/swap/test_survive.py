@@ -1,0 +1,220 @@
+"""Real swap whose pager is killed: the workload waits a moment, and finds every page.
+
+ZSWAPD_TEST_KILLS says how often the pager is killed in the tests that do it at random moments.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from tests.daemon import Daemon, wait_until
+from tests.pages import PAGE
+from tests.swap.backing import DISK_BYTES, POOL_BYTES, disk_directory, loop_device
+from tests.swap.workload import ENOUGH, Workload, assert_gone, swap_area, swapped
+from tests.takeover import KILLS, kill, kill_and_wait, kill_at_random, report, status, with_standby
+from zswapd.bench.damon import switches
+
+pytestmark = pytest.mark.usefixtures("_swap", "_only_ours")
+
+#: What the kernel says of a page that it cannot read or write.
+TROUBLE = ("I/O error", "Read-error on swap-device", "Write-error on swap-device", "swap_free: ", "Bad swap")
+
+
+@pytest.fixture(scope="module")
+def _only_ours() -> Iterator[None]:
+    """Strangers' pages stay where they are: DAMON would have them swapped out, to what is killed here."""
+    changed = [switch for switch in switches() if switch.is_on]
+
+    def turn(on: bool) -> None:
+        for switch in changed:
+
+            def turned(switch=switch) -> bool:  # type: ignore[no-untyped-def]
+                if switch.is_on != on:
+                    try:
+                        switch.path.write_text(switch.on if on else switch.off)
+                    except BlockingIOError:
+                        pass
+                    except OSError as error:
+                        if error.errno != 16:
+                            raise
+                return bool(switch.is_on == on)
+
+            wait_until(turned, f"{switch.path} is switched")
+
+    turn(False)
+    yield
+    turn(True)
+
+
+@pytest.fixture
+def attached(make_daemon: Callable[..., Daemon]) -> Callable[..., Daemon]:
+    """Starts a daemon with a pager, and attaches it."""
+
+    def start(**settings: object) -> Daemon:
+        daemon = make_daemon(
+            **{"swap__data_path": "pager", "swap__size": "128MiB", "swap__priority": 32767} | settings
+        ).start()
+        result = daemon.ctl("attach", "--unsafe")
+        assert result.returncode == 0, result.stderr
+        return daemon
+
+    return start
+
+
+@contextmanager
+def kernel_log() -> Iterator[Callable[[], str]]:
+    """What the kernel says from now on."""
+    log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    os.lseek(log, 0, os.SEEK_END)
+    lines: list[str] = []
+
+    def said() -> str:
+        while True:
+            try:
+                lines.append(os.read(log, 8192).decode(errors="replace"))
+            except BlockingIOError:
+                return "".join(lines)
+
+    try:
+        yield said
+    finally:
+        os.close(log)
+
+
+@contextmanager
+def no_trouble() -> Iterator[None]:
+    """The kernel has had no error of a device or of swap meanwhile."""
+    with kernel_log() as said:
+        yield
+        assert not [line for line in said().splitlines() if any(trouble in line for trouble in TROUBLE)]
+
+
+def a_read(daemon: Daemon) -> Callable[[], None]:
+    """Reads a page of the swap file, as somebody else may do."""
+
+    def read() -> None:
+        fd = os.open(daemon.swapfile, os.O_RDONLY)
+        try:
+            assert len(os.pread(fd, PAGE, 0)) == PAGE
+        finally:
+            os.close(fd)
+
+    return read
+
+
+def kill_under_load(daemon: Daemon, workload: Workload, what: str) -> None:
+    """Kills the pager at random moments while the workload pages, and verifies every page."""
+    with ThreadPoolExecutor(1) as beside:
+        killing = beside.submit(kill_at_random, daemon, a_read(daemon), 1)
+        seed = 0
+        while not killing.done():
+            seed += 1
+            workload.run("rewrite" if seed % 2 else "random", seed=seed)
+        pauses = killing.result()
+    report(what, pauses)
+    workload.verify()
+    stats = daemon.stats()
+    assert not any(stats["errors"].values()), stats["errors"]
+    assert stats["pages"]["lost"] == 0
+
+
+def test_killed_under_load_it_loses_nothing(attached: Callable[..., Daemon], corpus: int) -> None:
+    daemon = attached()
+    with no_trouble(), swapped(daemon, corpus) as workload:
+        workload.fill()
+        before = with_standby(daemon)
+        kill_under_load(daemon, workload, "swap")
+        assert with_standby(daemon)["takeovers"] == before["takeovers"] + KILLS
+        workload.group.set_limit(ENOUGH)
+        device = swap_area(daemon).loop_device
+        assert daemon.ctl("detach").returncode == 0
+        assert_gone(daemon, device)
+        workload.verify()
+    assert daemon.stop() == 0
+    assert "leaked" not in daemon.log()
+
+
+@pytest.mark.parametrize("kind", ["file", "block"])
+def test_killed_while_it_writes_back(make_daemon: Callable[..., Daemon], corpus: int, kind: str) -> None:
+    """A pool an eighth of what is swapped."""
+    with disk_directory() as directory:
+        with loop_device(directory, DISK_BYTES) as device:
+            disk: dict[str, object] = {"writeback__backing": str(device)}
+            if kind == "file":
+                disk = {"writeback__backing": str(directory / "backing"), "writeback__size": DISK_BYTES}
+            ours = {"swap__size": "64MiB", "swap__priority": 32767, "pool__mem_limit": POOL_BYTES}
+            daemon = make_daemon(**ours | disk).start()
+            assert daemon.ctl("attach", "--unsafe").returncode == 0
+            with no_trouble(), swapped(daemon, corpus, (32 << 20) // PAGE, 12 << 20) as workload:
+                workload.run("fill")
+                kill_under_load(daemon, workload, f"writeback to a {kind}")
+                assert daemon.stats()["pages"]["on_disk"] > 0
+                workload.group.set_limit(ENOUGH)
+                assert daemon.ctl("detach").returncode == 0
+                workload.verify()
+            assert daemon.stop() == 0
+            assert "leaked" not in daemon.log()
+
+
+def test_killed_during_swapoff(attached: Callable[..., Daemon], corpus: int) -> None:
+    daemon = attached()
+    with no_trouble(), swapped(daemon, corpus) as workload, ThreadPoolExecutor(1) as beside:
+        for _ in range(3):
+            workload.fill()
+            workload.group.set_limit(ENOUGH)
+            used = swap_area(daemon).used_bytes
+            detaching = beside.submit(daemon.ctl, "detach")
+            wait_until(
+                lambda used=used: detaching.done() or swap_area(daemon).used_bytes < used - (4 << 20),  # type: ignore[misc]
+                "swapoff has begun",
+            )
+            if not detaching.done():
+                kill(daemon)
+            # Asked again where the takeover has cut it short; the swap is off then.
+            if detaching.result().returncode != 0:
+                assert daemon.ctl("detach").returncode == 0
+            workload.verify()
+            assert daemon.ctl("attach", "--unsafe").returncode == 0
+            workload.group.set_limit(24 << 20)
+            workload.run("rewrite", seed=1)
+        workload.verify()
+
+
+def test_the_standby_and_then_its_heirs_are_killed(attached: Callable[..., Daemon], corpus: int) -> None:
+    daemon = attached()
+    with no_trouble(), swapped(daemon, corpus) as workload:
+        workload.fill()
+        before = with_standby(daemon)
+        kill(daemon, before["standby"])
+        wait_until(lambda: with_standby(daemon)["standby"] != before["standby"], "another standby")
+        workload.run("random", seed=1)
+        # While it takes over.
+        for _ in range(5):
+            now = with_standby(daemon)
+            kill(daemon, now["pid"])
+            kill(daemon, now["standby"])
+            workload.run("random", seed=2)
+        workload.verify()
+        assert status(daemon)["keeper"] == before["keeper"]
+
+
+def test_zswapd_and_the_pager_are_killed_at_once(attached: Callable[..., Daemon], corpus: int) -> None:
+    daemon = attached()
+    with no_trouble(), swapped(daemon, corpus) as workload:
+        workload.fill()
+        pid = with_standby(daemon)["pid"]
+        daemon.signal(signal.SIGKILL)
+        kill(daemon, pid)
+        daemon.wait()
+        workload.run("random", seed=1)
+        daemon.start_again()
+        workload.verify()
+        kill_and_wait(daemon)
+        workload.verify()
+        workload.group.set_limit(ENOUGH)
+        assert daemon.ctl("detach").returncode == 0
+    assert daemon.stop() == 0
