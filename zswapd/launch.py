@@ -5,16 +5,16 @@ import logging
 import os
 import select
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 import trio
 
-from zswapd import backing, pager, swapdev
+from zswapd import backing, backing_file, pager, swapdev
 from zswapd.config import Config, format_size
-from zswapd.errors import ConfigError, DaemonError, LostSwapError, ZswapdError
+from zswapd.errors import BackingError, ConfigError, DaemonError, LostSwapError, ZswapdError
 from zswapd.footprint import refuse_huge
 from zswapd.fusefs import check_mount_point, unmount_dead
 from zswapd.inuse import in_use, refuse_in_use
@@ -53,7 +53,8 @@ def become_keeper(config: Config) -> NoReturn:
             os.set_inheritable(lock, True)
         options.write_text(json.dumps(pager.options(config)))
     try:
-        command = pager.command(json.loads(options.read_text()))
+        started_with = json.loads(options.read_text())
+        command = pager.command(started_with)
     except (OSError, ValueError) as error:
         hint = "while a pager still serves, zswapctl stop brings all back"
         raise DaemonError(f"cannot read what the pager was started with, {options}: {error}", hint) from None
@@ -61,6 +62,7 @@ def become_keeper(config: Config) -> NoReturn:
         # Said before: the journal may be waiting for a page.
         log.warning("going on with the pages of a keeper that is gone")
         end_left_over(mount_point)
+        _lock_again(started_with)
     try:
         os.execv(command[0], command)
     except OSError as error:
@@ -87,6 +89,16 @@ def end_left_over(mount_point: Path, proc: Path = Path("/proc")) -> None:
                 poll.poll()
             finally:
                 os.close(process)
+
+
+def _lock_again(options: Mapping[str, str]) -> None:
+    """The backing file, if there is one, as `prepare` had it locked. Pages go on without."""
+    path = Path(options.get("backing", "/"))
+    if path.is_file():
+        try:
+            os.set_inheritable(backing_file.lock_again(path), True)
+        except (OSError, BackingError) as error:
+            log.warning("cannot lock the backing file %s: %s", path, error)
 
 
 def _options_path(mount_point: Path) -> Path:

@@ -1,5 +1,6 @@
 """What zswapd pager becomes, and what it refuses; and the end of pagers that a keeper has left."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from typing import NoReturn
 import pytest
 import trio
 
-from zswapd import launch, pager
+from tests.daemon import descriptors
+from zswapd import backing_file, launch, pager
 from zswapd.config import Config, load
 from zswapd.errors import ConfigError, DaemonError, InUseError, LostSwapError
 from zswapd.pager_socket import socket_path
@@ -71,6 +73,22 @@ def test_the_next_keeper_goes_on_with_what_the_last_one_was_started_with(
         launch.become_keeper(changed)
     assert became[0] == became[1]
     assert ended == [config.swap.mount_point]
+
+
+def test_the_next_keeper_has_the_backing_file_locked(
+    config: Config, became: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "backing"
+    file.touch()
+    launch._options_path(config.swap.mount_point).write_text(json.dumps({"backing": str(file)}))
+    monkeypatch.setenv("LISTEN_FDS", "4")
+    with pytest.raises(BecomeError):
+        launch.become_keeper(config)
+    assert backing_file.is_locked(file)
+    [inherited] = [int(path.name) for path, name in descriptors(os.getpid()).items() if name == str(file)]
+    assert os.get_inheritable(inherited)
+    os.close(inherited)
+    assert not backing_file.is_locked(file)
 
 
 def test_descriptors_of_nobody_are_refused(
