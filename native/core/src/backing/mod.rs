@@ -44,7 +44,8 @@ use crate::metrics::SharedMetrics;
 use crate::state::State;
 use crate::sync::MODEL;
 use cipher::Cipher;
-use record::MAX_DISK_BYTES;
+use record::{MAX_DISK_BYTES, RECORD_HEADER};
+use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 use table::{Table, MIN_SEGMENTS};
@@ -106,7 +107,8 @@ impl Backing {
         self.change(|table| table.free(at));
     }
 
-    /// Reads a record's object, as it was given to [`Writer::add`]: the blocks that it lies in, and no more.
+    /// Reads a record's object, as it was given to [`Writer::add`]: the blocks that it lies in, and no more. Twice, if it
+    /// is not what was written: the fault may be the first reading's.
     ///
     /// Waits for the disk. The caller holds the slot's lock, so that the record is not freed meanwhile.
     /// Errors: [`Error::DiskRead`]: it may be readable another time. [`Error::Corrupt`]: what lies there is not what was
@@ -122,18 +124,27 @@ impl Backing {
         if bytes.end > self.metrics.backing_bytes.get() {
             return Err(Error::Corrupt { slot });
         }
-        let start = Instant::now();
         let first = bytes.start / BLOCK as u64 * BLOCK as u64;
         let blocks = &mut buffer.0[..(bytes.end.next_multiple_of(BLOCK as u64) - first) as usize];
+        let within = (bytes.start - first) as usize..(bytes.end - first) as usize;
+        let mut read = || {
+            self.read_blocks(first, blocks).map_err(|source| Error::DiskRead { slot, source })?;
+            Ok(self.cipher.open(&mut blocks[within.clone()], slot, generation, at).map(<[u8]>::len))
+        };
+        let length = match read()? {
+            None => read()?.ok_or(Error::Corrupt { slot })?,
+            Some(length) => length,
+        };
+        Ok(&buffer.0[within.start + RECORD_HEADER..][..length])
+    }
+
+    fn read_blocks(&self, offset: u64, blocks: &mut [u8]) -> io::Result<()> {
+        let start = Instant::now();
         self.metrics.disk_reads.add(1);
         self.metrics.disk_read_bytes.add(blocks.len() as u64);
-        self.disk.read(first, blocks).map_err(|source| {
-            self.metrics.disk_read_errors.add(1);
-            Error::DiskRead { slot, source }
-        })?;
+        self.disk.read(offset, blocks).inspect_err(|_| self.metrics.disk_read_errors.add(1))?;
         self.metrics.disk_read_latency.record_since(start);
-        let record = &mut blocks[(bytes.start - first) as usize..(bytes.end - first) as usize];
-        self.cipher.open(record, slot, generation, at).ok_or(Error::Corrupt { slot })
+        Ok(())
     }
 
     /// Whether records can be written: now, or when the cleaner has made room, until when [`Writer::begin`] says

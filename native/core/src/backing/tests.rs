@@ -269,14 +269,19 @@ fn a_failed_read_costs_that_read() {
 }
 
 #[test]
-fn a_wrong_read_is_refused() {
+fn what_was_read_wrong_is_read_again_and_refused_the_second_time() {
     for fault in ["flip", "torn"] {
         // One object that fills its blocks.
-        let mut fixture = Fixture::new(3, true, &format!("read:2:{fault}"));
-        let record = fixture.write(&[object(1, 4096 - RECORD_HEADER - TAG)]).expect("written")[0];
-        fixture.read(record).expect("readable");
+        let mut fixture = Fixture::new(3, true, &format!("read:2:{fault},read:5-6:{fault}"));
+        let object = object(1, 4096 - RECORD_HEADER - TAG);
+        let record = fixture.write(std::slice::from_ref(&object)).expect("written")[0];
+        // The fault is the second reading's.
+        for reads in [1, 3, 4] {
+            assert_eq!(fixture.read(record).expect("readable"), object, "{fault}");
+            assert_eq!(fixture.metrics.disk_reads.get(), reads);
+        }
         assert!(fixture.refuses(record), "{fault}");
-        fixture.read(record).expect("readable again");
+        assert_eq!(fixture.read(record).expect("readable another time"), object);
     }
 }
 
