@@ -288,3 +288,11 @@ def test_writeback_says_how_it_ended(
         shown = run(*keys, "writeback", "page", "7", "--json")
         assert json.loads(shown.stdout)["ended"] == outcome.ended
         assert pager.told[-1] == "page 7"
+
+
+def test_a_disk_is_written_to_again_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pager = WritingPager(Written(0, 0, "done"))
+    monkeypatch.setattr(command, "Pager", lambda mount_point: pager)
+    result = run("writeback", "resume")
+    assert (result.exit_code, result.stdout) == (0, "the backing disk is written to again\n")
+    assert pager.told == ["resume"]

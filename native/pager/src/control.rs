@@ -19,6 +19,7 @@
 //! | `idle all` | `ok pages=N`: so many pages of the pool are marked as idle now |
 //! | `idle SECONDS` | the same, after marking only those that nobody has used for so long |
 //! | `writeback all`, `idle`, `huge`, `page N` | `ok pages=N bytes=N end=...`: so many pages were written back, and so much of the pool freed; EBUSY while another writeback or `shrink` is under way |
+//! | `writeback resume` | the same, of no pages: a disk that has failed is written to again |
 //! | `shrink BYTES` | the same, of the coldest pages, until so much of the pool is free |
 //! | `writeback-limit BYTES`, `none` | `ok`: so much may still be written to the disk |
 //! | `writeback-limit +BYTES` | `ok`: so much more, from 0 if there was no limit |
@@ -205,6 +206,11 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
         ["writeback", "page", page] => {
             let last = shared.engine.store().slots() - 1;
             sweep(shared, What::Page(number(page, "page", 0..=last as u32)?))
+        }
+        ["writeback", "resume"] => {
+            backing(shared)?.resume();
+            shared.engine.store().ask_for_shrinking();
+            Ok(Reply::Text("pages=0 bytes=0 end=done".into()))
         }
         ["shrink", bytes] => sweep(shared, What::Coldest { bytes: number(bytes, "size in bytes", 0..=u64::MAX)? }),
         ["writeback-limit", "none"] => {

@@ -158,14 +158,19 @@ impl Backing {
         self.table.lock().is_failed()
     }
 
-    /// Writes nothing any more, as after three failed writes in a row.
+    /// Writes nothing any more, as after three failed writes in a row, until [`Writer::probe`] goes well.
     pub fn fail(&self) {
         self.change(Table::fail);
     }
 
-    /// Writes again, also to segments that could not be written.
+    /// Writes again, also to segments that could not be written, and cleans those that could not be read.
     pub fn resume(&self) {
         self.change(Table::resume);
+    }
+
+    /// As [`Backing::resume`] for the segments of a disk that has not failed.
+    pub fn give_segments_another_chance(&self) {
+        self.change(Table::give_another_chance);
     }
 
     /// Sets how many bytes may still be written, for evictions and cleaning together. None: no limit.
@@ -196,7 +201,7 @@ impl Backing {
     }
 
     /// The end of a cleaning: all live records were moved, or the segment cannot be read. It is free if nothing lives in
-    /// it; else it is not picked again, and free when its last record is.
+    /// it; else it is not picked again before it is given another chance, and free when its last record is.
     pub fn release(&self, victim: Victim) {
         if self.change(|table| table.end_cleaning(victim.segment, true)) {
             self.metrics.cleaned_segments.add(1);

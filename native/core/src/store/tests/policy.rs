@@ -1,6 +1,7 @@
 //! Which pages go, when, and when that ends.
 
 use super::*;
+use crate::backing::Faults;
 use crate::error::Error;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
@@ -109,6 +110,34 @@ fn a_budget_and_a_failed_disk_end_the_waiting() {
     backing.resume();
     assert!(fixture.store.can_make_room());
     end(&fixture.store);
+}
+
+/// Without an error of the disk as a whole: a segment that could not be written, and one that could not be cleaned.
+#[test]
+fn segments_that_were_left_alone_come_back_and_so_does_a_disk() {
+    let disk = Faults::new(MemoryDisk::new(8 * SEGMENT_BYTES), "write:1:eio,write:3-5:eio").expect("rules");
+    let mut fixture = Fixture::new(1000, disk_of(8, disk));
+    let mut cleaner = Cleaner::new().expect("memory");
+    fixture.put(0..100, true).expect("room");
+    let free = |fixture: &Fixture| fixture.store.metrics().backing_free_bytes.get() / SEGMENT_BYTES as u64;
+    let mut job = Job::new(What::All);
+    assert!(fixture.store.write_back(&mut fixture.shrinker, &mut job).is_err());
+    assert_eq!(free(&fixture), 7);
+    assert!(!fixture.store.try_disk_again(&mut cleaner).expect("nothing is written"));
+    assert_eq!(free(&fixture), 8);
+    let mut job = Job::new(What::All);
+    fixture.store.write_back(&mut fixture.shrinker, &mut job).expect("written");
+    for _ in 0..3 {
+        assert!(fixture.store.write_back(&mut fixture.shrinker, &mut Job::new(What::All)).is_err());
+    }
+    let backing = fixture.store.backing().expect("a disk");
+    assert!(backing.is_failed() && free(&fixture) < 7);
+    assert!(fixture.store.try_disk_again(&mut cleaner).expect("written"));
+    assert!(!backing.is_failed());
+    assert_eq!(free(&fixture), 7);
+    (0..100).for_each(|slot| fixture.read(slot));
+    end(&fixture.store);
+    assert!(!fixture.store.try_disk_again(&mut cleaner).expect("the end: nobody is let in"));
 }
 
 #[test]
