@@ -89,11 +89,16 @@ def attach(config: Config, unsafe: bool, forgetting: bool, as_json: bool) -> Non
 
 
 @cli.command()
-@click.option("--force", is_flag=True, help="Skip the checks: memory may run out, or the daemon have died.")
+@click.option(
+    "--force", is_flag=True, help="Skip the checks: memory may run out, pages be lost, or the daemon have died."
+)
 @_json
 @click.pass_obj
 def detach(config: Config, force: bool, as_json: bool) -> None:
-    """Bring every page back into memory and take the swap area away."""
+    """Bring every page back into memory and take the swap area away.
+
+    Ends early if a page cannot be read; with --force that page is given up, and the exit status is 1 all the same.
+    """
     dead = force and _is_dead(config.swap.mount_point)
     with _DetachProgress(quiet=as_json) as progress:
         detached = _run(

@@ -162,6 +162,20 @@ def test_detach_can_be_interrupted_while_it_waits_for_the_disk(faulty: MakeFault
         assert workload.unreadable() == 0
 
 
+def test_a_detach_that_loses_pages_says_so(faulty: MakeFaulty, corpus: int) -> None:
+    """There is one process: swapoff looks at nothing else before it is through with that."""
+    daemon = faulty("read:20-27:eio")
+    with surviving(daemon, corpus, ENOUGH) as workload:
+        workload.page_out()
+        settled(daemon)
+        detached = daemon.ctl("detach")
+        assert detached.returncode == 1
+        assert "reads of pages failed" in detached.stderr
+        assert daemon.stats()["errors"]["disk"] == 8
+        assert "stays in use" in detached.stderr or "detached: " in detached.stderr
+        assert 0 < workload.unreadable() <= 8 * READ_AHEAD
+
+
 def test_a_disk_that_fails_midway_is_not_written_any_more_and_still_read(faulty: MakeFaulty, corpus: int) -> None:
     daemon = faulty("write:9-:eio")
     with surviving(daemon, corpus, ENOUGH) as workload:
