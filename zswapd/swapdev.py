@@ -239,6 +239,8 @@ async def _attach(mount_point: Path, priority: int, discard: bool) -> Attachment
     _set_writeback_throttling(device, "0")
     await _run("mkswap", device)
     await _run("swapon", "--priority", str(priority), *(["--discard"] if discard else []), device)
+    # A zswapctl that died in the middle of a detach has left it off.
+    await _promote(await trio.to_thread.run_sync(_find_pager, mount_point), True)
     attached = discover(mount_point)
     if attached is None or not attached.is_swap:
         raise SwapError(f"swapon succeeded, but /proc/swaps does not list {device}")

@@ -367,6 +367,21 @@ async def test_a_failed_swapoff_lets_pages_go_to_the_pool_again(monkeypatch: pyt
     assert pager.told == [False, True]
 
 
+async def test_what_is_attached_may_go_to_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A zswapctl that died in the middle of a detach has left it off."""
+    pager = DiskPager("ok")
+
+    async def run(*command: str, check: bool = True) -> CompletedProcess[bytes]:
+        return CompletedProcess(command, 0, OURS.loop_device.encode(), b"")
+
+    monkeypatch.setattr(swapdev, "_find_pager", lambda mount_point: pager)
+    monkeypatch.setattr(swapdev, "_run", run)
+    monkeypatch.setattr(swapdev, "discover", lambda mount_point: OURS)
+    monkeypatch.setattr(swapdev, "_set_writeback_throttling", lambda device, target: None)
+    assert await swapdev._attach(MOUNT_POINT, 1, discard=False) == OURS
+    assert pager.told == [True]
+
+
 @pytest.mark.parametrize("kind", ["disk", "corrupt", "lost"])
 @pytest.mark.parametrize("force", [False, True])
 async def test_a_page_that_cannot_be_read_ends_swapoff_and_is_counted(

@@ -176,6 +176,8 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
             let descriptor = shared.relay.connect().map_err(system("another zswapd is connected"))?;
             // The last one may have been killed between `drain` and `stop`.
             shared.gate.open();
+            // Or in the middle of a detach, as may be a zswapctl.
+            shared.engine.store().set_promoting(true);
             Ok(Reply::Descriptor(descriptor))
         }
         ["compact"] => {

@@ -314,6 +314,11 @@ fn thresholds_and_promotion_are_set() {
     assert_eq!(control.ask(b"promote on").trim(), "ok");
     assert!(control.kernel.read(0, 4096).is_ok());
     assert_eq!(on_disk(), 7);
+    // Who has switched it off may have died: the next zswapd begins anew.
+    assert_eq!(control.ask(b"promote off").trim(), "ok");
+    assert_eq!(control.ask(b"relay").trim(), "ok");
+    assert!(control.kernel.read(4096, 4096).is_ok());
+    assert_eq!(on_disk(), 6);
 }
 
 #[test]
