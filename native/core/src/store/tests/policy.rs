@@ -65,6 +65,46 @@ fn shrinking_begins_before_the_limit_and_ends_at_the_accept_threshold() {
     end(&fixture.store);
 }
 
+/// However much the pool is to shrink in the end.
+#[test]
+fn who_waits_for_room_is_given_what_compaction_frees_at_once() {
+    let mut fixture = Fixture::new(200, memory_disk(40));
+    fixture.store.set_accept_threshold(1);
+    let full = (0..4096).find(|&slot| fixture.put(slot..slot + 1, false).is_err()).expect("full in the end");
+    (0..full).step_by(2).for_each(|slot| {
+        fixture.store.discard(u64::from(slot)..u64::from(slot) + 1, &mut Detached::with_capacity(0));
+    });
+    assert!(matches!(fixture.put(4000..4001, true), Err(Error::NoRoomYet)), "there is room for another class");
+    fixture.store.shrink(&mut fixture.shrinker).expect("compacted");
+    fixture.put(4000..4001, true).expect("room");
+    assert_eq!(fixture.store.metrics().pages_on_disk.get(), 0);
+    assert!(fixture.store.metrics().pages_compacted.get() > 0);
+    end(&fixture.store);
+}
+
+#[test]
+fn shrinking_goes_on_after_an_error_of_the_disk() {
+    let disk = Faults::new(MemoryDisk::new(40 * SEGMENT_BYTES), "write:1:eio").expect("rules");
+    let mut fixture = Fixture::new(1000, disk_of(40, disk));
+    let shrinks = |fixture: &Fixture| fixture.store.wants_shrinking();
+    let mut stored = 0;
+    let mut store_until_it_shrinks = |fixture: &mut Fixture| {
+        let first = stored;
+        while !shrinks(fixture) && stored < first + 100 + 900 * u32::from(first == 0) {
+            fixture.put(stored..stored + 1, true).expect("room");
+            stored += 1;
+        }
+        shrinks(fixture)
+    };
+    assert!(store_until_it_shrinks(&mut fixture));
+    assert!(fixture.store.shrink(&mut fixture.shrinker).is_err());
+    // The shrinkers sleep now: the next store that finds the pool nearly full has to wake them.
+    assert!(!shrinks(&fixture));
+    assert!(store_until_it_shrinks(&mut fixture), "nobody shrinks the pool ahead of the limit any more");
+    while fixture.store.shrink(&mut fixture.shrinker).expect("room") {}
+    end(&fixture.store);
+}
+
 #[test]
 fn a_store_waits_while_there_can_be_room_and_is_refused_when_there_cannot() {
     let mut fixture = Fixture::new(200, memory_disk(4));
