@@ -323,7 +323,8 @@ fn stopping() -> impl FnMut(&Shared) -> Result<bool, Error> {
             }
             leaked => leaked?,
         };
-        say("stopping: nothing is moved any more, and every page is dropped".into());
+        let wiped = store.backing().map_or("", |_| "; the key of the backing disk is wiped");
+        say(format!("stopping: nothing is moved any more, and every page is dropped{wiped}"));
         for Leaked { size, slot } in leaked.iter().take(SHOWN) {
             let slot = slot.map_or("none".into(), |slot| slot.to_string());
             eprintln!("zswapd-pager: leaked: an object of {size} bytes, of slot {slot} as it says");

@@ -61,8 +61,8 @@ pub struct Options {
     pub encryption: bool,
 }
 
-/// All methods take `&self` and may be called from several threads. Dropping it wipes the key: what the disk holds is
-/// then noise.
+/// All methods take `&self` and may be called from several threads. Dropping it wipes the key, as [`Backing::wipe_key`]
+/// does.
 pub struct Backing {
     disk: Box<dyn Disk>,
     cipher: Cipher,
@@ -211,6 +211,11 @@ impl Backing {
     /// A cleaning was given up, for a reason that is not the segment's: a failed write, no budget, the end.
     pub fn put_back(&self, victim: Victim) {
         self.change(|table| table.end_cleaning(victim.segment, false));
+    }
+
+    /// Forgets the key: what the disk holds is noise from now on. For the end, when nobody reads or writes any more.
+    pub fn wipe_key(&self) {
+        self.cipher.wipe();
     }
 
     fn offset_of(segment: u32) -> u64 {

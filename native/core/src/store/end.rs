@@ -2,6 +2,7 @@
 
 use super::disk::Writeback;
 use super::Store;
+use crate::backing::Backing;
 use crate::error::{Error, Result};
 use crate::gate::Gate;
 use crate::object;
@@ -52,7 +53,7 @@ impl Store {
     }
 
     /// The end: waits for who is at work on the store (each for `patience` at most), and returns the objects that still
-    /// live. There should be none.
+    /// live. There should be none. The key of the backing disk is wiped then.
     ///
     /// To be called when all slots have been emptied, no page operation is in flight, and none will come; nothing is
     /// written back, cleaned or moved any more. In this order: shrinkers and cleaners still free what they had under
@@ -68,7 +69,11 @@ impl Store {
             leaked.push(Leaked { size, slot: object::slot_of(object) });
         });
         match moving {
-            0 => Ok(leaked),
+            0 => {
+                // Here, since other threads hold on to the store as long as the process lives.
+                self.backing().into_iter().for_each(Backing::wipe_key);
+                Ok(leaked)
+            }
             movers => Err(Error::Busy { writebacks, cleanings, movers }),
         }
     }

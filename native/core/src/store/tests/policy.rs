@@ -1,7 +1,7 @@
 //! Which pages go, when, and when that ends.
 
 use super::*;
-use crate::backing::Faults;
+use crate::backing::{Faults, ReadBuffer};
 use crate::error::Error;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
@@ -262,6 +262,24 @@ fn the_hook_is_called_before_the_disk_is_read_and_only_then() {
     fixture.read(0);
     assert_eq!(calls.load(Relaxed), 1);
     end(&fixture.store);
+}
+
+/// In the pager, threads that never end hold on to the store.
+#[test]
+fn the_end_wipes_the_key_and_what_is_on_the_disk_is_noise() {
+    let mut fixture = Fixture::new(100, memory_disk(40));
+    fixture.put(0..1, true).expect("room");
+    fixture.write_back(What::All);
+    let word = fixture.store.slots.lock(0).word();
+    let Entry::Disk(at) = word.entry() else { panic!("not on the disk") };
+    let (backing, key) = (fixture.store.backing().expect("a disk"), &fixture.store.state.cipher().key);
+    let mut buffer = ReadBuffer::new().expect("memory");
+    let mut read = || backing.read(at, 0, word.generation(), &mut buffer).map(|_| ());
+    read().expect("readable");
+    assert!(key.iter().any(|word| word.load(Relaxed) != 0));
+    end(&fixture.store);
+    assert!(key.iter().all(|word| word.load(Relaxed) == 0), "the key is still there");
+    assert!(matches!(read(), Err(Error::Corrupt { .. })), "its schedule is still there");
 }
 
 /// A flipped bit in the pool costs the page, whoever comes across it; it does not go to the disk as if it were whole.
