@@ -93,11 +93,16 @@ def attach(config: Config, unsafe: bool, forgetting: bool, as_json: bool) -> Non
 
 
 @cli.command()
-@click.option("--force", is_flag=True, help="Skip the checks: memory may run out, or the daemon have died.")
+@click.option(
+    "--force", is_flag=True, help="Skip the checks: memory may run out, pages be lost, or the daemon have died."
+)
 @_json
 @click.pass_obj
 def detach(config: Config, force: bool, as_json: bool) -> None:
-    """Bring every page back into memory and take the swap area away."""
+    """Bring every page back into memory and take the swap area away.
+
+    Ends early if a page cannot be read; with --force that page is given up, and the exit status is 1 all the same.
+    """
     dead = force and _is_dead(config.swap.mount_point)
     with _DetachProgress(quiet=as_json) as progress:
         detached = _run(
@@ -140,7 +145,7 @@ def status(config: Config, classes: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("what", type=click.Choice(["all", "idle", "huge", "page"]))
+@click.argument("what", type=click.Choice(["all", "idle", "huge", "page", "resume"]))
 @click.argument("number", type=click.IntRange(min=0), required=False)
 @click.option(
     "--older",
@@ -153,10 +158,12 @@ def status(config: Config, classes: bool, as_json: bool) -> None:
 def writeback(config: Config, what: str, number: int | None, older: int | None, as_json: bool) -> None:
     """Move pages to the backing disk: all, those marked idle, those that do not compress (huge), or page NUMBER.
 
+    resume: write again to a disk that has failed, without waiting for the pager to try it.
+
     Exit status 2 if the disk or the budget ended it early.
     """
     if (number is None) == (what == "page"):
-        raise click.UsageError("page takes the number of a slot; all, idle and huge take none")
+        raise click.UsageError("page takes the number of a slot; the others take none")
     if older and what != "idle":
         raise click.UsageError("--older goes with idle")
     order = what if number is None else f"page {number}"
@@ -167,6 +174,8 @@ def writeback(config: Config, what: str, number: int | None, older: int | None, 
         )
     if as_json:
         _print_json(dataclasses.asdict(written))
+    elif what == "resume":
+        click.echo("the backing disk is written to again")
     else:
         click.echo(f"written back: {written.pages:,} pages, {format_size(written.bytes)} of the pool freed")
     if written.ended != "done":

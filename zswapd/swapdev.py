@@ -239,6 +239,8 @@ async def _attach(mount_point: Path, priority: int, discard: bool) -> Attachment
     _set_writeback_throttling(device, "0")
     await _run("mkswap", device)
     await _run("swapon", "--priority", str(priority), *(["--discard"] if discard else []), device)
+    # A zswapctl that died in the middle of a detach has left it off.
+    await _promote(await trio.to_thread.run_sync(_find_pager, mount_point), True)
     attached = discover(mount_point)
     if attached is None or not attached.is_swap:
         raise SwapError(f"swapon succeeded, but /proc/swaps does not list {device}")
@@ -265,7 +267,9 @@ async def detach(
     answer. `progress` is called with what remains. Takes as long as reading every page back does.
 
     Raises SwapError or DaemonError. On failure or cancellation the swap stays in use and everything goes on
-    serving; cancelling waits for the kernel to leave swapoff, which it does between two processes' pages.
+    serving; cancelling waits for the kernel to leave swapoff, which it does between two processes' pages. It is
+    cancelled so, unless `force`, when the pager cannot read a page: swapoff gives up such a page for ever. Pages that
+    were lost that way are an error even if all else went well and nothing is attached any more.
     """
     _require_root()
     detached = discover(mount_point)
@@ -283,23 +287,36 @@ async def detach(
     async with _exclusive(mount_point):
         if not force and (attached := discover(mount_point)):
             await trio.to_thread.run_sync(refuse_full, attached, abandon_on_cancel=True)
-        await _dismantle(mount_point, progress)
+        unread = await _dismantle(mount_point, progress, force=force)
     await _reset(mount_point)
+    if unread:
+        raise SwapError(
+            f"detached: {detached.loop_device}, but {unread} reads of pages failed: those pages are lost",
+            "what they belong to gets SIGBUS when it needs them; see the log of zswapd, and dmesg",
+        )
     return detached
 
 
-async def _dismantle(mount_point: Path, progress: Callable[[Remaining], None] = lambda remaining: None) -> None:
+async def _dismantle(
+    mount_point: Path, progress: Callable[[Remaining], None] = lambda remaining: None, *, force: bool = True
+) -> int:
+    """Takes away what is attached. Returns how many reads of pages have failed."""
+    unread = 0
     while attached := discover(mount_point):
         if attached.is_swap:
-            await _swapoff(mount_point, attached.loop_device, progress)
+            unread += await _swapoff(mount_point, attached.loop_device, progress, force=force)
         _set_writeback_throttling(attached.loop_device, "-1")
         await _free_loop(mount_point, attached.loop_device)
+    return unread
 
 
-async def _swapoff(mount_point: Path, device: str, progress: Callable[[Remaining], None]) -> None:
+async def _swapoff(mount_point: Path, device: str, progress: Callable[[Remaining], None], *, force: bool = True) -> int:
+    """Returns how many reads of pages have failed meanwhile; unless `force`, the first one ends it: SwapError."""
     # Goes on after a cancellation, until swapoff has really ended.
     reporting = trio.CancelScope(shield=True)
+    reading = trio.CancelScope()
     pager = await trio.to_thread.run_sync(_find_pager, mount_point)
+    failed_before, unreadable_before = _failed_reads(pager)
 
     async def report() -> None:
         with reporting:
@@ -307,14 +324,18 @@ async def _swapoff(mount_point: Path, device: str, progress: Callable[[Remaining
                 for area in read_swaps():
                     if area.path == device:
                         progress(_remaining(area.used_bytes, pager))
+                if not force and _failed_reads(pager)[1] > unreadable_before:
+                    reading.cancel()
                 await trio.sleep(POLL_SECONDS)
 
     failure: SwapError | None = None
+    result: CompletedProcess[bytes] | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(report)
         try:
             await _promote(pager, False)
-            result = await _run("swapoff", device, check=False)
+            with reading:
+                result = await _run("swapoff", device, check=False)
         except SwapError as error:  # not out of the nursery: it would come as a group
             failure = error
         finally:
@@ -327,7 +348,15 @@ async def _swapoff(mount_point: Path, device: str, progress: Callable[[Remaining
     # Not the exit status: a signal that comes when the last page is back kills a swapoff that has succeeded.
     attached = discover(mount_point)
     if attached is None or not attached.is_swap:
-        return
+        return _failed_reads(pager)[0] - failed_before
+    remaining = format_size(attached.used_bytes)
+    stays = f"{device} stays in use with {remaining}, everything goes on serving"
+    if result is None:
+        unread = _failed_reads(pager)[1] - unreadable_before
+        raise SwapError(
+            f"{unread} reads of pages failed, and swapoff gives up such pages for ever; {stays}",
+            "see dmesg and the backing disk, then detach again; --force gives up what cannot be read",
+        )
     reason = result.stderr.decode(errors="replace").strip() or f"swapoff ended with status {result.returncode}"
     hint = "see the kernel log (dmesg)"
     if "Cannot allocate memory" in reason or result.returncode == -9:
@@ -337,8 +366,15 @@ async def _swapoff(mount_point: Path, device: str, progress: Callable[[Remaining
             hint += "; vm.overcommit_memory is 2: the commit limit must hold without this swap too"
     elif "Invalid argument" in reason:
         hint = "another swapoff of it may be running: it ends by itself"
-    remaining = format_size(attached.used_bytes)
-    raise SwapError(f"{reason}; {device} stays in use with {remaining}, everything goes on serving", hint)
+    raise SwapError(f"{reason}; {stays}", hint)
+
+
+def _failed_reads(pager: Pager | None) -> tuple[int, int]:
+    """Reads of pages that have failed so far: all, and those but for pages that were lost already."""
+    if pager is None:
+        return 0, 0
+    errors = pager.stats()["errors"]
+    return sum(errors.values()), errors["disk"] + errors["corrupt"]
 
 
 def _remaining(used_bytes: int, pager: Pager | None) -> Remaining:

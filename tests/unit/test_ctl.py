@@ -340,3 +340,11 @@ def test_stop_says_whether_there_was_a_pager(monkeypatch: pytest.MonkeyPatch, en
 
 def test_a_writeback_that_a_takeover_cut_off_is_not_done_twice_but_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "another pager has taken over" in str(command._explained(InterruptedError(errno.EINTR, "gone")))
+
+
+def test_a_disk_is_written_to_again_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pager = WritingPager(Written(0, 0, "done"))
+    monkeypatch.setattr(command, "Pager", lambda mount_point: pager)
+    result = run("writeback", "resume")
+    assert (result.exit_code, result.stdout) == (0, "the backing disk is written to again\n")
+    assert pager.told == ["resume"]

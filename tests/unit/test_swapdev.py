@@ -323,10 +323,11 @@ class DiskPager:
     def __init__(self, state: str) -> None:
         self.state = state
         self.told: list[bool] = []
+        self.errors = {"lost": 5, "corrupt": 0, "disk": 1}
 
     def stats(self) -> Any:
         disk = writeback(state=self.state, writebacks_in_flight=2, cleanings_in_flight=1)
-        return {"pages": {"on_disk": 7}, "writeback": disk}
+        return {"pages": {"on_disk": 7}, "errors": self.errors, "writeback": disk}
 
     def promote(self, on: bool) -> None:
         self.told.append(on)
@@ -364,3 +365,61 @@ async def test_a_failed_swapoff_lets_pages_go_to_the_pool_again(monkeypatch: pyt
     with pytest.raises(SwapError, match="cannot be run"):
         await swapdev._swapoff(MOUNT_POINT, OURS.loop_device, lambda remaining: None)
     assert pager.told == [False, True]
+
+
+async def test_what_is_attached_may_go_to_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A zswapctl that died in the middle of a detach has left it off."""
+    pager = DiskPager("ok")
+
+    async def run(*command: str, check: bool = True) -> CompletedProcess[bytes]:
+        return CompletedProcess(command, 0, OURS.loop_device.encode(), b"")
+
+    monkeypatch.setattr(swapdev, "_find_pager", lambda mount_point: pager)
+    monkeypatch.setattr(swapdev, "_run", run)
+    monkeypatch.setattr(swapdev, "discover", lambda mount_point: OURS)
+    monkeypatch.setattr(swapdev, "_set_writeback_throttling", lambda device, target: None)
+    assert await swapdev._attach(MOUNT_POINT, 1, discard=False) == OURS
+    assert pager.told == [True]
+
+
+@pytest.mark.parametrize("kind", ["disk", "corrupt", "lost"])
+@pytest.mark.parametrize("force", [False, True])
+async def test_a_page_that_cannot_be_read_ends_swapoff_and_is_counted(
+    monkeypatch: pytest.MonkeyPatch, kind: str, force: bool
+) -> None:
+    pager = DiskPager("ok")
+    attached: list[Attachment | None] = [OURS]
+
+    async def swapoff(*command: str, check: bool = True) -> CompletedProcess[bytes]:
+        pager.errors = {**pager.errors, kind: pager.errors[kind] + 2}
+        # As long as nobody ends it.
+        with trio.move_on_after(60 if kind != "lost" and not force else 1):
+            await trio.sleep_forever()
+        attached[0] = None
+        return CompletedProcess(command, 0, b"", b"")
+
+    monkeypatch.setattr(swapdev, "_find_pager", lambda mount_point: pager)
+    monkeypatch.setattr(swapdev, "_run", swapoff)
+    monkeypatch.setattr(swapdev, "discover", lambda mount_point: attached[0])
+    off = swapdev._swapoff(MOUNT_POINT, OURS.loop_device, lambda remaining: None, force=force)
+    if force or kind == "lost":  # trying again would not bring it back
+        assert await off == 2
+    else:
+        with pytest.raises(SwapError, match=r"2 reads of pages failed.*stays in use"):
+            await off
+    assert pager.told == [False, True]
+
+
+async def test_a_detach_that_has_lost_pages_is_no_success(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def nothing(*_: object) -> None:
+        pass
+
+    async def dismantled(*_: object, force: bool) -> int:
+        return 3
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(swapdev, "discover", lambda mount_point: OURS)
+    monkeypatch.setattr(swapdev, "_dismantle", dismantled)
+    monkeypatch.setattr(swapdev, "_reset", nothing)
+    with pytest.raises(SwapError, match="detached: /dev/loop3, but 3 reads of pages failed"):
+        await swapdev.detach(tmp_path / "mnt", force=True)

@@ -20,6 +20,7 @@
 //! | `idle all` | `ok pages=N`: so many pages of the pool are marked as idle now |
 //! | `idle SECONDS` | the same, after marking only those that nobody has used for so long |
 //! | `writeback all`, `idle`, `huge`, `page N` | `ok pages=N bytes=N end=...`: so many pages were written back, and so much of the pool freed; EBUSY while another writeback or `shrink` is under way |
+//! | `writeback resume` | the same, of no pages: a disk that has failed is written to again |
 //! | `shrink BYTES` | the same, of the coldest pages, until so much of the pool is free |
 //! | `writeback-limit BYTES`, `none` | `ok`: so much may still be written to the disk |
 //! | `writeback-limit +BYTES` | `ok`: so much more, from 0 if there was no limit |
@@ -184,6 +185,8 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
             let descriptor = shared.relay.connect().map_err(system("another zswapd is connected"))?;
             // The last one may have been killed between `drain` and `stop`.
             shared.gate().open();
+            // Or in the middle of a detach, as may be a zswapctl.
+            shared.engine.store().set_promoting(true);
             Ok(Reply::Descriptor(descriptor))
         }
         ["compact"] => {
@@ -214,6 +217,11 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
         ["writeback", "page", page] => {
             let last = shared.engine.store().slots() - 1;
             sweep(shared, What::Page(number(page, "page", 0..=last as u32)?))
+        }
+        ["writeback", "resume"] => {
+            backing(shared)?.resume();
+            shared.engine.store().ask_for_shrinking();
+            Ok(Reply::Text("pages=0 bytes=0 end=done".into()))
         }
         ["shrink", bytes] => sweep(shared, What::Coldest { bytes: number(bytes, "size in bytes", 0..=u64::MAX)? }),
         ["writeback-limit", "none"] => {
@@ -331,7 +339,8 @@ fn stopping() -> impl FnMut(&Shared) -> Result<bool, Error> {
             }
             leaked => leaked?,
         };
-        say("stopping: nothing is moved any more, and every page is dropped".into());
+        let wiped = store.backing().map_or("", |_| "; the key of the backing disk is wiped");
+        say(format!("stopping: nothing is moved any more, and every page is dropped{wiped}"));
         for Leaked { size, slot } in leaked.iter().take(SHOWN) {
             let slot = slot.map_or("none".into(), |slot| slot.to_string());
             eprintln!("zswapd-pager: leaked: an object of {size} bytes, of slot {slot} as it says");

@@ -10,12 +10,14 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use zswapd_core::error::Error;
 use zswapd_core::store::{Cleaner, Job, Shrinker, What};
 
 /// How long the sweeper waits for the cleaner before it looks again.
 const PAUSE: Duration = Duration::from_millis(10);
+/// How long a disk that has failed, or segments of it, are left alone before they are tried again.
+const RETRY: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
 
 /// How a sweep has ended.
 #[derive(Debug)]
@@ -95,13 +97,18 @@ fn shrink(shared: &Shared, shrinker: &mut Shrinker) {
     }
 }
 
-/// Cleans the disk when it is worth it, for ever.
+/// Cleans the disk when it is worth it, and tries again from time to time what has failed, for ever.
 fn clean(shared: &Shared, cleaner: &mut Cleaner) {
     let store = shared.engine.store();
     store.become_cleaner();
+    let mut retry = Instant::now() + RETRY;
     loop {
+        if Instant::now() >= retry {
+            let _noted = noted(shared, store.try_disk_again(cleaner));
+            retry = Instant::now() + RETRY;
+        }
         if !(store.wants_cleaning() && noted(shared, store.clean(cleaner)).unwrap_or(false)) {
-            thread::park();
+            thread::park_timeout(retry.saturating_duration_since(Instant::now()));
         }
     }
 }

@@ -34,7 +34,7 @@ static COUNTED: Counted = Counted;
 fn nothing_allocates_on_the_way_of_a_page() {
     for encryption in [true, false] {
         let Fixture { backing, mut writer, mut buffer, .. } =
-            Fixture::new(3, encryption, "write:3:eio,read:2:eio,read:3:flip");
+            Fixture::new(3, encryption, "write:3:eio,read:2:eio,read:3-4:flip");
         let (mut cleaner, object) = (CleanBuffer::new().expect("a buffer"), object(1, BLOCK - RECORD_HEADER - TAG));
         let before = COUNT.get();
         for _ in 0..2 {

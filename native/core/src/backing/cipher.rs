@@ -16,21 +16,22 @@ use crate::sync::Ordering::Relaxed;
 use aes_gcm::aead::AeadInOut;
 use aes_gcm::{Aes256Gcm, KeyInit, Nonce, Tag};
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use xxhash_rust::xxh3::{xxh3_128_with_seed, xxh3_64};
 use zeroize::Zeroizing;
 
 pub struct Cipher {
     state: Arc<State>,
-    /// Its copy of the key is wiped when dropped. In a box: moved, it would leave a copy behind.
-    encryption: Option<Box<Aes256Gcm>>,
+    /// None inside: it is wiped, as it is when dropped. In a box: moved, it would leave a copy behind. The lock is taken
+    /// for writing once, at the end, so that nobody waits for it.
+    encryption: Option<RwLock<Option<Box<Aes256Gcm>>>>,
 }
 
 impl Cipher {
     /// With the state's key, or a new one, from the system's randomness. Errors: [`Error::System`] without any.
     pub fn new(encryption: bool, state: Arc<State>) -> Result<Cipher> {
         let gcm = |key: Zeroizing<[[u8; 8]; 4]>| {
-            Box::new(Aes256Gcm::new_from_slice(key.as_flattened()).expect("a key of 32 bytes"))
+            RwLock::new(Some(Box::new(Aes256Gcm::new_from_slice(key.as_flattened()).expect("a key of 32 bytes"))))
         };
         let encryption = encryption.then(|| key(&state)).transpose()?.map(gcm);
         Ok(Cipher { state, encryption })
@@ -53,11 +54,18 @@ impl Cipher {
         let associated = associated(header, at);
         tag.copy_from_slice(&match &self.encryption {
             None => checksum(&associated, object),
-            Some(gcm) => {
-                let tag = gcm.encrypt_inout_detached(&nonce_of(header), &associated, sealed.into());
-                // Its one error is an object of 64 GiB.
-                <[u8; TAG]>::from(tag.expect("an object of at most a page"))
-            }
+            Some(gcm) => match &*gcm.read().unwrap_or_else(PoisonError::into_inner) {
+                Some(gcm) => {
+                    let tag = gcm.encrypt_inout_detached(&nonce_of(header), &associated, sealed.into());
+                    // Its one error is an object of 64 GiB.
+                    <[u8; TAG]>::from(tag.expect("an object of at most a page"))
+                }
+                // Nobody should; and nothing goes out readable.
+                None => {
+                    sealed.fill(0);
+                    [0; TAG]
+                }
+            },
         });
     }
 
@@ -67,11 +75,6 @@ impl Cipher {
         let nonce = self.state.cipher().next_nonce.fetch_add(1, Relaxed);
         crash_point("after the nonce");
         nonce
-    }
-
-    /// Wipes the state's key: what was sealed with it cannot be read any more by who opens the state.
-    pub fn wipe_key(&self) {
-        self.state.cipher().key.iter().for_each(|word| word.store(0, Relaxed));
     }
 
     /// The object of a record that was read at `at`, decrypted in place: at most once. None if it is not what was
@@ -88,10 +91,20 @@ impl Cipher {
         match &self.encryption {
             None => (checksum(&associated, object) == *tag).then_some(object),
             Some(gcm) => {
-                let nonce = nonce_of(header);
-                let opened = gcm.decrypt_inout_detached(&nonce, &associated, (&mut *object).into(), &Tag::from(*tag));
+                let gcm = gcm.read().unwrap_or_else(PoisonError::into_inner);
+                let (nonce, tag) = (nonce_of(header), Tag::from(*tag));
+                let opened = gcm.as_ref()?.decrypt_inout_detached(&nonce, &associated, (&mut *object).into(), &tag);
                 opened.ok().map(|()| &*object)
             }
+        }
+    }
+
+    /// Forgets the key, for this process and for who opens the state: what was encrypted with it opens no more, and
+    /// nothing can be sealed.
+    pub fn wipe(&self) {
+        self.state.cipher().key.iter().for_each(|word| word.store(0, Relaxed));
+        if let Some(gcm) = &self.encryption {
+            *gcm.write().unwrap_or_else(PoisonError::into_inner) = None;
         }
     }
 }

@@ -45,7 +45,7 @@ use crate::metrics::SharedMetrics;
 use crate::state::State;
 use crate::sync::{AtomicU64, MODEL};
 use cipher::Cipher;
-use record::MAX_DISK_BYTES;
+use record::{MAX_DISK_BYTES, RECORD_HEADER};
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::Arc;
@@ -117,11 +117,6 @@ impl Backing {
         self.change(|table| table.adopt(at))
     }
 
-    /// Wipes the key: what the disk holds is noise for who opens the state.
-    pub fn wipe_key(&self) {
-        self.cipher.wipe_key();
-    }
-
     /// A record is dead: no slot names it, and nobody reads it. Takes the lock `Backing`; does not touch the disk.
     pub fn free(&self, at: DiskLocation) {
         self.change(|table| table.free(at));
@@ -129,7 +124,7 @@ impl Backing {
     }
 
     /// Reads a record's object, as it was given to [`Writer::add`]: the blocks that it lies in, and for a request that
-    /// wants more pages those behind it.
+    /// wants more pages those behind it. Twice, if it is not what was written: the fault may be the first reading's.
     ///
     /// Waits for the disk, unless the buffer has them already. The caller holds the slot's lock, so that the record is
     /// not freed meanwhile.
@@ -146,8 +141,19 @@ impl Backing {
         if bytes.end > self.metrics.backing_bytes.get() {
             return Err(Error::Corrupt { slot });
         }
-        let record = buffer.record(self, bytes).map_err(|source| Error::DiskRead { slot, source })?;
-        self.cipher.open(record, slot, generation, at).ok_or(Error::Corrupt { slot })
+        let mut open = |again: bool| {
+            if again {
+                buffer.forget();
+            }
+            let place = buffer.record(self, bytes.clone()).map_err(|source| Error::DiskRead { slot, source })?;
+            let object = self.cipher.open(&mut buffer.bytes[place.clone()], slot, generation, at).map(<[u8]>::len);
+            Ok(object.map(|length| place.start + RECORD_HEADER..place.start + RECORD_HEADER + length))
+        };
+        let object = match open(false)? {
+            None => open(true)?.ok_or(Error::Corrupt { slot })?,
+            Some(object) => object,
+        };
+        Ok(&buffer.bytes[object])
     }
 
     /// Reads blocks for a load, and counts that.
@@ -171,14 +177,19 @@ impl Backing {
         self.table.lock().is_failed()
     }
 
-    /// Writes nothing any more, as after three failed writes in a row.
+    /// Writes nothing any more, as after three failed writes in a row, until [`Writer::probe`] goes well.
     pub fn fail(&self) {
         self.change(Table::fail);
     }
 
-    /// Writes again, also to segments that could not be written.
+    /// Writes again, also to segments that could not be written, and cleans those that could not be read.
     pub fn resume(&self) {
         self.change(Table::resume);
+    }
+
+    /// As [`Backing::resume`] for the segments of a disk that has not failed.
+    pub fn give_segments_another_chance(&self) {
+        self.change(Table::give_another_chance);
     }
 
     /// Sets how many bytes may still be written, for evictions and cleaning together. None: no limit.
@@ -209,7 +220,7 @@ impl Backing {
     }
 
     /// The end of a cleaning: all live records were moved, or the segment cannot be read. It is free if nothing lives in
-    /// it; else it is not picked again, and free when its last record is.
+    /// it; else it is not picked again before it is given another chance, and free when its last record is.
     pub fn release(&self, victim: Victim) {
         if self.change(|table| table.end_cleaning(victim.segment, true)) {
             self.metrics.cleaned_segments.add(1);
@@ -219,6 +230,11 @@ impl Backing {
     /// A cleaning was given up, for a reason that is not the segment's: a failed write, no budget, the end.
     pub fn put_back(&self, victim: Victim) {
         self.change(|table| table.end_cleaning(victim.segment, false));
+    }
+
+    /// Forgets the key: what the disk holds is noise from now on. For the end, when nobody reads or writes any more.
+    pub fn wipe_key(&self) {
+        self.cipher.wipe();
     }
 
     fn offset_of(segment: u32) -> u64 {

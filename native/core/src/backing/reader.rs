@@ -18,8 +18,8 @@ const AHEAD_PER_PAGE: usize = 2 << 10;
 ///
 /// Pages that were evicted one after the other lie so on the disk: a request for several needs one transfer then.
 pub struct ReadBuffer {
-    buffer: ZeroedTable<u8>,
-    /// What it holds of the disk, and where in the buffer that begins. Behind the last record that was opened, since
+    pub(super) bytes: ZeroedTable<u8>,
+    /// What it holds of the disk, and where in `bytes` that begins. Behind the last record that was opened, since
     /// that is done in place.
     held: Range<u64>,
     at: usize,
@@ -33,9 +33,9 @@ impl ReadBuffer {
     /// Errors: [`crate::error::Error::System`] without memory.
     pub fn new() -> Result<ReadBuffer> {
         let bytes = RECORD_BLOCKS + MOST_AHEAD;
-        let buffer = ZeroedTable::new(bytes)?;
-        buffer.populate(0..bytes)?;
-        Ok(ReadBuffer { buffer, held: 0..0, at: 0, writes: 0, ahead: 0 })
+        let table = ZeroedTable::new(bytes)?;
+        table.populate(0..bytes)?;
+        Ok(ReadBuffer { bytes: table, held: 0..0, at: 0, writes: 0, ahead: 0 })
     }
 
     /// Begins a request: forgets what is held.
@@ -48,8 +48,8 @@ impl ReadBuffer {
         self.ahead = pages.saturating_mul(AHEAD_PER_PAGE).min(MOST_AHEAD);
     }
 
-    /// The bytes of a record, to be opened in place; read from the disk if they are not held.
-    pub(super) fn record(&mut self, backing: &Backing, bytes: Range<u64>) -> io::Result<&mut [u8]> {
+    /// Where in `bytes` a record is, to be opened in place; read from the disk if it is not held.
+    pub(super) fn record(&mut self, backing: &Backing, bytes: Range<u64>) -> io::Result<Range<usize>> {
         let writes = backing.writes.load(Acquire);
         if !(self.held.start <= bytes.start && bytes.end <= self.held.end && self.writes == writes) {
             let block = BLOCK as u64;
@@ -57,14 +57,14 @@ impl ReadBuffer {
             let segment_end = (bytes.start / SEGMENT_BYTES as u64 + 1) * SEGMENT_BYTES as u64;
             let end = (bytes.end + self.ahead as u64).min(segment_end).max(bytes.end).next_multiple_of(block);
             self.held = 0..0;
-            backing.transfer(start, &mut self.buffer[..(end - start) as usize])?;
+            backing.transfer(start, &mut self.bytes[..(end - start) as usize])?;
             (self.held, self.at, self.writes) = (start..end, 0, writes);
         }
         let skipped = (bytes.start - self.held.start) as usize;
         let length = (bytes.end - bytes.start) as usize;
         let record = self.at + skipped..self.at + skipped + length;
         (self.held.start, self.at) = (bytes.end, record.end);
-        Ok(&mut self.buffer[record])
+        Ok(record)
     }
 }
 

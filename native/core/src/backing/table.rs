@@ -6,8 +6,8 @@
 //!   └── nothing live ─┴──> RETIRED          └──> FREE              └──> RETIRED
 //! ```
 //!
-//! A RETIRED segment is not written and not cleaned. It is free again when its last record is, or when the operator
-//! says that the disk is well again.
+//! A RETIRED segment is not written and not cleaned. It is free again when its last record is; and from time to time all
+//! of them are given another chance.
 //!
 //! **What cleaning may cost.** To move what is live in a segment that is `u` full costs `u` and gains `1 - u`. Cleaning
 //! begins when few segments are free, with those that are at most 60 % live ([`SPARSE`]). When there is none left to
@@ -34,7 +34,8 @@ const SPARSE: usize = GROUPS * 60 / 100;
 const DENSE: usize = GROUPS * 80 / 100;
 /// A segment takes at least this much before a record does not fit.
 const FILLED: u64 = (SEGMENT_BYTES - MAX_RECORD + UNIT) as u64;
-/// So many failed writes, one after the other, and the disk counts as failed.
+/// So many failed writes, one after the other, and the disk counts as failed. Those that were under way at the same time
+/// count once: it is one trouble that has hit them.
 const ERRORS: u32 = 3;
 
 const NONE: u32 = u32::MAX;
@@ -88,7 +89,7 @@ struct List {
 }
 
 /// Guarded by the lock `Backing`. Nothing here allocates but `new`, and nothing takes longer for a larger disk but
-/// `new` and `resume`.
+/// `new` and `give_another_chance`.
 pub struct Table {
     segments: Box<[Segment]>,
     lists: [List; LISTS],
@@ -164,10 +165,12 @@ impl Table {
         Ok(index)
     }
 
-    /// So many bytes are about to be written to a segment that was taken.
-    pub fn writing(&mut self, bytes: u64) {
+    /// So many bytes are about to be written to a segment that was taken. Returns what [`Table::write_failed`] is to be
+    /// told.
+    pub fn writing(&mut self, bytes: u64) -> u32 {
         self.promised -= SEGMENT_BYTES as u64;
         self.budget = self.budget.map(|left| left.saturating_sub(bytes));
+        self.errors_in_a_row
     }
 
     /// All records of the segment are live.
@@ -178,9 +181,12 @@ impl Table {
         self.live += u64::from(records);
     }
 
-    /// The segment is no longer the writer's. It is not tried again soon, unless the cleaner has no other.
-    pub fn write_failed(&mut self, index: u32) {
-        self.errors_in_a_row += 1;
+    /// The segment is no longer the writer's. It is not tried again soon, unless the cleaner has no other. `errors` is
+    /// what [`Table::writing`] has returned: if there was another error since then, this one is of the same trouble.
+    pub fn write_failed(&mut self, index: u32, errors: u32) {
+        if self.errors_in_a_row <= errors {
+            self.errors_in_a_row += 1;
+        }
         self.failed |= self.errors_in_a_row >= ERRORS;
         let spared = self.free_segments() < RESERVE + 1;
         self.set_state(index, if spared { State::Free } else { State::Retired });
@@ -293,9 +299,23 @@ impl Table {
         self.failed = true;
     }
 
-    /// The disk is well again, and all of its segments are.
+    /// A free segment of a disk that has failed, to be written and finished, to see whether it is well again. None
+    /// without budget.
+    pub fn probe(&mut self) -> Option<u32> {
+        let index = Some(self.lists[FREE].first).filter(|&index| index != NONE && self.failed && self.has_budget())?;
+        self.set_state(index, State::Filling);
+        self.promised += SEGMENT_BYTES as u64;
+        Some(index)
+    }
+
+    /// The disk is well again, and all of its segments are, as far as is known.
     pub fn resume(&mut self) {
         (self.failed, self.errors_in_a_row) = (false, 0);
+        self.give_another_chance();
+    }
+
+    /// Segments that were left alone are written and cleaned again.
+    pub fn give_another_chance(&mut self) {
         while self.lists[RETIRED].first != NONE {
             self.set_state(self.lists[RETIRED].first, State::Sealed);
         }

@@ -245,6 +245,56 @@ fn a_failed_write_leaves_nothing_and_three_in_a_row_are_the_end() {
 }
 
 #[test]
+fn writes_that_fail_at_the_same_time_are_one_error() {
+    let Fixture { backing, metrics, .. } = Fixture::new(16, true, "");
+    let mut writers: Vec<_> = (0..4).map(|_| Writer::new().expect("a writer")).collect();
+    let mut begun = [0; 4];
+    for round in 1..=3 {
+        for writer in &mut writers {
+            assert!(!backing.is_failed(), "round {round}");
+            writer.begin(&backing, Purpose::Evict).expect("room");
+            writer.add(&backing, 1, 1, &[7; 100]).expect("fits");
+        }
+        // As `write` does, but all at once.
+        begun.fill_with(|| backing.change(|table| table.writing(0)));
+        for (writer, errors) in writers.iter_mut().zip(begun) {
+            let (segment, _) = writer.segment.take().expect("begun");
+            backing.change(|table| table.write_failed(segment, errors));
+            writer.finish(&backing);
+        }
+    }
+    assert!(backing.is_failed());
+    backing.resume();
+    assert_eq!(metrics.backing_free_bytes.get(), metrics.backing_bytes.get());
+}
+
+#[test]
+fn a_disk_that_has_failed_is_tried_with_a_segment_and_goes_on() {
+    let mut fixture = Fixture::new(8, true, "write:2-5:eio");
+    let record = fixture.write(&[object(0, 4000)]).expect("written")[0];
+    let probe = |fixture: &mut Fixture| fixture.writer.probe(&fixture.backing);
+    // One that has not failed is not written for that.
+    probe(&mut fixture).expect("nothing is done");
+    assert_eq!(fixture.metrics.cleaning_bytes.get(), 0);
+    (0..3).for_each(|_| assert!(fixture.write(&objects(&[4000])).is_err()));
+    let free = fixture.free_segments();
+    assert!(matches!(probe(&mut fixture), Err(Error::DiskWrite(_))));
+    assert!(fixture.backing.is_failed());
+    assert_eq!((fixture.free_segments(), fixture.metrics.writeback_errors.get()), (free, 4));
+    fixture.backing.set_budget(Some(SEGMENT_BYTES as u64 - 1));
+    probe(&mut fixture).expect("nothing is done");
+    assert!(fixture.backing.is_failed());
+    fixture.backing.set_budget(Some(SEGMENT_BYTES as u64));
+    probe(&mut fixture).expect("written");
+    assert!(!fixture.backing.is_failed());
+    assert_eq!((fixture.free_segments(), fixture.metrics.writeback_budget_bytes.get()), (7, 0));
+    assert_eq!(fixture.metrics.cleaning_bytes.get(), 2 * SEGMENT_BYTES as u64);
+    assert_eq!(fixture.read(record).expect("still there"), object(0, 4000));
+    fixture.backing.set_budget(None);
+    fixture.write(&objects(&[4000])).expect("written");
+}
+
+#[test]
 fn a_failed_write_does_not_succeed_when_asked_again() {
     let Fixture { backing, mut writer, metrics, .. } = Fixture::new(3, true, "write:1:eio");
     writer.begin(&backing, Purpose::Evict).expect("room");
@@ -306,14 +356,19 @@ fn a_failed_read_costs_that_read() {
 }
 
 #[test]
-fn a_wrong_read_is_refused() {
+fn what_was_read_wrong_is_read_again_and_refused_the_second_time() {
     for fault in ["flip", "torn"] {
         // One object that fills its blocks.
-        let mut fixture = Fixture::new(3, true, &format!("read:2:{fault}"));
-        let record = fixture.write(&[object(1, 4096 - RECORD_HEADER - TAG)]).expect("written")[0];
-        fixture.read(record).expect("readable");
+        let mut fixture = Fixture::new(3, true, &format!("read:2:{fault},read:5-6:{fault}"));
+        let object = object(1, 4096 - RECORD_HEADER - TAG);
+        let record = fixture.write(std::slice::from_ref(&object)).expect("written")[0];
+        // The fault is the second reading's.
+        for reads in [1, 3, 4] {
+            assert_eq!(fixture.read(record).expect("readable"), object, "{fault}");
+            assert_eq!(fixture.metrics.disk_reads.get(), reads);
+        }
         assert!(fixture.refuses(record), "{fault}");
-        fixture.read(record).expect("readable again");
+        assert_eq!(fixture.read(record).expect("readable another time"), object);
     }
 }
 

@@ -1,6 +1,7 @@
 //! A segment that is being filled, in memory, and then written at once.
 
 use super::record::{record_bytes, DiskLocation, Record, MAX_OBJECT};
+use super::table::Table;
 use super::{Backing, BLOCK, SEGMENT_BYTES};
 use crate::crash::crash_point;
 use crate::error::{Error, Result};
@@ -28,7 +29,7 @@ pub struct Writer {
     used: usize,
     records: Vec<Record>,
     /// The segment that is being filled, and for what; none before `begin`, and after a failed `write`.
-    segment: Option<(u32, Purpose)>,
+    pub(super) segment: Option<(u32, Purpose)>,
     written: bool,
 }
 
@@ -86,7 +87,7 @@ impl Writer {
         let start = Instant::now();
         let blocks = self.used.next_multiple_of(BLOCK);
         self.buffer[self.used..blocks].fill(0);
-        backing.change(|table| table.writing(blocks as u64));
+        let errors = backing.change(|table| table.writing(blocks as u64));
         let counter = match purpose {
             Purpose::Evict => &backing.metrics.writeback_bytes,
             Purpose::Clean => &backing.metrics.cleaning_bytes,
@@ -98,7 +99,7 @@ impl Writer {
         crash_point("after the segment");
         if let Err(error) = result {
             backing.metrics.writeback_errors.add(1);
-            backing.change(|table| table.write_failed(segment));
+            backing.change(|table| table.write_failed(segment, errors));
             self.segment = None;
             return Err(Error::DiskWrite(error));
         }
@@ -108,6 +109,27 @@ impl Writer {
         backing.writes.fetch_add(1, Release);
         backing.change(|table| table.written(segment, self.used as u32));
         Ok(())
+    }
+
+    /// Writes a segment of zeros to a disk that has failed, and waits for it: if that goes well, so does the disk again.
+    /// Else, or without budget, nothing has changed. Counts as cleaning. To be called after `finish`, or instead of
+    /// `begin`.
+    ///
+    /// Errors: [`Error::DiskWrite`].
+    pub fn probe(&mut self, backing: &Backing) -> Result<()> {
+        debug_assert!(self.segment.is_none() && self.records.is_empty(), "probed before it was finished");
+        let Some(segment) = backing.change(Table::probe) else { return Ok(()) };
+        self.buffer.fill(0);
+        backing.change(|table| table.writing(SEGMENT_BYTES as u64));
+        backing.metrics.cleaning_bytes.add(SEGMENT_BYTES as u64);
+        let written = backing.disk.write(Backing::offset_of(segment), &self.buffer);
+        backing.change(|table| {
+            table.finish(segment);
+            if written.is_ok() {
+                table.resume();
+            }
+        });
+        written.inspect_err(|_| backing.metrics.writeback_errors.add(1)).map_err(Error::DiskWrite)
     }
 
     /// What was added since `begin`.

@@ -58,6 +58,23 @@ impl Store {
         result
     }
 
+    /// Another chance for the disk, from time to time: for one that has failed, if it takes a segment of zeros, and for
+    /// the segments that were left alone because they could not be written or read. Returns whether the disk has failed
+    /// and is written to again.
+    ///
+    /// Waits for the disk. Allocates nothing. Errors: [`crate::error::Error::DiskWrite`]: it cannot be written yet.
+    pub fn try_disk_again(&self, cleaner: &mut Cleaner) -> Result<bool> {
+        let Some(writeback) = &self.writeback else { return Ok(false) };
+        let Some(_pass) = writeback.cleanings.enter() else { return Ok(false) };
+        if !writeback.backing.is_failed() {
+            writeback.backing.give_segments_another_chance();
+            return Ok(false);
+        }
+        cleaner.writer.probe(&writeback.backing)?;
+        self.look_at_pressure();
+        Ok(!writeback.backing.is_failed())
+    }
+
     fn fill_one(&self, writeback: &Writeback, cleaner: &mut Cleaner) -> Result<bool> {
         let backing = &writeback.backing;
         let Some(first) = backing.victim() else { return Ok(false) };

@@ -2,6 +2,7 @@
 
 use super::disk::Writeback;
 use super::Store;
+use crate::backing::Backing;
 use crate::error::{Error, Result};
 use crate::gate::Gate;
 use crate::object;
@@ -71,9 +72,8 @@ impl Store {
         });
         match moving {
             0 => {
-                if let Some(Writeback { backing, .. }) = &self.writeback {
-                    backing.wipe_key();
-                }
+                // Here, since other threads hold on to the store as long as the process lives.
+                self.backing().into_iter().for_each(Backing::wipe_key);
                 Ok(leaked)
             }
             movers => Err(Error::Busy { writebacks, cleanings, movers }),

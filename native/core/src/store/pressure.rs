@@ -133,21 +133,23 @@ impl Store {
             return Ok(false);
         }
         // What finds no room from here on says so again.
-        pressure.starved.store(false, Relaxed);
+        let starved = pressure.starved.swap(false, Relaxed);
         let Marks { used, target, .. } = pressure.marks(&self.metrics);
         let (too_much, to_spare) = (used.saturating_sub(target), self.pool.bytes_to_spare());
-        if to_spare >= too_much.max(1) && self.compact() > 0 {
+        // Who waits for room needs some at once, not all that is to be freed in the end.
+        let enough = if starved { 1 } else { too_much.max(1) };
+        if to_spare >= enough && self.compact() > 0 {
             return Ok(true);
         }
         // Whole segments, but where that would be much of a tiny pool.
         let least = (SEGMENT_BYTES as u64).min(self.metrics.pool_limit_bytes.get() / 16).max(1);
         let mut job = Job::new(What::Coldest { bytes: too_much.saturating_sub(to_spare).max(least) });
-        self.write_back(shrinker, &mut job)?;
-        if job.bytes == 0 {
-            // Nothing may go.
+        let result = self.write_back(shrinker, &mut job);
+        if result.is_err() || job.bytes == 0 {
+            // Nothing may go, or nothing can now: the next store that comes near the limit asks for it again.
             pressure.shrinking.store(false, Relaxed);
         }
-        Ok(job.bytes > 0)
+        result.map(|_| job.bytes > 0)
     }
 
     /// Whether a store that has found no room may wait for the shrinkers: they have something to write back, and a

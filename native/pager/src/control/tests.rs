@@ -275,6 +275,27 @@ fn the_limit_and_the_disk_end_a_writeback_early() {
 }
 
 #[test]
+fn a_disk_that_was_away_is_written_to_again_when_told_and_by_itself() {
+    let is_failed = |control: &Control| control.shared.engine.store().backing().expect("a disk").is_failed();
+    for told in [true, false] {
+        let control = with_disk(Faults::new(memory(), "write:1-3:eio").expect("valid"), 8);
+        while !is_failed(&control) {
+            assert_eq!(control.ask(b"writeback all"), "ok pages=0 bytes=0 end=failed");
+        }
+        if told {
+            assert_eq!(control.ask(b"writeback resume"), "ok pages=0 bytes=0 end=done");
+            assert!(!is_failed(&control));
+        }
+        let deadline = std::time::Instant::now() + crate::testing::PATIENCE;
+        while is_failed(&control) {
+            assert!(std::time::Instant::now() < deadline, "it was not tried again");
+            std::thread::yield_now();
+        }
+        assert!(control.ask(b"writeback all").starts_with("ok pages=8 "));
+    }
+}
+
+#[test]
 fn thresholds_and_promotion_are_set() {
     let control = with_disk(memory(), 8);
     for command in [&b"accept-threshold 50"[..], b"accept-threshold 100", b"promote off", b"promote on"] {
@@ -288,6 +309,11 @@ fn thresholds_and_promotion_are_set() {
     assert_eq!(control.ask(b"promote on").trim(), "ok");
     assert!(control.kernel.read(0, 4096).is_ok());
     assert_eq!(on_disk(), 7);
+    // Who has switched it off may have died: the next zswapd begins anew.
+    assert_eq!(control.ask(b"promote off").trim(), "ok");
+    assert_eq!(control.ask(b"relay").trim(), "ok");
+    assert!(control.kernel.read(4096, 4096).is_ok());
+    assert_eq!(on_disk(), 6);
 }
 
 #[test]
@@ -303,6 +329,7 @@ fn what_is_no_writeback_is_refused() {
         "writeback page -1",
         "writeback page 1024",
         "writeback page 4294967296",
+        "writeback resume now",
         "writeback all now",
         "shrink",
         "shrink 10%",
@@ -329,6 +356,7 @@ fn without_a_disk_there_is_no_writeback() {
     for command in [
         "idle all",
         "writeback all",
+        "writeback resume",
         "writeback page 1",
         "shrink 4096",
         "writeback-limit none",

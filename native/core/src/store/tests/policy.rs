@@ -1,6 +1,7 @@
 //! Which pages go, when, and when that ends.
 
 use super::*;
+use crate::backing::{Faults, ReadBuffer};
 use crate::error::Error;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
@@ -64,6 +65,46 @@ fn shrinking_begins_before_the_limit_and_ends_at_the_accept_threshold() {
     end(&fixture.store);
 }
 
+/// However much the pool is to shrink in the end.
+#[test]
+fn who_waits_for_room_is_given_what_compaction_frees_at_once() {
+    let mut fixture = Fixture::new(200, memory_disk(40));
+    fixture.store.set_accept_threshold(1);
+    let full = (0..4096).find(|&slot| fixture.put(slot..slot + 1, false).is_err()).expect("full in the end");
+    (0..full).step_by(2).for_each(|slot| {
+        fixture.store.discard(u64::from(slot)..u64::from(slot) + 1, &mut Detached::with_capacity(0));
+    });
+    assert!(matches!(fixture.put(4000..4001, true), Err(Error::NoRoomYet)), "there is room for another class");
+    fixture.store.shrink(&mut fixture.shrinker).expect("compacted");
+    fixture.put(4000..4001, true).expect("room");
+    assert_eq!(fixture.store.metrics().pages_on_disk.get(), 0);
+    assert!(fixture.store.metrics().pages_compacted.get() > 0);
+    end(&fixture.store);
+}
+
+#[test]
+fn shrinking_goes_on_after_an_error_of_the_disk() {
+    let disk = Faults::new(MemoryDisk::new(40 * SEGMENT_BYTES), "write:1:eio").expect("rules");
+    let mut fixture = Fixture::new(1000, disk_of(40, disk));
+    let shrinks = |fixture: &Fixture| fixture.store.wants_shrinking();
+    let mut stored = 0;
+    let mut store_until_it_shrinks = |fixture: &mut Fixture| {
+        let first = stored;
+        while !shrinks(fixture) && stored < first + 100 + 900 * u32::from(first == 0) {
+            fixture.put(stored..stored + 1, true).expect("room");
+            stored += 1;
+        }
+        shrinks(fixture)
+    };
+    assert!(store_until_it_shrinks(&mut fixture));
+    assert!(fixture.store.shrink(&mut fixture.shrinker).is_err());
+    // The shrinkers sleep now: the next store that finds the pool nearly full has to wake them.
+    assert!(!shrinks(&fixture));
+    assert!(store_until_it_shrinks(&mut fixture), "nobody shrinks the pool ahead of the limit any more");
+    while fixture.store.shrink(&mut fixture.shrinker).expect("room") {}
+    end(&fixture.store);
+}
+
 #[test]
 fn a_store_waits_while_there_can_be_room_and_is_refused_when_there_cannot() {
     let mut fixture = Fixture::new(200, memory_disk(4));
@@ -109,6 +150,34 @@ fn a_budget_and_a_failed_disk_end_the_waiting() {
     backing.resume();
     assert!(fixture.store.can_make_room());
     end(&fixture.store);
+}
+
+/// Without an error of the disk as a whole: a segment that could not be written, and one that could not be cleaned.
+#[test]
+fn segments_that_were_left_alone_come_back_and_so_does_a_disk() {
+    let disk = Faults::new(MemoryDisk::new(8 * SEGMENT_BYTES), "write:1:eio,write:3-5:eio").expect("rules");
+    let mut fixture = Fixture::new(1000, disk_of(8, disk));
+    let mut cleaner = Cleaner::new().expect("memory");
+    fixture.put(0..100, true).expect("room");
+    let free = |fixture: &Fixture| fixture.store.metrics().backing_free_bytes.get() / SEGMENT_BYTES as u64;
+    let mut job = Job::new(What::All);
+    assert!(fixture.store.write_back(&mut fixture.shrinker, &mut job).is_err());
+    assert_eq!(free(&fixture), 7);
+    assert!(!fixture.store.try_disk_again(&mut cleaner).expect("nothing is written"));
+    assert_eq!(free(&fixture), 8);
+    let mut job = Job::new(What::All);
+    fixture.store.write_back(&mut fixture.shrinker, &mut job).expect("written");
+    for _ in 0..3 {
+        assert!(fixture.store.write_back(&mut fixture.shrinker, &mut Job::new(What::All)).is_err());
+    }
+    let backing = fixture.store.backing().expect("a disk");
+    assert!(backing.is_failed() && free(&fixture) < 7);
+    assert!(fixture.store.try_disk_again(&mut cleaner).expect("written"));
+    assert!(!backing.is_failed());
+    assert_eq!(free(&fixture), 7);
+    (0..100).for_each(|slot| fixture.read(slot));
+    end(&fixture.store);
+    assert!(!fixture.store.try_disk_again(&mut cleaner).expect("the end: nobody is let in"));
 }
 
 #[test]
@@ -193,6 +262,24 @@ fn the_hook_is_called_before_the_disk_is_read_and_only_then() {
     fixture.read(0);
     assert_eq!(calls.load(Relaxed), 1);
     end(&fixture.store);
+}
+
+/// In the pager, threads that never end hold on to the store.
+#[test]
+fn the_end_wipes_the_key_and_what_is_on_the_disk_is_noise() {
+    let mut fixture = Fixture::new(100, memory_disk(40));
+    fixture.put(0..1, true).expect("room");
+    fixture.write_back(What::All);
+    let word = fixture.store.slots.lock(0).word();
+    let Entry::Disk(at) = word.entry() else { panic!("not on the disk") };
+    let (backing, key) = (fixture.store.backing().expect("a disk"), &fixture.store.state.cipher().key);
+    let mut buffer = ReadBuffer::new().expect("memory");
+    let mut read = || backing.read(at, 0, word.generation(), &mut buffer).map(|_| ());
+    read().expect("readable");
+    assert!(key.iter().any(|word| word.load(Relaxed) != 0));
+    end(&fixture.store);
+    assert!(key.iter().all(|word| word.load(Relaxed) == 0), "the key is still there");
+    assert!(matches!(read(), Err(Error::Corrupt { .. })), "its schedule is still there");
 }
 
 /// A flipped bit in the pool costs the page, whoever comes across it; it does not go to the disk as if it were whole.
