@@ -1,4 +1,5 @@
 # make build   everything that zswapd needs: system packages, Python packages in .venv, the native module
+# make install    what make build has made, under PREFIX (/usr) of DESTDIR, with units for systemd; make uninstall
 # make demo    real pages through a real swap device, every one checked
 # make test    all tests (needs root for the swap device; says what it skips)
 # make test-vm  a virtual machine that runs out of memory as a whole (root, x86-64; some minutes)
@@ -15,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: build demo test test-vm model mutants sanitize fuzz bench-pool lint lock clean system
+.PHONY: build install uninstall demo test test-vm model mutants sanitize fuzz bench-pool lint lock clean system
 
 PYTHON := .venv/bin/python
 NATIVE := zswapd/_native.abi3.so
@@ -87,6 +88,56 @@ system:
 	rust_is_fit || fail "Rust 1.85 or later is needed, and apt has none: install it with rustup and run make again"
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
 	    fail "Python 3.11 or later is needed, python3 is $$($$python --version): put a later one first in PATH"
+
+PREFIX ?= /usr
+DESTDIR ?=
+LIB := $(PREFIX)/lib/zswapd
+UNITS := $(notdir $(wildcard systemd/*.service))
+# The version for which it is installed; of this machine's, unless it is said.
+SYSTEMD ?= $(shell systemctl --version 2>/dev/null | sed -n '1s/systemd \([0-9]*\).*/\1/p' | grep . || echo 0)
+CONFIG := $(DESTDIR)/etc/zswapd/zswapd.toml
+
+# A configuration that is there stays as it is. The old programs may be running: all is replaced, nothing overwritten.
+install: build
+	@$(PYTHON) install/lay_out.py "$(DESTDIR)" "$(LIB)" "$(PREFIX)/bin"
+	[[ -e $(CONFIG) ]] || install -Dm 644 config/zswapd.toml $(CONFIG)
+	install -Dm 644 config/sysctl.conf $(DESTDIR)$(PREFIX)/lib/sysctl.d/60-zswapd.conf
+	install -Dm 644 config/tmpfiles.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/zswapd.conf
+	install -Dm 644 -t $(DESTDIR)$(PREFIX)/share/doc/zswapd README.md ARCHITECTURE.md CHANGELOG.md LICENSE
+	for unit in $(UNITS); do
+	    install -Dm 644 systemd/$$unit $(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit
+	    sed -i 's|/usr/bin/zswap|$(PREFIX)/bin/zswap|; s|/usr/share/doc|$(PREFIX)/share/doc|' \
+	        $(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit
+	done
+	if (( $(SYSTEMD) >= 254 )); then
+	    install -Dm 644 systemd/preserve.conf $(DESTDIR)$(PREFIX)/lib/systemd/system/zswapd-pager.service.d/preserve.conf
+	fi
+	if [[ -z "$(DESTDIR)" && -d /run/systemd/system ]]; then
+	    systemctl daemon-reload
+	    systemd-tmpfiles --create zswapd.conf
+	    /lib/systemd/systemd-sysctl 60-zswapd.conf
+	    echo "zswapd: installed; to start it with the machine: systemctl enable --now zswapd zswapd-swap"
+	    echo "zswapd: where it runs already: systemctl reload zswapd-pager && systemctl restart zswapd"
+	fi
+
+# What holds pages is not uninstalled. A configuration that was changed stays, and is said.
+uninstall:
+	@if [[ -z "$(DESTDIR)" ]]; then
+	    if [[ -d /run/systemd/system ]]; then systemctl disable --now $(UNITS); fi
+	    if pgrep -x zswapd-pager >/dev/null; then
+	        echo "zswapd: a pager runs: end it with zswapctl stop" >&2
+	        exit 1
+	    fi
+	fi
+	if cmp -s config/zswapd.toml $(CONFIG); then rm $(CONFIG); fi
+	rm -rf --one-file-system $(DESTDIR)$(LIB) $(DESTDIR)$(PREFIX)/share/doc/zswapd
+	rm -f $(DESTDIR)$(PREFIX)/bin/{zswapd,zswapctl} $(DESTDIR)$(PREFIX)/lib/sysctl.d/60-zswapd.conf \
+	    $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/zswapd.conf $(UNITS:%=$(DESTDIR)$(PREFIX)/lib/systemd/system/%)
+	rm -rf --one-file-system $(DESTDIR)$(PREFIX)/lib/systemd/system/zswapd-pager.service.d
+	# A directory that nobody else uses.
+	[[ ! -d $(dir $(CONFIG)) ]] || rmdir --ignore-fail-on-non-empty $(dir $(CONFIG))
+	[[ ! -e $(CONFIG) ]] || echo "zswapd: $(CONFIG) was changed, and stays"
+	if [[ -z "$(DESTDIR)" && -d /run/systemd/system ]]; then systemctl daemon-reload; fi
 
 demo: build
 	@$(PYTHON) -m zswapd.bench.demo

@@ -109,6 +109,17 @@ async def make(path: Path, size: int, progress: Callable[[int], None]) -> int:
     return fd
 
 
+def lock_again(path: Path) -> int:
+    """Locks a file that holds pages, whose last lock is gone; returns the descriptor. Raises BackingError, OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        _lock(fd, path)
+    except BackingError:
+        os.close(fd)
+        raise
+    return fd
+
+
 def is_shared(fd: int) -> bool:
     """Whether a copy shares blocks with the file (cp --reflink): the next write to such a block takes a new one."""
     return any(flags & SHARED for _, _, flags in _extents(fd))

@@ -3,13 +3,14 @@
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
 import trio
 
-from zswapd import __version__, daemon
-from zswapd.config import load
+from zswapd import __version__, daemon, launch
+from zswapd.config import Config, load
 from zswapd.errors import ZswapdError
 
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
@@ -21,14 +22,31 @@ def cli() -> None:
     """Compressed swap for Linux, served from userspace. zswapctl attaches it, detaches it and shows how it does."""
 
 
+_config = click.option("--config", type=click.Path(path_type=Path), help="Configuration file (TOML).")
+_set = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one setting.")
+
+
 @cli.command()
-@click.option("--config", type=click.Path(path_type=Path), help="Configuration file (TOML).")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one setting.")
-def run(config: Path | None, overrides: tuple[str, ...]) -> None:
+@_config
+@_set
+@click.option("--external-pager", is_flag=True, help="Find the pager that zswapd pager has started, and leave it.")
+def run(config: Path | None, overrides: tuple[str, ...], external_pager: bool) -> None:
     """Serve the swap file until SIGTERM."""
+    trio.run(partial(daemon.run, _begin(config, overrides), apart=external_pager))
+
+
+@cli.command()
+@_config
+@_set
+def pager(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Become the pager, apart from what the other commands do: for systemd."""
+    launch.become_keeper(_begin(config, overrides))
+
+
+def _begin(config: Path | None, overrides: tuple[str, ...]) -> Config:
     settings = load(config, overrides, os.environ)
     _log_to_stderr(settings.daemon.log_level)
-    trio.run(daemon.run, settings)
+    return settings
 
 
 def _log_to_stderr(level: str) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,9 @@ from zswapd import doctor as checks
 from zswapd import status as stats_view
 from zswapd.config import Config, format_size, load
 from zswapd.errors import DaemonError, SwapError, ZswapdError
+from zswapd.pager import Pager
+from zswapd.pager_socket import GONE
+from zswapd.stopping import end_pager
 from zswapd.writeback import WritebackProgress, why_ended, write_back
 
 T = TypeVar("T")
@@ -168,6 +172,35 @@ def writeback(config: Config, what: str, number: int | None, older: int | None, 
     if written.ended != "done":
         click.echo(f"zswapctl: ended early: {why_ended(config.writeback, written)}", err=True)
         sys.exit(2)
+
+
+@cli.command()
+@_json
+@click.pass_obj
+def upgrade(config: Config, as_json: bool) -> None:
+    """Put the installed version of the pager in the place of the one that serves, with its pages."""
+    try:
+        upgraded = Pager(config.swap.mount_point).upgrade()
+    except GONE:
+        raise DaemonError(f"no pager serves {config.swap.mount_point}", swapdev.START_HINT) from None
+    except TimeoutError as error:
+        raise DaemonError(f"the upgrade has begun, and is not done: {error.strerror}", "see the log") from None
+    except OSError as error:
+        raise DaemonError(f"not upgraded, the old pager goes on: {error.strerror}", "see its log") from None
+    if as_json:
+        _print_json(dataclasses.asdict(upgraded))
+    else:
+        pause = f"{upgraded.pause_seconds * 1000:.1f} ms"
+        click.echo(f"upgraded: pager pid {upgraded.new_pid} for {upgraded.old_pid}, after {pause} without")
+
+
+@cli.command()
+@click.pass_obj
+def stop(config: Config) -> None:
+    """Detach the swap, and end the pager. What keeps it from that is said, and tried again until it is done."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    ended = _run(lambda: end_pager(config), lambda: "interrupted: everything goes on serving")
+    click.echo("stopped: nothing is attached or mounted any more" if ended else "no pager serves")
 
 
 @cli.command()

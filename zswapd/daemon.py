@@ -1,50 +1,46 @@
 """The daemon's life, top to bottom: mount, serve, and on a signal give everything back."""
 
-import errno
 import logging
 import os
 import signal
-import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from pathlib import Path
 
 import trio
 
-from zswapd import backing, memcg, metrics, policy, swapdev
+from zswapd import launch, memcg, metrics, policy, survival, swapdev, watchdog
 from zswapd.config import Config, format_size
 from zswapd.engine import EmbeddedEngine, Engine, protect_process
-from zswapd.errors import DaemonError, LostSwapError, ZswapdError
+from zswapd.errors import ConfigError, DaemonError
 from zswapd.footprint import refuse_huge
-from zswapd.fusefs import check_mount_point, connect, mounted, relayed, unmount_dead
+from zswapd.fusefs import connect, mounted, relayed
+from zswapd.health import Health
 from zswapd.inuse import refuse_in_use
+from zswapd.notify import notify
 from zswapd.pager import Pager
 from zswapd.pager_socket import GONE
+from zswapd.stopping import RETRY_SECONDS, drained, find_pager, give_back, remaining, report_leaked
 
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_PROGRESS_SECONDS = 2
-_RETRY_SECONDS = 10
-#: For which systemd waits from one report of a slow start to the next.
-_START_PATIENCE_SECONDS = 120
 
 
-class _StoppedEarlyError(Exception):
-    """A signal came before anything was served."""
-
-
-async def run(config: Config) -> None:
+async def run(config: Config, *, apart: bool = False) -> None:
     """Serves the swap file until a signal ends it and nobody uses it any more. Raises DaemonError if it cannot start.
 
     The swap is never taken away under the kernel: while it is attached, SIGTERM (or SIGINT, SIGHUP) first detaches it,
     or is refused (daemon.on_sigterm). If that fails, everything goes on serving, and it is tried again: every few
     seconds, since systemd asks only once, and at the next signal.
+
+    `apart`: the pager is somebody else's (`zswapd pager`). It has to be there, and a signal ends us alone.
     """
     with _signals() as signals:
         if config.swap.data_path == "pager":
-            with suppress(_StoppedEarlyError):
-                await _run_pager(config, signals)
+            with suppress(launch.StoppedEarlyError):
+                await _run_pager(config, signals, apart)
+        elif apart:
+            raise ConfigError('swap.data_path is "pyfuse3": there is no pager to find', "leave out --external-pager")
         else:
             await _run_embedded(config, signals)
 
@@ -64,71 +60,66 @@ def _signals() -> Iterator[AsyncIterator[int]]:
         yield signals
 
 
-async def _run_pager(config: Config, signals: AsyncIterator[int]) -> None:
-    mount_point = config.swap.mount_point
+async def _run_pager(config: Config, signals: AsyncIterator[int], apart: bool) -> None:
     leaked: dict[str, int] | None = None
-    async with _pager(config, signals) as (pager, relay):
-        device = pager.status()["device"]
-        with metrics.served(pager, config.metrics.address):
+    async with _pager(config, signals, apart) as (pager, relay):
+        health = Health(pager.status())
+        with metrics.served(pager, config.metrics.address, health):
             async with relayed(pager, relay):
                 _ready(config, pager)
-                async with trio.open_nursery() as policies:
-                    policies.start_soon(policy.run, pager, config.writeback)
-                    await _until_stopped(config, lambda: _drained(pager), signals)
-                    policies.cancel_scope.cancel()
+                async with trio.open_nursery() as watchers:
+                    watchers.start_soon(policy.run, pager, config.writeback)
+                    watchers.start_soon(survival.follow, pager, health)
+                    watchers.start_soon(watchdog.run, pager, health)
+                    if apart:
+                        number = await anext(aiter(signals))
+                    else:
+                        await _until_stopped(config, lambda: drained(pager), signals)
+                    watchers.cancel_scope.cancel()
+                if apart:
+                    log.info("%s: stopped; the pager goes on", signal.Signals(number).name)
+                    return
                 with suppress(*GONE):
                     leaked = pager.stop()
                     policy.end_budget(pager)
     if leaked is None:
-        _refuse_unasked(mount_point, device)
-        log.info("%s has been unmounted, and the pager has ended", mount_point)
-    elif leaked["objects"]:
-        log.warning("%(objects)d objects in %(pages)d pages of the pool belonged to no slot", leaked)
+        _refuse_unasked(config, health.status["device"])
+        log.info("%s has been unmounted, and the pager has ended", config.swap.mount_point)
+    else:
+        report_leaked(leaked)
     log.info("stopped: nothing is attached or mounted any more")
 
 
-def _drained(pager: Pager) -> bool:
-    try:
-        pager.drain()
-    except GONE:
-        pass  # somebody has unmounted its file system, which nobody used
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise
-        return False
-    return True
-
-
-def _refuse_unasked(mount_point: Path, device: int) -> None:
+def _refuse_unasked(config: Config, device: int) -> None:
     """Raises DaemonError unless the pager has ended because its file system, number `device`, was unmounted."""
-    if _find_pager(mount_point):
+    if find_pager(config):
         raise DaemonError("the pager has hung up, and goes on serving pages", "start zswapd again")
-    _refuse_lost(mount_point, device)
-    if swapdev.is_mounted(mount_point):
+    launch.refuse_lost(config.swap.mount_point, device)
+    if swapdev.is_mounted(config.swap.mount_point):
         raise DaemonError("the pager has ended unasked, with nothing attached", "its last words are above, or in dmesg")
 
 
 @asynccontextmanager
-async def _pager(config: Config, signals: AsyncIterator[int]) -> AsyncIterator[tuple[Pager, int]]:
-    """The pager that an earlier daemon has left, else a new one, which does not outlive a start that fails; and the
-    relay to it. Raises InUseError if another daemon has the relay, or serves the mount point without a pager."""
+async def _pager(config: Config, signals: AsyncIterator[int], apart: bool) -> AsyncIterator[tuple[Pager, int]]:
+    """The pager that an earlier daemon has left, else (unless `apart`) a new one, which does not outlive a start that
+    fails; and the relay to it. Raises InUseError if another daemon has the relay, or serves the mount point without a
+    pager."""
     mount_point = config.swap.mount_point
-    if pager := _find_pager(mount_point):
+    if pager := find_pager(config):
         relay = await connect(pager)
         log.info("found the pager of %s, pid %d, with its pages", mount_point, pager.status()["pid"])
         if waiting := pager.apply(config):
             log.warning(
-                "not what the pager was started with: %s; stop zswapd to end it, then start", ", ".join(waiting)
+                "not what the pager was started with: %s; they wait until it is ended and started anew",
+                ", ".join(waiting),
             )
         policy.start_budget(pager, config.writeback, new=False)
         yield pager, relay
         return
-    refuse_in_use(mount_point)
-    _refuse_lost(mount_point)
-    unmount_dead(mount_point)
-    check_mount_point(mount_point)
-    refuse_huge(config)
-    lock = await _prepare_backing(config, signals)
+    if apart:
+        launch.refuse_lost(mount_point)
+        raise DaemonError(f"no pager serves {mount_point}", "start it: systemctl start zswapd-pager")
+    lock = await launch.prepare(config, signals)
     try:
         pager = Pager.start(config, lock)
     finally:
@@ -142,72 +133,6 @@ async def _pager(config: Config, signals: AsyncIterator[int]) -> AsyncIterator[t
         with suppress(OSError):
             pager.stop()
         raise
-
-
-async def _prepare_backing(config: Config, signals: AsyncIterator[int]) -> int | None:
-    """Looks at the backing disk, and makes it, if it is a file. Returns the descriptor that locks the file.
-
-    May take minutes. Raises BackingError, or _StoppedEarlyError at a signal: the next start goes on with the file.
-    """
-    lock: int | None = None
-    failure: ZswapdError | None = None
-    done = False
-    async with trio.open_nursery() as nursery:
-
-        async def stop() -> None:
-            async for number in signals:
-                log.info("%s: stopping, before anything is served", signal.Signals(number).name)
-                nursery.cancel_scope.cancel()
-
-        nursery.start_soon(stop)
-        try:
-            lock = await backing.prepare(config.writeback, _starting)
-            done = True
-        except ZswapdError as error:  # not out of the nursery: it would come as a group
-            failure = error
-        nursery.cancel_scope.cancel()
-    if failure:
-        raise failure
-    if not done:
-        raise _StoppedEarlyError
-    return lock
-
-
-def _starting(what: str) -> None:
-    """Says what a start that takes long is about, and has systemd wait for it."""
-    log.info("%s", what)
-    _notify(f"STATUS={what}\nEXTEND_TIMEOUT_USEC={_START_PATIENCE_SECONDS * 1_000_000}")
-
-
-def _find_pager(mount_point: Path) -> Pager | None:
-    """The pager of a mount point. None if it has ended, or there never was one; DaemonError if it does not answer."""
-    try:
-        return Pager(mount_point)
-    except GONE:
-        return None
-    except OSError as error:
-        message = f"the pager of {mount_point} does not answer: {error.strerror}"
-        raise DaemonError(message, "it is stopped or stuck") from None
-
-
-def _refuse_lost(mount_point: Path, device: int | None = None) -> None:
-    """Raises LostSwapError if the pager, which is no more, has left a loop device on its swap file.
-
-    `device`: the number of its file system, by which the loop device is found after umount --lazy.
-    """
-    attached = swapdev.discover(mount_point, device_number=device)
-    if attached is None:
-        return
-    remedy = "zswapctl detach --force"
-    if not swapdev.discover(mount_point):
-        # zswapctl would not find it.
-        swapoff = f"swapoff {attached.loop_device}; " if attached.is_swap else ""
-        remedy = f"{swapoff}losetup --detach {attached.loop_device}"
-    raise LostSwapError(
-        f"the pager has died while {attached.loop_device} was attached: "
-        f"{format_size(attached.used_bytes)} in swap are lost, and who needs them gets SIGBUS",
-        f"end what had pages there, then {remedy}, then start zswapd again",
-    )
 
 
 async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:
@@ -245,91 +170,32 @@ def _ready(config: Config, engine: Engine) -> None:
         format_size(stats["pool_limit_bytes"]),
     )
     # That the file system is mounted.
-    _notify("READY=1\nSTATUS=")
+    notify("READY=1\nSTATUS=")
 
 
 async def _until_stopped(config: Config, drained: Callable[[], bool], signals: AsyncIterator[int]) -> None:
-    """Returns when a signal has asked for it and all is given back: see _give_back."""
+    """Returns when a signal has asked for it and all is given back: see give_back."""
     async with trio.open_nursery() as nursery:
         stopping = False
         again = trio.Event()
 
         async def stop() -> None:
             nonlocal stopping, again
-            while not await _give_back(config, drained):
+            while not await give_back(config, drained):
                 if config.daemon.on_sigterm == "refuse":
                     stopping = False
                     return
                 again = trio.Event()
-                with trio.move_on_after(_RETRY_SECONDS):
+                with trio.move_on_after(RETRY_SECONDS):
                     await again.wait()
             nursery.cancel_scope.cancel()
 
         async for number in signals:
             name = signal.Signals(number).name
             if stopping:
-                log.warning("%s again: still waiting, %s", name, _remaining(config))
+                log.warning("%s again: still waiting, %s", name, remaining(config))
                 again.set()
                 continue
             log.info("%s: stopping", name)
             stopping = True
             nursery.start_soon(stop)
-
-
-async def _give_back(config: Config, drained: Callable[[], bool]) -> bool:
-    """Detaches the swap if it is attached. True if nobody uses the swap file any more; else the log says why not.
-
-    `drained` tells whether nobody has it open any more, and from then on nobody can open it, where there is a pager.
-    """
-    mount_point = config.swap.mount_point
-    try:
-        if swapdev.discover(mount_point):
-            if config.daemon.on_sigterm == "refuse":
-                log.error("not stopping: the swap is attached (daemon.on_sigterm is refuse); run zswapctl detach first")
-                return False
-            log.info("detaching the swap first: %s", _remaining(config))
-            await swapdev.detach(mount_point, progress=_log_progress())
-        if not drained():
-            log.error("not stopping: somebody has the swap file open (fuser -v %s/swapfile)", mount_point)
-            return False
-    except ZswapdError as error:
-        log.error("not stopping, still serving: %s", error)
-        return False
-    except Exception:
-        # Whatever it is, it is no reason to take the swap away.
-        log.exception("not stopping, still serving: detaching failed in a way that it never should")
-        return False
-    return True
-
-
-def _remaining(config: Config) -> str:
-    attachment = swapdev.discover(config.swap.mount_point)
-    if attachment is None or not attachment.is_swap:
-        return "the swap is off, its loop device is being freed"
-    return f"{format_size(attachment.used_bytes)} of {attachment.loop_device} must come back into memory"
-
-
-def _log_progress() -> Callable[[swapdev.Remaining], None]:
-    next_at = trio.current_time() + _PROGRESS_SECONDS
-
-    def report(remaining: swapdev.Remaining) -> None:
-        nonlocal next_at
-        if trio.current_time() >= next_at:
-            next_at = trio.current_time() + _PROGRESS_SECONDS
-            log.info("detaching: still in swap %s", remaining)
-
-    return report
-
-
-def _notify(state: str) -> None:
-    """Tells systemd (sd_notify(3)), where it is systemd that started us."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
-            # A leading @ stands for the zero byte of an abstract address.
-            notify.connect("\0" + address[1:] if address.startswith("@") else address)
-            notify.send(state.encode())
-    except OSError as error:
-        log.warning("cannot tell systemd how we are (NOTIFY_SOCKET): %s", error.strerror)

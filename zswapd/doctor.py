@@ -18,6 +18,8 @@ from zswapd.errors import ZswapdError
 from zswapd.footprint import refuse_huge
 from zswapd.status import read_stats
 
+RESEND_SINCE = (6, 9, 4)
+NO_RESEND = "what is under way when a pager dies is not sent again, and fails with an I/O error"
 TOOLS = ("losetup", "mkswap", "swapon", "swapoff", "fallocate")
 CAP_IPC_LOCK, CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 14, 21, 24
 
@@ -58,7 +60,7 @@ def run(config: Config, root: Path = Path("/")) -> list[Check]:
         _memory(config),
         _swaps(config, root),
         *_writeback(config, root),
-        _daemon(config),
+        *_daemon(config),
     ]
 
 
@@ -88,25 +90,26 @@ def _container(root: Path) -> Check:
 def _kernel(root: Path) -> Check:
     release = (root / "proc/sys/kernel/osrelease").read_text().strip()
     version = kernel_version(release)
-    if version < (6, 1):
+    if version < (6, 1, 0):
         return Check("kernel", "fail", f"{release}: not supported", "use Linux 6.1 or later")
     lacking = [
         feature
         for since, feature in (
-            ((6, 4), "noswap tmpfs (6.4)"),
-            ((6, 9), "FUSE requests resent after a restart of the daemon (6.9)"),
+            ((6, 4, 0), "noswap tmpfs (6.4)"),
+            # 6.9 itself has it with mistakes, of which the last was mended in 6.9.4.
+            (RESEND_SINCE, f"FUSE_NOTIFY_RESEND (6.9.4): {NO_RESEND}"),
         )
         if version < since
     ]
     if lacking:
-        return Check("kernel", "warn", f"{release} lacks {', '.join(lacking)}", "use Linux 6.9 or later")
+        return Check("kernel", "warn", f"{release} lacks {', '.join(lacking)}", "use Linux 6.9.4 or later")
     return Check("kernel", "ok", f"{release}: noswap tmpfs and FUSE_NOTIFY_RESEND are there")
 
 
-def kernel_version(release: str) -> tuple[int, int]:
-    """(major, minor) of a kernel release such as 6.1.0-18-amd64."""
-    match = re.match(r"(\d+)\.(\d+)", release)
-    return (int(match[1]), int(match[2])) if match else (0, 0)
+def kernel_version(release: str) -> tuple[int, int, int]:
+    """(major, minor, patch) of a kernel release such as 6.1.0-18-amd64."""
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
+    return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else (0, 0, 0)
 
 
 def _page_size(_: Path) -> Check:
@@ -334,12 +337,29 @@ def _writeback(config: Config, root: Path) -> list[Check]:
     return checks or [Check(name, "ok", detail)]
 
 
-def _daemon(config: Config) -> Check:
+def _daemon(config: Config) -> list[Check]:
     try:
         stats = read_stats(config.swap.mount_point)
     except ZswapdError as error:
-        return Check("daemon", "warn", error.message, error.hint)
-    return Check("daemon", "ok", f"zswapd {stats.get('version')}, pid {stats.get('pid')}, answers")
+        return [Check("daemon", "warn", error.message, error.hint)]
+    pager = stats.get("pager")
+    if pager is None:
+        return [Check("daemon", "ok", f"zswapd {stats.get('version')}, pid {stats.get('pid')}, answers")]
+    checks = [Check("daemon", "ok", f"zswapd {stats['version']}, pager pid {pager['pid']}, answers")]
+    if not pager["keeper"]:
+        text = "the keeper is gone: if the pager, which goes on, dies too, its pages are lost"
+        checks.append(
+            Check("takeover", "fail", text, "systemctl restart zswapd-pager, or zswapctl stop and start again")
+        )
+    elif not pager["standby"]:
+        text = "no standby is ready: a takeover has to wait until one is"
+        checks.append(Check("takeover", "warn", text, "look again in a moment; if it stays so, see the log"))
+    elif not pager["resend"]:
+        checks.append(Check("takeover", "warn", f"no FUSE_NOTIFY_RESEND: {NO_RESEND}", "use Linux 6.9.4 or later"))
+    else:
+        text = f"keeper pid {pager['keeper']}, standby pid {pager['standby']}, {stats['takeovers']} takeovers so far"
+        checks.append(Check("takeover", "ok", text))
+    return checks
 
 
 def _capable(capability: int, root: Path) -> bool:

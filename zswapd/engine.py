@@ -97,6 +97,12 @@ class EngineStats(TypedDict):
     discards: int
     pages_compacted: int
     movers_awaited: int
+    #: How often a pager has taken over from another, and how long that took last.
+    takeovers: int
+    takeover_seconds: float
+    #: Behind a takeover: how many were looked at, and how many of these were bad.
+    objects_verified: int
+    objects_found_bad: int
     rejected_stores: dict[str, int]
     errors: dict[str, int]
     load_latency: LatencyStats

@@ -67,6 +67,17 @@ class EngineCollector(Collector):
         yield CounterMetricFamily("zswapd_loads", "Pages read.", value=stats["loads"])
         yield CounterMetricFamily("zswapd_stores", "Pages written.", value=stats["stores"])
         yield CounterMetricFamily("zswapd_discards", "Pages freed by discards.", value=stats["discards"])
+        for name, value, text in (
+            ("takeovers", stats["takeovers"], "Pagers that have taken over from one that was gone, or was replaced."),
+            ("verified_objects", stats["objects_verified"], "Objects that were looked at behind a takeover."),
+            ("bad_objects", stats["objects_found_bad"], "Those of them that were not as they were stored: lost."),
+        ):
+            yield CounterMetricFamily(f"zswapd_{name}", text, value=value)
+        yield GaugeMetricFamily(
+            "zswapd_takeover_pause_seconds",
+            "How long no page was served at the last takeover; 0: there was none.",
+            value=stats["takeover_seconds"],
+        )
         yield CounterMetricFamily(
             "zswapd_compacted_pages", "Pages of the pool that compaction has freed.", value=stats["pages_compacted"]
         )
@@ -175,13 +186,15 @@ def _histogram(name: str, text: str, latency: LatencyStats) -> HistogramMetricFa
 
 
 @contextmanager
-def served(engine: Engine, address: tuple[str, int] | None) -> Iterator[None]:
-    """Serves /metrics at `address` (host, port) until the block ends; None serves nothing. Raises DaemonError."""
+def served(engine: Engine, address: tuple[str, int] | None, *more: Collector) -> Iterator[None]:
+    """Serves /metrics at `address` (host, port) until the block ends; None serves nothing. `more`: served beside the
+    engine's counters. Raises DaemonError."""
     if address is None:
         yield
         return
     registry = CollectorRegistry()
-    registry.register(EngineCollector(engine))
+    for collector in (EngineCollector(engine), *more):
+        registry.register(collector)
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     host, port = address

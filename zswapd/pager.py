@@ -5,12 +5,15 @@ on where the last one ended.
 """
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from zswapd._native import Counters
@@ -45,8 +48,8 @@ _KEYS = {
 }
 
 
-def _options(config: Config) -> dict[str, str]:
-    """The pager's command line, by name."""
+def options(config: Config) -> dict[str, str]:
+    """What a pager is started with, by name."""
     swap, compression, writeback = config.swap, config.compression, config.writeback
     options = {
         "mount-point": swap.mount_point,
@@ -71,6 +74,23 @@ def _options(config: Config) -> dict[str, str]:
     return {name: str(value) for name, value in options.items()}
 
 
+@dataclass(frozen=True)
+class Upgraded:
+    """Which pager serves in the place of which, and for how long none did."""
+
+    old_pid: int
+    new_pid: int
+    pause_seconds: float
+
+
+def command(options: Mapping[str, str]) -> list[str]:
+    """Of the keeper of a pager with these options."""
+    words = [os.fspath(KEEPER), "--pager", os.fspath(PROGRAM)]
+    for name, value in options.items():
+        words += [f"--{name}", value]
+    return words
+
+
 class Pager:
     """The pager of a mount point. A command waits for its answer, and raises OSError: see `pager_socket.ask`."""
 
@@ -90,12 +110,9 @@ class Pager:
 
         Raises DaemonError; the pager has said why on stderr.
         """
-        command = [os.fspath(KEEPER), "--pager", os.fspath(PROGRAM)]
-        for name, value in _options(config).items():
-            command += [f"--{name}", value]
         # A session of its own: what ends the daemon does not reach it. Nor does what systemd has for the daemon.
         process = subprocess.Popen(
-            command,
+            command(options(config)),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             pass_fds=() if lock is None else (lock,),
@@ -120,7 +137,7 @@ class Pager:
     def apply(self, config: Config) -> list[str]:
         """Of the settings that have changed since the pager was started, applies those that can be applied. Returns the
         others, as zswapd names them: they wait until it is started anew."""
-        old, new = self._started_with(), _options(config)
+        old, new = self._started_with(), options(config)
         changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)} - {"control", "keeper"}
         if "mem-limit" in changed:
             self.set_mem_limit(config.pool.mem_limit_bytes)
@@ -160,9 +177,20 @@ class Pager:
             time.sleep(0.005)
         return left
 
-    def upgrade(self) -> None:
-        """Has a pager of the program's new version take over; raises OSError if there is none that can: all goes on."""
-        self._ask("upgrade")
+    def upgrade(self) -> Upgraded:
+        """Puts what its program's file has become in its place, and returns when that serves.
+
+        Raises OSError: nothing has changed, and the old one goes on; TimeoutError: the new one does not serve yet.
+        """
+        before = self.status()["pid"]
+        with contextlib.suppress(InterruptedError):  # how an answer looks that the old one did not live to give
+            self._ask("upgrade")
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            if (now := self.status()["pid"]) != before:
+                return Upgraded(before, now, self._counters.stats()["takeover_seconds"])
+            time.sleep(0.01)
+        raise TimeoutError(errno.ETIMEDOUT, f"no other pager serves after {_START_SECONDS} s")
 
     def status(self) -> dict[str, int]:
         """pid; keeper and standby: theirs, 0 without; device: the mount's st_dev; opens of the swap file; protected: 1 if

@@ -10,6 +10,13 @@ ANSWER_SECONDS = 10
 #: What a command to a pager raises that has ended, or has never been.
 GONE = (FileNotFoundError, ConnectionError)
 _PROBE = "status"
+#: What is not asked again when the pager goes away over it: it could be done twice.
+_ONCE = ("writeback ", "shrink ", "writeback-limit +", "upgrade")
+_TRIES = 8
+
+
+class _CutOffError(Exception):
+    """The pager has gone away without an answer: ended, or its successor has taken over."""
 
 
 def socket_path(mount_point: Path) -> Path:
@@ -21,15 +28,30 @@ def ask(path: Path, command: str) -> tuple[str, int | None]:
     """What the pager replies to `command`, and the descriptor that comes with it.
 
     A command takes as long as there are pages for it: it is waited for as long as the pager answers others meanwhile,
-    which it does between two steps. Raises OSError: the pager's own; TimeoutError if it answers nothing for
-    ANSWER_SECONDS; one of GONE if it has ended.
+    which it does between two steps. If another pager takes over, that one is asked again, unless the command could then
+    be done twice. Raises OSError: the pager's own; InterruptedError if it was not asked again; TimeoutError if it
+    answers nothing for ANSWER_SECONDS; one of GONE if it has ended.
     """
+    for _ in range(_TRIES):
+        try:
+            return _ask(path, command)
+        except _CutOffError:
+            if command.startswith(_ONCE):
+                what = f"the pager has gone away over {command!r}, which may be done in part"
+                raise InterruptedError(errno.EINTR, what) from None
+    raise BrokenPipeError(errno.EPIPE, "the pager is gone")
+
+
+def _ask(path: Path, command: str) -> tuple[str, int | None]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(ANSWER_SECONDS)
         try:
             connection.connect(os.fspath(path))
-            connection.send(command.encode())
-            data, fds = _receive(connection, path, command)
+            try:
+                connection.send(command.encode())
+                data, fds = _receive(connection, path, command)
+            except ConnectionError:
+                raise _CutOffError from None
         except TimeoutError:
             raise TimeoutError(errno.ETIMEDOUT, f"no answer to {command!r} in {ANSWER_SECONDS} s") from None
     status, _, text = data.decode().partition(" ")
@@ -37,7 +59,7 @@ def ask(path: Path, command: str) -> tuple[str, int | None]:
         number, _, message = text.partition(" ")
         raise OSError(int(number), message)
     if status != "ok":
-        raise BrokenPipeError(errno.EPIPE, "the pager is gone")
+        raise _CutOffError
     return text, fds[0] if fds else None
 
 

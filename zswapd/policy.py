@@ -85,6 +85,16 @@ def start_budget(pager: Pager, settings: Writeback, *, new: bool) -> None:
     log.info("budget: %s; %s left now", wear.describe(settings), format_size(budget.left()))
 
 
+def take_over_budget(pager: Pager, settings: Writeback) -> None:
+    """For who ends a pager that another zswapd has counted for: `end_budget` then gives back what it has left."""
+    settings = settings.model_copy(update={"backing": pager.backing()})
+    if wear.has_budget(settings):
+        try:
+            pager.budget = wear.Budget(settings)
+        except OSError as error:
+            log.warning("what the pager has left of its budget counts as written: %s", error)
+
+
 def end_budget(pager: Pager) -> None:
     """For a pager that has ended in good order: what it had left is not lost. Its counters outlive it."""
     if pager.budget:

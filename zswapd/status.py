@@ -93,6 +93,8 @@ def render(stats: dict[str, Any], attachment: Attachment | None) -> RenderableTy
     """The state of the daemon and its swap, for people; errors in red."""
     table = Table.grid(padding=(0, 2))
     table.add_row("served by", _server(stats))
+    if "pager" in stats:
+        table.add_row("survives", _survival(stats))
     table.add_row("swap", _attachment(stats, attachment))
 
     pages = {kind: count for kind, count in stats["pages"].items() if kind != "lost"}
@@ -193,6 +195,20 @@ def _server(stats: dict[str, Any]) -> str:
     return f"{version}, pager pid {pager['pid']}, {algorithm}, {footprint} beside pool and tables{unprotected}"
 
 
+def _survival(stats: dict[str, Any]) -> Text:
+    pager, takeovers = stats["pager"], stats["takeovers"]
+    if not pager["keeper"]:
+        return Text("no keeper: if the pager dies, its pages are lost", "bold red")
+    text = Text(f"keeper pid {pager['keeper']}, ")
+    text.append(*((f"standby pid {pager['standby']}",) if pager["standby"] else ("no standby yet", "yellow")))
+    if takeovers:
+        pause = _duration(stats["takeover_seconds"])
+        text.append(f"; {takeovers} {'takeover' if takeovers == 1 else 'takeovers'}, the last one took {pause}")
+    if not pager["resend"]:
+        text.append("; not what is under way at a takeover: see zswapctl doctor", "yellow")
+    return text
+
+
 def _algorithm(stats: dict[str, Any]) -> str:
     level = f" level {stats['zstd_level']}" if stats["algorithm"] == "zstd" else ""
     return f"{stats['algorithm']}{level}"
@@ -242,6 +258,8 @@ def _errors(stats: dict[str, Any]) -> list[Text]:
     texts = [Text(line, style="bold red") for line in lines]
     if movers := stats["movers_awaited"]:
         texts.append(Text(f"ending: waiting for {movers} to finish moving objects of the pool", "yellow"))
+    if bad := stats["objects_found_bad"]:
+        texts.append(Text(f"{bad:,} pages were found to be bad behind a takeover", "bold red"))
     if lost := stats["pages"]["lost"]:
         # The kernel has not forgotten a page whose store was refused.
         texts.append(

@@ -64,6 +64,8 @@ async def write_back(
 def _explained(error: OSError) -> SwapError:
     if error.errno == errno.ENODEV:
         return SwapError(NO_BACKING, "name one and start zswapd anew: its pages come back into memory for that")
+    if error.errno == errno.EINTR:
+        return SwapError("another pager has taken over meanwhile: what is written back stays so", "run it again")
     hint = "try again when it is done" if error.errno == errno.EBUSY else "see the log of zswapd"
     return SwapError(f"nothing is written back: {error.strerror}", hint)
 

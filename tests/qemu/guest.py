@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "qemu"
 #: Debian 12's and Debian 13's name for what depends on the newest 6.12.
 KERNELS = ("linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64")
-MODULES = ("virtio_pci", "virtiofs", "fuse", "loop")
+MODULES = ("virtio_pci", "virtiofs", "fuse", "loop", "overlay")
 #: One processor until the kernel has patched its own code: QEMU before 8.1 may run what was there before (int3).
 KERNEL_PARAMETERS = ("console=ttyS0", "panic=-1", "mitigations=off", "sysrq_always_enabled", "maxcpus=1")
 PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin:/usr/lib/qemu:/usr/libexec"
@@ -74,10 +74,19 @@ class Guest:
         self._kernel = next(kernel.glob("boot/vmlinuz-*"))
         self._initramfs = _initramfs(kernel, self._kernel.name.removeprefix("vmlinuz-"))
 
-    def run(self, script: Path, environment: Mapping[str, str], deadline_seconds: int, watched: str = "") -> Outcome:
-        """Boots, runs `script` as root, and switches the guest off; kills it at the deadline.
+    def run(
+        self,
+        script: Path,
+        environment: Mapping[str, str],
+        deadline_seconds: int,
+        watched: str = "",
+        parameters: Sequence[str] = (),
+    ) -> Outcome:
+        """Boots, with more kernel `parameters`, runs `script` as root, and switches the guest off; kills it at the
+        deadline. Or before that, once the task of the name `watched` hangs.
 
-        Or before that, once the task of the name `watched` hangs.
+        With INSTALLED in `environment`, a directory, systemd is process 1, with what lies there over this machine's
+        root, and `script` one of its services; who switches the guest off is the script.
         """
         with tempfile.TemporaryDirectory(prefix="zswapd-qemu-") as name:
             directory = Path(name)
@@ -94,7 +103,7 @@ class Guest:
                 "-device", "vhost-user-fs-pci,chardev=host,tag=host",
                 "-serial", f"file:{kernel_log}", "-serial", f"file:{output}",
                 "-kernel", str(self._kernel), "-initrd", str(self._initramfs),
-                "-append", " ".join([*KERNEL_PARAMETERS, *variables]),
+                "-append", " ".join([*KERNEL_PARAMETERS, *parameters, *variables]),
             ]
             # fmt: on
             with _virtiofsd(directory / "virtiofs"), _process(command) as qemu:

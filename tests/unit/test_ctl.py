@@ -16,8 +16,10 @@ from tests.daemon import DEADLINE_SECONDS
 from tests.writeback import writeback
 from zswapd import backing, ctl, doctor, status, swapdev, wear
 from zswapd import writeback as command
+from zswapd.config import Config
 from zswapd.engine import Written
 from zswapd.errors import SwapError
+from zswapd.pager import Upgraded
 from zswapd.swapdev import Attachment, Remaining
 
 ATTACHED = Attachment("/dev/loop9", True, True, 1 << 30, 1 << 20, 100)
@@ -288,3 +290,53 @@ def test_writeback_says_how_it_ended(
         shown = run(*keys, "writeback", "page", "7", "--json")
         assert json.loads(shown.stdout)["ended"] == outcome.ended
         assert pager.told[-1] == "page 7"
+
+
+class Upgrading:
+    """In the place of a pager that is found."""
+
+    error: OSError | None = None
+
+    def __init__(self, mount_point: Path) -> None:
+        assert mount_point == Path("/run/zswapd-test/mnt")
+
+    def upgrade(self) -> Upgraded:
+        if self.error:
+            raise self.error
+        return Upgraded(7, 8, 0.0123)
+
+
+def test_an_upgrade_says_who_serves_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctl, "Pager", Upgrading)
+    assert run("upgrade").stdout == "upgraded: pager pid 8 for 7, after 12.3 ms without\n"
+    assert json.loads(run("upgrade", "--json").stdout) == {"old_pid": 7, "new_pid": 8, "pause_seconds": 0.0123}
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (FileNotFoundError(errno.ENOENT, "none"), "no pager serves /run/zswapd-test/mnt\nstart it"),
+        (OSError(errno.EINVAL, "state version 4"), "not upgraded, the old pager goes on: state version 4\nsee its log"),
+        (TimeoutError(errno.ETIMEDOUT, "too long"), "the upgrade has begun, and is not done: too long"),
+    ],
+)
+def test_an_upgrade_that_fails_says_what_is_left(monkeypatch: pytest.MonkeyPatch, error: OSError, text: str) -> None:
+    monkeypatch.setattr(ctl, "Pager", Upgrading)
+    monkeypatch.setattr(Upgrading, "error", error)
+    result = run("upgrade")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"zswapctl: {text}")
+
+
+@pytest.mark.parametrize(("ended", "text"), [(True, "stopped: nothing is attached or mounted"), (False, "no pager")])
+def test_stop_says_whether_there_was_a_pager(monkeypatch: pytest.MonkeyPatch, ended: bool, text: str) -> None:
+    async def end_pager(config: Config) -> bool:
+        return ended
+
+    monkeypatch.setattr(ctl, "end_pager", end_pager)
+    result = run("stop")
+    assert (result.exit_code, result.stdout.startswith(text)) == (0, True)
+
+
+def test_a_writeback_that_a_takeover_cut_off_is_not_done_twice_but_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "another pager has taken over" in str(command._explained(InterruptedError(errno.EINTR, "gone")))

@@ -16,7 +16,7 @@ FILES = {
     "proc/self/status": "Name:\tcat\nCapEff:\t000001ffffffffff\n",
     "proc/self/uid_map": "         0          0 4294967295\n",
     "proc/swaps": "Filename Type Size Used Priority\n",
-    "proc/sys/kernel/osrelease": "6.9.0-test\n",
+    "proc/sys/kernel/osrelease": "6.9.4-test\n",
     "proc/sys/vm/min_free_kbytes": "67584\n",
     "proc/sys/vm/overcommit_memory": "0\n",
     "proc/sys/vm/page-cluster": "0\n",
@@ -61,6 +61,8 @@ def test_nothing_is_wrong(machine: Path) -> None:
         ("proc/self/uid_map", "0 100000 65536\n", {"privileges": "fail"}),
         (".dockerenv", "", {"privileges": "warn"}),
         ("proc/sys/kernel/osrelease", "6.8.12-amd64\n", {"kernel": "warn"}),
+        ("proc/sys/kernel/osrelease", "6.9.3\n", {"kernel": "warn"}),
+        ("proc/sys/kernel/osrelease", "6.12-rc1\n", {}),
         ("proc/sys/kernel/osrelease", "6.0.0\n", {"kernel": "fail"}),
         ("proc/sys/kernel/osrelease", "5.15.0\n", {"kernel": "fail"}),
         ("sys/fs/cgroup/cgroup.controllers", "cpu\n", {"memory cgroups": "warn"}),
@@ -127,9 +129,31 @@ def test_a_daemon_that_does_not_run_is_no_failure(machine: Path, monkeypatch: py
     assert problems(machine) == {"daemon": "warn"}
 
 
-@pytest.mark.parametrize(("release", "version"), [("6.1.0-18-amd64", (6, 1)), ("7.12", (7, 12)), ("odd", (0, 0))])
-def test_kernel_versions(release: str, version: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("release", "version"),
+    [("6.1.0-18-amd64", (6, 1, 0)), ("6.9.4+deb13", (6, 9, 4)), ("7.12", (7, 12, 0)), ("odd", (0, 0, 0))],
+)
+def test_kernel_versions(release: str, version: tuple[int, int, int]) -> None:
     assert doctor.kernel_version(release) == version
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "text"),
+    [
+        ({}, "ok", "keeper pid 8, standby pid 9, 2 takeovers so far"),
+        ({"standby": 0}, "warn", "no standby is ready"),
+        ({"resend": 0}, "warn", "not sent again, and fails with an I/O error"),
+        ({"keeper": 0, "standby": 0}, "fail", "the keeper is gone"),
+    ],
+)
+def test_what_would_become_of_a_killed_pager(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], status: str, text: str
+) -> None:
+    pager = {"pid": 7, "keeper": 8, "standby": 9, "resend": 1, **changes}
+    running = {"version": "1", "pager": pager, "takeovers": 2}
+    monkeypatch.setattr(doctor, "read_stats", lambda mount_point: running)
+    [check] = [check for check in doctor.run(CONFIG, machine) if check.name == "takeover"]
+    assert (check.status, text in check.detail, bool(check.remedy)) == (status, True, status != "ok")
 
 
 def disk_checks(root: Path, monkeypatch: pytest.MonkeyPatch, rotational: bool = False) -> list[doctor.Check]:

@@ -7,6 +7,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import trio
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -17,6 +18,7 @@ from tests.writeback import COUNTS, writeback
 from zswapd import metrics
 from zswapd.engine import EmbeddedEngine, EngineStats
 from zswapd.errors import DaemonError
+from zswapd.health import Health
 
 # https://prometheus.io/docs/practices/naming: base units, and no other.
 OTHER_UNITS = re.compile(r"_(ms|us|ns|milliseconds|microseconds|kb|kib|mb|mib|percent|pages_bytes)(_|$)")
@@ -204,3 +206,33 @@ def test_the_backing_disk(engine: EmbeddedEngine) -> None:
     values = samples(scrape(engine))
     assert values["zswapd_backing_failed", ""] == 1
     assert values["zswapd_writeback_budget_bytes", ""] == 7
+
+
+def test_the_health_of_the_pager_is_told_by_its_conventions() -> None:
+    """As the engine's counters are."""
+
+    async def collect() -> str:
+        health = Health({"keeper": 40, "standby": 0, "resend": 1})
+        health.probes, health.probe_failures, health.probe_seconds = 5, 2, 0.25
+        health.page_waits_since = trio.current_time() - 30
+        registry = CollectorRegistry()
+        registry.register(health)
+        # From another thread, as scrapes come.
+        text: str = (await trio.to_thread.run_sync(generate_latest, registry)).decode()
+        return text
+
+    text = trio.run(collect)
+    values = {name: value for (name, _), value in samples(text).items()}
+    assert 30 <= values.pop("zswapd_page_stuck_seconds") < 30 + DEADLINE_SECONDS
+    assert values == {
+        "zswapd_keeper_up": 1,
+        "zswapd_standby_up": 0,
+        "zswapd_resend": 1,
+        "zswapd_probe_seconds": 0.25,
+        "zswapd_backing_stuck_seconds": 0,
+        "zswapd_probes_total": 5,
+        "zswapd_probe_failures_total": 2,
+    }
+    for family in text_string_to_metric_families(text):
+        assert re.fullmatch(r"zswapd(_[a-z]+)+", family.name)
+        assert family.documentation.endswith(".")

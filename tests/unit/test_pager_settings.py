@@ -42,7 +42,7 @@ def started() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def start(started: list[subprocess.Popen[bytes]], with_config: Config) -> Found:
-    words = [word for name, value in module._options(with_config).items() for word in (f"--{name}", value)]
+    words = [word for name, value in module.options(with_config).items() for word in (f"--{name}", value)]
     process = subprocess.Popen(
         [sys.executable, "-c", "print(flush=True); input()", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -56,14 +56,14 @@ DISK = "writeback.backing=/dev/a b"
 
 
 def test_options_of_writeback_are_given_only_with_a_disk() -> None:
-    options = module._options(config(DISK, "writeback.encryption=false", "writeback.incompressible=first"))
+    options = module.options(config(DISK, "writeback.encryption=false", "writeback.incompressible=first"))
     assert {name: options[name] for name in ("backing", "encryption", "incompressible")} == {
         "backing": "/dev/a b",
         "encryption": "off",
         "incompressible": "first",
     }
     assert (options["accept-threshold"], options["shrinkers"]) == ("90", "2")
-    assert not {"backing", "encryption", "accept-threshold"} & module._options(config()).keys()
+    assert not {"backing", "encryption", "accept-threshold"} & module.options(config()).keys()
 
 
 def test_nothing_is_said_or_told_if_nothing_has_changed(started: list[subprocess.Popen[bytes]]) -> None:

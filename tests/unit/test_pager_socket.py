@@ -87,6 +87,30 @@ def test_a_pager_that_answers_nothing_is_given_up(
     assert caught.value.errno == errno.ETIMEDOUT
 
 
+def test_what_a_takeover_cuts_off_is_asked_again_unless_it_could_be_done_twice(serve: Callable[[Answer], Path]) -> None:
+    asked: list[str] = []
+
+    def answer(command: str, connection: socket.socket) -> None:
+        asked.append(command)
+        if len(asked) < 3:
+            connection.shutdown(socket.SHUT_RDWR)
+        else:
+            connection.send(b"ok pid=7")
+
+    path = serve(answer)
+    assert ask(path, "status") == ("pid=7", None)
+    assert asked == ["status"] * 3
+    for command in ("writeback all", "writeback page 5", "shrink 5", "writeback-limit +5", "upgrade"):
+        asked.clear()
+        with raises_errno(errno.EINTR):
+            ask(path, command)
+        assert asked == [command]
+    for command in ("mem-limit 5", "writeback-limit 5", "writeback-limit none", "stop", "relay"):
+        asked.clear()
+        ask(path, command)
+        assert asked == [command] * 3
+
+
 def test_a_pager_s_own_error_and_its_end(serve: Callable[[Answer], Path], tmp_path: Path) -> None:
     def answer(asked: str, connection: socket.socket) -> None:
         if asked == "reset":

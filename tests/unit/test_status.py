@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ def stats(**changes: Any) -> dict[str, Any]:
         "discards": 0,
         "pages_compacted": 0,
         "movers_awaited": 0,
+        "takeovers": 0,
+        "takeover_seconds": 0.0,
+        "objects_verified": 0,
+        "objects_found_bad": 0,
         "rejected_stores": {"pool_full": 0, "no_memory": 0, "out_of_range": 0},
         "errors": {"lost": 0, "corrupt": 0},
         "load_latency": HISTOGRAM,
@@ -195,3 +200,28 @@ def test_what_is_read_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         status.read_stats(tmp_path)
     (tmp_path / "stats.json").write_text('{"pid": 1}')
     assert status.read_stats(tmp_path) == {"pid": 1}
+
+
+PAGER = {"pid": 7, "keeper": 8, "standby": 9, "resend": 1, "protected": 1, "footprint": MIB}
+
+
+@pytest.mark.parametrize(
+    ("changes", "counts", "line"),
+    [
+        ({}, {}, "keeper pid 8, standby pid 9"),
+        ({}, {"takeovers": 1, "takeover_seconds": 0.0456}, "standby pid 9; 1 takeover, the last one took 45.6 ms"),
+        ({}, {"takeovers": 3, "takeover_seconds": 1.2}, "standby pid 9; 3 takeovers, the last one took 1.2 s"),
+        ({"standby": 0}, {}, "keeper pid 8, no standby yet"),
+        ({"resend": 0}, {}, "standby pid 9; not what is under way at a takeover: see zswapctl doctor"),
+        ({"keeper": 0, "standby": 0}, {}, "no keeper: if the pager dies, its pages are lost"),
+    ],
+)
+def test_what_a_pager_s_death_would_cost_is_shown(changes: dict[str, int], counts: dict[str, Any], line: str) -> None:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", shown(stats(pager={**PAGER, **changes}, **counts)))
+    [shown_line] = [row for row in text.splitlines() if "survives" in row]
+    assert line in shown_line
+    assert "survives" not in shown(stats())
+
+
+def test_objects_that_were_found_to_be_bad_are_shown() -> None:
+    assert "2 pages were found to be bad behind a takeover" in shown(stats(objects_found_bad=2))

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 use zswapd_core::codec::{Algorithm, Codecs, Compression};
 use zswapd_core::engine::Engine as CoreEngine;
 use zswapd_core::error::Error;
@@ -156,8 +157,12 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
             ("discards", metrics.discards.get()),
             ("pages_compacted", metrics.pages_compacted.get()),
             ("movers_awaited", metrics.movers_awaited.get()),
+            ("takeovers", metrics.takeovers.get()),
+            ("objects_verified", metrics.objects_verified.get()),
+            ("objects_found_bad", metrics.objects_found_bad.get()),
         ],
     )?;
+    stats.set_item("takeover_seconds", Duration::from_nanos(metrics.takeover_ns.get()).as_secs_f64())?;
     let algorithm = if metrics.algorithm.get() == 0 { Algorithm::Lz4 } else { Algorithm::Zstd };
     stats.set_item("algorithm", algorithm.name())?;
     let allocator = if metrics.allocator.get() == 0 { Allocator::Zsmalloc } else { Allocator::Z3fold };

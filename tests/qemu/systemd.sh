@@ -1,0 +1,145 @@
+#!/bin/bash
+# In the guest, as a service: what the units promise. The first step that fails ends it, with what systemd says.
+set -eu
+PATH=/usr/sbin:/usr/bin:/sbin:/bin
+TRIES=600
+
+finish() {
+    status=$?
+    if [ $status != 0 ]; then
+        systemctl --no-pager --full status zswapd-pager zswapd zswapd-swap zswapd-sleep || true
+        journalctl --no-pager --boot | tail -n 150
+    fi
+    echo "exit status $status"
+    [ $status = 0 ] || echo o >/proc/sysrq-trigger
+}
+trap finish EXIT
+
+ok() {
+    echo "ok after $SECONDS s: $*"
+}
+wait_for() { # what, and the command that tells
+    local what=$1 try
+    shift
+    for ((try = 0; try < TRIES; try++)); do
+        if "$@" >/dev/null 2>&1; then
+            ok "$what"
+            return
+        fi
+        sleep 0.5
+    done
+    echo "not in time: $what"
+    exit 1
+}
+of_pager() { zswapctl status --json | python3 -c "import json, sys; print(json.load(sys.stdin)['pager']['$1'])"; }
+main_pid() { systemctl show --value --property MainPID "$1"; }
+entered() { systemctl show --value --property ActiveEnterTimestampMonotonic "$1"; }
+is_swap() { grep -q ^/dev/loop /proc/swaps; }
+differs() { [ "$1" != "$(main_pid "$2")" ] && systemctl is-active --quiet "$2"; }
+other_pager() { local now; now=$(of_pager pid) && [ "$now" != "$1" ] && [ "$(of_pager standby)" != 0 ]; }
+
+verify() {
+    echo "$1" >/run/ask
+    wait_for "every page is right $1" grep -q "^$1: 0 wrong$" /run/answers
+}
+
+# As it came up.
+wait_for "the swap is attached at boot" systemctl is-active zswapd-swap
+is_swap
+((0 < $(entered zswapd-pager) && $(entered zswapd-pager) <= $(entered zswapd)))
+(($(entered zswapd) <= $(entered zswapd-swap) && $(entered zswapd-swap) <= $(entered swap.target)))
+ok "in the order: pager, zswapd, swap, swap.target"
+! journalctl --boot | grep -i "ordering cycle"
+[ "$(of_pager protected)" = 1 ]
+for pid in $(of_pager keeper) $(of_pager pid) $(of_pager standby); do
+    [ "$(cat /proc/$pid/oom_score_adj)" = -1000 ]
+    grep -q '^NoNewPrivs:.*1$' /proc/$pid/status
+    grep -q '^Seccomp:.*2$' /proc/$pid/status
+done
+read -r _ < /run/zswapd/mnt/mm_stat
+python3 - <<'PYTHON'
+import urllib.request
+assert "zswapd_keeper_up 1.0" in urllib.request.urlopen("http://127.0.0.1:9839/metrics").read().decode()
+PYTHON
+ok "protected, confined, and seen"
+
+cat >/run/workload.py <<'PYTHON'
+import hashlib, mmap, os
+COUNT = 40 << 8
+def page(n):
+    return hashlib.sha256(b"%d" % n).digest() * 32 + bytes(3072)
+held = mmap.mmap(-1, COUNT * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for n in range(COUNT):
+    held[n * 4096 : (n + 1) * 4096] = page(n)
+print("filled", flush=True)
+for line in open(os.open("/run/ask", os.O_RDWR)):
+    wrong = sum(held[n * 4096 : (n + 1) * 4096] != page(n) for n in range(COUNT))
+    print(f"{line.strip()}: {wrong} wrong", flush=True)
+PYTHON
+mkfifo /run/ask
+systemd-run --quiet --unit workload --property MemoryMax=24M --property StandardOutput=file:/run/answers \
+    python3 /run/workload.py
+wait_for "a workload has pages in swap" grep -q filled /run/answers
+verify "at first"
+(($(awk '/^\/dev\/loop/ { print $4 }' /proc/swaps) > 10000))
+
+# Python alone.
+pager=$(of_pager pid)
+before=$(main_pid zswapd)
+kill -KILL "$before"
+wait_for "a killed zswapd is started again" differs "$before" zswapd
+[ "$(of_pager pid)" = "$pager" ]
+systemctl restart zswapd
+[ "$(of_pager pid)" = "$pager" ]
+verify "with another zswapd"
+before=$(main_pid zswapd)
+kill -STOP "$before"
+wait_for "the watchdog ends a zswapd that hangs" differs "$before" zswapd
+[ "$(of_pager pid)" = "$pager" ]
+
+# A pager.
+before=$(of_pager pid)
+kill -KILL "$before"
+wait_for "a standby takes over" other_pager "$before"
+verify "after a takeover"
+wait_for "zswapd has heard of it" sh -c 'journalctl --boot --unit zswapd | grep "has taken over"'
+before=$(of_pager pid)
+systemctl reload zswapd-pager
+wait_for "a reload puts another pager in its place" other_pager "$before"
+verify "after a reload"
+
+# The keeper, and then the keeper and its pagers.
+before=$(main_pid zswapd-pager)
+kill -KILL "$before"
+wait_for "systemd starts another keeper" differs "$before" zswapd-pager
+wait_for "which has a standby" other_pager "$pager"
+verify "with another keeper"
+before=$(main_pid zswapd-pager)
+kill -KILL "$before" "$(of_pager pid)" "$(of_pager standby)"
+wait_for "another keeper, with all pagers gone" differs "$before" zswapd-pager
+verify "after all were killed"
+systemctl is-active zswapd zswapd-swap
+is_swap
+
+# Sleep: what would put the machine to sleep looks at it instead (systemd-suspend.service.d).
+systemctl start systemd-suspend.service
+grep -qx "without swap" /run/slept
+ok "detached while it sleeps"
+wait_for "attached when it wakes up" is_swap
+verify "after a sleep"
+
+# The way back.
+systemctl stop zswapd-pager
+! is_swap
+for unit in zswapd-pager zswapd zswapd-swap; do
+    [ "$(systemctl is-active $unit)" = inactive ]
+done
+[ ! -e /run/zswapd/mnt.sock ]
+! grep /run/zswapd /proc/self/mountinfo
+! pgrep zswapd
+grep -qx "with another zswapd: 0 wrong" /run/answers
+ok "a stop gives everything back"
+systemctl start zswapd-swap
+wait_for "a start makes all of it anew" is_swap
+# The rest is the shutdown's, and in the kernel's log.
+systemctl --no-block poweroff
