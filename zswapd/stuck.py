@@ -6,7 +6,7 @@ from pathlib import Path
 from zswapd.swapdev import ROOT
 
 
-def pages(mount_point: Path, status: dict[str, int], root: Path = ROOT) -> str:
+def pages(status: dict[str, int], root: Path = ROOT) -> str:
     """For people. `status` is what the pager last said of itself."""
     pid = status["pid"]
     threads = _threads(pid, root)

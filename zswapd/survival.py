@@ -4,6 +4,7 @@ import logging
 
 import trio
 
+from zswapd import stuck
 from zswapd.health import Health
 from zswapd.pager import Pager
 
@@ -29,9 +30,9 @@ async def follow(pager: Pager, health: Health) -> None:
             # Abandoned on cancellation: the pager may be stopped.
             now = await trio.to_thread.run_sync(pager.status, abandon_on_cancel=True)
         except OSError as error:
-            # Between two pagers, or about to end. Who waits for a page says so (watchdog).
+            # It hangs, is about to end, or its successor is not there yet.
             if not complained:
-                log.warning("the pager does not answer: %s", error.strerror or error)
+                log.warning("the pager does not answer: %s; %s", error.strerror or error, stuck.pages(health.status))
             complained = True
             continue
         complained = False

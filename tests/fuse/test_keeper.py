@@ -6,14 +6,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.daemon import DEADLINE_SECONDS, ENVIRONMENT, Daemon, wait_until
 from tests.machine import lacks
-from tests.pages import PAGE, noise
 from tests.takeover import status, with_standby
 from zswapd import pager
 from zswapd.config import load
@@ -31,6 +30,60 @@ os.environ["LISTEN_FDS"] = str(len(fds))
 os.closerange(3 + len(fds), 200)
 os.execv(sys.argv[2], sys.argv[2:])
 """
+
+
+#: Writes pages, and reads them for every line that it is given. A process of its own: who starts another closes its
+#: descriptors there, and a close waits for whoever serves the file.
+_HOLDER = """
+import os, sys
+from tests.pages import PAGE, noise
+sys.stdin.readline()
+fd = os.open(sys.argv[1], os.O_RDWR)
+pages = range(int(sys.argv[2]))
+for page in pages:
+    os.pwrite(fd, noise(page), page * PAGE)
+print(flush=True)
+for line in sys.stdin:
+    print(sum(os.pread(fd, PAGE, page * PAGE) == noise(page) for page in pages), flush=True)
+"""
+PAGES = 1000
+
+
+@contextmanager
+def holding(daemon: Daemon) -> Iterator[Callable[..., None]]:
+    """A process that has the swap file open, from the first call of what is given on: each looks at its pages. The last
+    one closes it.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(daemon.swapfile), str(PAGES)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=Path(__file__).parents[2],
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        begun = False
+
+        def verified(last: bool = False) -> None:
+            nonlocal begun
+            assert process.stdin
+            assert process.stdout
+            if not begun:
+                begun = True
+                print(file=process.stdin, flush=True)
+                assert process.stdout.readline() == "\n"
+            print(file=process.stdin, flush=True)
+            assert process.stdout.readline() == f"{PAGES}\n"
+            if last:
+                process.stdin.close()
+                assert process.wait(DEADLINE_SECONDS) == 0
+
+        try:
+            yield verified
+        finally:
+            process.kill()
 
 
 class Systemd:
@@ -76,9 +129,7 @@ def systemd(tmp_path: Path) -> Iterator[Systemd]:
 def keeper(daemon: Daemon, systemd: Systemd) -> Iterator[subprocess.Popen[bytes]]:
     """A keeper that was started with what is stored; it serves."""
     systemd.ready = False
-    words = [os.fspath(pager.KEEPER), "--pager", os.fspath(pager.PROGRAM)]
-    for name, value in pager._options(load(daemon.config, [], {})).items():
-        words += [f"--{name}", value]
+    words = pager.command(pager.options(load(daemon.config, [], {})))
     fds = list(systemd.stored.values())
     process = subprocess.Popen(
         [sys.executable, "-c", _STARTED, ",".join(map(str, fds)), *words],
@@ -103,25 +154,22 @@ def test_keeper_and_pagers_are_killed_and_the_next_keeper_goes_on(
         lacks("root, which a pager needs to mount")
     daemon = make_daemon(swap__data_path="pager")
     daemon.configure()
-    with keeper(daemon, systemd) as first, ExitStack() as files:
+    with keeper(daemon, systemd) as first, holding(daemon) as verified:
         assert sorted(systemd.stored) == sorted(NAMES)
         daemon.start()
-        swapfile = files.enter_context(daemon.opened())
-        for page in range(1000):
-            os.pwrite(swapfile, noise(page), page * PAGE)
+        verified()
         assert with_standby(daemon)["keeper"] == first.pid
         daemon.signal(signal.SIGKILL)
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
         daemon.wait()
         with keeper(daemon, systemd) as second:
-            for page in range(1000):
-                assert os.pread(swapfile, PAGE, page * PAGE) == noise(page)
+            verified()
             assert with_standby(daemon)["keeper"] == second.pid
             assert status(daemon)["opens"] == 1
             daemon.start_again()
-            assert daemon.stats()["stores"] >= 1000
-            files.close()
+            assert daemon.stats()["stores"] >= PAGES
+            verified(last=True)
             wait_until(lambda: status(daemon)["opens"] == 0, "closed")
             assert daemon.stop() == 0
             assert second.wait(DEADLINE_SECONDS) == 0

@@ -45,13 +45,13 @@ def installed() -> Path:
         path.write_text("#!/usr/bin/python3 -I\n" + path.read_text().partition("\n")[2])
     (root / "etc/zswapd/zswapd.toml").write_text('[swap]\nsize = "128MiB"\n')
     units = root / "etc/systemd/system"
-    for path, text in {
+    for name, text in {
         "zswapd-test.service": TEST_UNIT.format(script=SCRIPT),
         "zswapd.service.d/watchdog.conf": WATCHDOG,
         "systemd-suspend.service.d/test.conf": SLEEP,
     }.items():
-        (units / path).parent.mkdir(parents=True, exist_ok=True)
-        (units / path).write_text(text)
+        (units / name).parent.mkdir(parents=True, exist_ok=True)
+        (units / name).write_text(text)
     (root / SCRIPT.relative_to("/")).parent.mkdir(parents=True)
     shutil.copy(Path(__file__).with_name("systemd.sh"), root / SCRIPT.relative_to("/"))
     # Else it would empty this machine's /tmp, as the guest sees it.

@@ -32,11 +32,11 @@ def thread(root: Path, tid: int, name: str, state: str) -> None:
 def test_threads_tell(tmp_path: Path, threads: dict[str, str], said: str) -> None:
     for number, (name, state) in enumerate(threads.items()):
         thread(tmp_path, 42 + number, name, state)
-    assert stuck.pages(Path("/mnt"), STATUS, tmp_path) == said
+    assert stuck.pages(STATUS, tmp_path) == said
     waiting = tmp_path / "sys/fs/fuse/connections/61/waiting"
     waiting.parent.mkdir(parents=True)
     waiting.write_text("3\n")
-    assert stuck.pages(Path("/mnt"), STATUS, tmp_path) == f"{said}; 3 requests to it are not answered"
+    assert stuck.pages(STATUS, tmp_path) == f"{said}; 3 requests to it are not answered"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from zswapd import survival
+from zswapd import stuck, survival
 from zswapd.health import Health
 from zswapd.pager import Pager
 
@@ -78,15 +78,16 @@ async def test_takeovers_are_said_at_once_and_the_rest_soon(
 
 
 async def test_one_that_does_not_answer_is_said_once(
-    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pager, health = FakePager(), Health(dict(STATUS))
+    monkeypatch.setattr(stuck, "pages", lambda status: f"what {status['pid']} is about")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(survival.follow, cast(Pager, pager), health)
         await trio.sleep(0.5)
         pager.takeovers, pager.answers, pager.now["pid"] = 6, False, 43
         await trio.sleep(survival.POLL_SECONDS * 5)
-        assert caplog.text.count("the pager does not answer: Connection refused") == 1
+        assert caplog.text.count("the pager does not answer: Connection refused; what 42 is about") == 1
         assert health.status == STATUS
         pager.answers = True
         await trio.sleep(survival.POLL_SECONDS)

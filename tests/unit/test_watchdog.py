@@ -76,7 +76,7 @@ def attached(monkeypatch: pytest.MonkeyPatch) -> list[Attachment | None]:
     """What is attached: the last of the list."""
     found: list[Attachment | None] = [ATTACHED]
     monkeypatch.setattr(swapdev, "discover", lambda mount_point, device_number: found[-1])
-    monkeypatch.setattr(stuck, "pages", lambda mount_point, status: "the reason")
+    monkeypatch.setattr(stuck, "pages", lambda status: "the reason")
     return found
 
 

@@ -36,8 +36,6 @@ const CANDIDATE: usize = 2;
 struct Keeper {
     program: Program,
     pagers: [Option<Pager>; 3],
-    /// Our copy of the active pager's end of the pair to pyfuse3: it stays connected when the pager is gone.
-    relay: Option<OwnedFd>,
     /// A pager has served, so that there may be pages.
     has_served: bool,
     /// When the last active one was gone.
@@ -48,7 +46,10 @@ struct Keeper {
     systemd: Systemd,
     /// It has been told that we serve.
     is_told: bool,
+    // In this order: pyfuse3 is hung up on when all else is taken back.
     kept: Kept,
+    /// Our copy of the active pager's end of the pair to pyfuse3: it stays connected when the pager is gone.
+    relay: Option<OwnedFd>,
 }
 
 fn main() -> ExitCode {
@@ -105,8 +106,8 @@ impl Keeper {
     /// Until the active pager ends as it was told to, or none ever serves.
     fn run(&mut self) -> ExitCode {
         let status = loop {
-            self.start_and_let_go();
-            self.wait();
+            let pause = self.start_and_let_go();
+            self.wait(pause);
             for who in [ACTIVE, STANDBY, CANDIDATE] {
                 self.listen_to(who);
             }
@@ -120,17 +121,22 @@ impl Keeper {
         ExitCode::from(status)
     }
 
-    /// There is always to be an active pager and, when it serves, a standby.
-    fn start_and_let_go(&mut self) {
-        if Instant::now() < self.next_try {
-            return;
+    /// There is always to be an active pager and, when it serves, a standby. Returns after which pause to look again.
+    fn start_and_let_go(&mut self) -> Option<Duration> {
+        if self.pause().is_none() {
+            match &self.pagers {
+                [None, Some(standby), _] if standby.ready => self.let_go(),
+                [None, None, _] => self.start(STANDBY),
+                [Some(active), None, None] if active.serving => self.start(STANDBY),
+                _ => {}
+            }
         }
-        match &self.pagers {
-            [None, Some(standby), _] if standby.ready => self.let_go(),
-            [None, None, _] => self.start(STANDBY),
-            [Some(active), None, None] if active.serving => self.start(STANDBY),
-            _ => {}
-        }
+        self.pause()
+    }
+
+    /// What is left of it.
+    fn pause(&self) -> Option<Duration> {
+        Some(self.next_try.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero())
     }
 
     fn let_go(&mut self) {
@@ -149,13 +155,14 @@ impl Keeper {
             Ok(pager) => self.pagers[who] = Some(pager),
             Err(error) => {
                 say!("cannot start a pager: {error}");
-                self.pause();
+                self.failures += 1;
+                self.failed();
             }
         }
     }
 
-    /// Before the next one is started, unless it is the first that is missed.
-    fn pause(&mut self) {
+    /// A pager is missed: unless it is the first, the next one is started after a pause.
+    fn failed(&mut self) {
         self.failures += 1;
         let pause = match self.failures {
             0 | 1 => Duration::ZERO,
@@ -165,7 +172,7 @@ impl Keeper {
     }
 
     /// Waits until a pager says something or ends, or the pause is over.
-    fn wait(&self) {
+    fn wait(&self, pause: Option<Duration>) {
         let mut fds = [libc::pollfd { fd: -1, events: libc::POLLIN, revents: 0 }; 6];
         for (pager, fds) in self.pagers.iter().zip(fds.chunks_exact_mut(2)) {
             if let Some(pager) = pager {
@@ -173,8 +180,7 @@ impl Keeper {
                 fds[1].fd = pager.channel.as_ref().map_or(-1, AsRawFd::as_raw_fd);
             }
         }
-        let left = self.next_try.saturating_duration_since(Instant::now());
-        let milliseconds = if left.is_zero() { -1 } else { left.as_millis() as libc::c_int + 1 };
+        let milliseconds = pause.map_or(-1, |left| left.as_millis() as libc::c_int + 1);
         // SAFETY: six valid pollfds. Whatever it returns, who is there is looked at.
         unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, milliseconds) };
     }
@@ -269,7 +275,7 @@ impl Keeper {
             }
             (STANDBY, _) => {
                 say!("the standby, {}, is gone ({ended})", pager.pid);
-                self.pause();
+                self.failed();
                 self.tell_standby();
             }
             _ => self.take_over(pager.pid, ended),
@@ -288,7 +294,7 @@ impl Keeper {
             self.pagers[STANDBY] = next;
             other.into_iter().for_each(Pager::end);
         }
-        self.pause();
+        self.failed();
         self.start_and_let_go();
         say!("pager {pid} is gone ({ended}): the standby takes over");
     }
