@@ -133,10 +133,14 @@ class Daemon:
         """The active one, the standby, and the keeper, which would start others: their session."""
         os.killpg(os.getsid(self.server_pid), signal.SIGKILL)
 
-    def launch(self) -> None:
-        """Starts the process, and waits for nothing."""
+    def configure(self) -> None:
+        """Writes its configuration."""
         lines = (f"{key} = {json.dumps(value)}\n" for key, value in self.settings.items())
         self.config.write_text("".join(lines))
+
+    def launch(self) -> None:
+        """Starts the process, and waits for nothing."""
+        self.configure()
         # As `python -m zswapd`, or with another program in the place of the pager.
         program = ["-c", _OTHER_PAGER, str(self.pager)] if self.pager else ["-m", "zswapd"]
         with self._log.open("wb") as log:

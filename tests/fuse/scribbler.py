@@ -20,9 +20,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
-def content(page: int, version: int) -> bytes:
-    """Of a page as of its so many-th writing; 0: it was never written, or punched. More or less compressible."""
-    if version == 0:
+def content(page: int, version: int | None) -> bytes:
+    """Of a page as of its so many-th writing; 0: it was never written, or punched; None: nobody knows, an operation has
+    failed. More or less compressible."""
+    if not version:
         return bytes(PAGE)
     seed = page << 32 | version
     if version % 8 == 1:
@@ -31,7 +32,8 @@ def content(page: int, version: int) -> bytes:
 
 
 def main(path: str, first: int, count: int, seed: int) -> None:
-    versions, written = [0] * count, 0
+    versions: list[int | None] = [0] * count
+    written = 0
     result = {"operations": 0, "verified": 0, "wrong": 0, "failed": 0, "longest_ms": 0.0}
     chance = random.Random(seed)
     fd = os.open(path, os.O_RDWR | os.O_DIRECT)
@@ -46,8 +48,9 @@ def main(path: str, first: int, count: int, seed: int) -> None:
         wanted = expected(at, pages)
         result["verified"] += pages
         if got != pages * PAGE or view != wanted:
-            parts = range(0, pages * PAGE, PAGE)
-            result["wrong"] += sum(view[part : part + PAGE] != wanted[part : part + PAGE] for part in parts)
+            known = (n for n in range(pages) if versions[at + n] is not None)
+            parts = (slice(n * PAGE, (n + 1) * PAGE) for n in known)
+            result["wrong"] += sum(view[part] != wanted[part] for part in parts)
 
     def write(at: int, pages: int) -> None:
         nonlocal written
@@ -70,6 +73,8 @@ def main(path: str, first: int, count: int, seed: int) -> None:
         except OSError as error:
             print(f"{operation.__name__} of {pages} pages at {first + at}: {error}", file=sys.stderr)
             result["failed"] += 1
+            if operation is not read:
+                versions[at : at + pages] = [None] * pages
         result["longest_ms"] = max(result["longest_ms"], (time.monotonic() - start) * 1000)
         result["operations"] += 1
 

@@ -16,6 +16,7 @@ from tests.pages import PAGE
 from tests.swap.backing import DISK_BYTES, POOL_BYTES, disk_directory, loop_device
 from tests.swap.workload import ENOUGH, Workload, assert_gone, swap_area, swapped
 from tests.takeover import KILLS, kill, kill_and_wait, kill_at_random, report, status, with_standby
+from zswapd import swapdev
 from zswapd.bench.damon import switches
 
 pytestmark = pytest.mark.usefixtures("_swap", "_only_ours")
@@ -141,23 +142,22 @@ def test_killed_under_load_it_loses_nothing(attached: Callable[..., Daemon], cor
 @pytest.mark.parametrize("kind", ["file", "block"])
 def test_killed_while_it_writes_back(make_daemon: Callable[..., Daemon], corpus: int, kind: str) -> None:
     """A pool an eighth of what is swapped."""
-    with disk_directory() as directory:
-        with loop_device(directory, DISK_BYTES) as device:
-            disk: dict[str, object] = {"writeback__backing": str(device)}
-            if kind == "file":
-                disk = {"writeback__backing": str(directory / "backing"), "writeback__size": DISK_BYTES}
-            ours = {"swap__size": "64MiB", "swap__priority": 32767, "pool__mem_limit": POOL_BYTES}
-            daemon = make_daemon(**ours | disk).start()
-            assert daemon.ctl("attach", "--unsafe").returncode == 0
-            with no_trouble(), swapped(daemon, corpus, (32 << 20) // PAGE, 12 << 20) as workload:
-                workload.run("fill")
-                kill_under_load(daemon, workload, f"writeback to a {kind}")
-                assert daemon.stats()["pages"]["on_disk"] > 0
-                workload.group.set_limit(ENOUGH)
-                assert daemon.ctl("detach").returncode == 0
-                workload.verify()
-            assert daemon.stop() == 0
-            assert "leaked" not in daemon.log()
+    with disk_directory() as directory, loop_device(directory, DISK_BYTES) as device:
+        disk: dict[str, object] = {"writeback__backing": str(device)}
+        if kind == "file":
+            disk = {"writeback__backing": str(directory / "backing"), "writeback__size": DISK_BYTES}
+        ours = {"swap__size": "64MiB", "swap__priority": 32767, "pool__mem_limit": POOL_BYTES}
+        daemon = make_daemon(**ours | disk).start()
+        assert daemon.ctl("attach", "--unsafe").returncode == 0
+        with no_trouble(), swapped(daemon, corpus, (32 << 20) // PAGE, 12 << 20) as workload:
+            workload.run("fill")
+            kill_under_load(daemon, workload, f"writeback to a {kind}")
+            assert daemon.stats()["pages"]["on_disk"] > 0
+            workload.group.set_limit(ENOUGH)
+            assert daemon.ctl("detach").returncode == 0
+            workload.verify()
+        assert daemon.stop() == 0
+        assert "leaked" not in daemon.log()
 
 
 def test_killed_during_swapoff(attached: Callable[..., Daemon], corpus: int) -> None:
@@ -168,10 +168,12 @@ def test_killed_during_swapoff(attached: Callable[..., Daemon], corpus: int) -> 
             workload.group.set_limit(ENOUGH)
             used = swap_area(daemon).used_bytes
             detaching = beside.submit(daemon.ctl, "detach")
-            wait_until(
-                lambda used=used: detaching.done() or swap_area(daemon).used_bytes < used - (4 << 20),  # type: ignore[misc]
-                "swapoff has begun",
-            )
+
+            def begun(done=detaching.done, used=used) -> bool:  # type: ignore[no-untyped-def]
+                area = swapdev.discover(daemon.mount_point)
+                return bool(done() or area is None or area.used_bytes < used - (4 << 20))
+
+            wait_until(begun, "swapoff has begun")
             if not detaching.done():
                 kill(daemon)
             # Asked again where the takeover has cut it short; the swap is off then.

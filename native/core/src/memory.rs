@@ -51,14 +51,23 @@ impl Mapping {
     ///
     /// May wait for memory. Errors: [`Error::System`], with some of the memory taken perhaps.
     pub fn populate(&self, range: Range<usize>) -> Result<()> {
+        self.advise(range, libc::MADV_POPULATE_WRITE)
+    }
+
+    /// Maps a range of bytes of a file that has memory for all of them: as [`Mapping::populate`], but many pages at once,
+    /// and only page tables take memory. A memory file's pages are writable as soon as they are mapped.
+    pub fn map_resident(&self, range: Range<usize>) -> Result<()> {
+        self.advise(range, libc::MADV_POPULATE_READ)
+    }
+
+    fn advise(&self, range: Range<usize>, advice: libc::c_int) -> Result<()> {
         let start = range.start / PAGE_SIZE * PAGE_SIZE;
         let end = range.end.min(self.length);
         if start >= end {
             return Ok(());
         }
         // SAFETY: the range lies inside the mapping; populating changes no contents.
-        let result =
-            unsafe { libc::madvise(self.start.as_ptr().add(start).cast(), end - start, libc::MADV_POPULATE_WRITE) };
+        let result = unsafe { libc::madvise(self.start.as_ptr().add(start).cast(), end - start, advice) };
         match result {
             0 => Ok(()),
             _ => Err(Error::last_os("cannot take memory in advance (madvise)")),

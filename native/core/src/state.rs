@@ -227,14 +227,28 @@ impl State {
     }
 
     /// Takes memory for arena pages from the system and maps it, and for their part of the page map: touching them then
-    /// faults no more. Of pages that have memory already, only the mapping takes some.
+    /// faults no more.
     ///
     /// May wait for memory. Errors: [`Error::System`], with some of the pages taken perhaps.
     pub fn populate(&self, page: u32, pages: u32) -> Result<()> {
-        let entries = [page, page + pages].map(|n| self.shape.page_map_start() + n as usize * size_of::<AtomicU16>());
-        self.mapping.populate(entries[0]..entries[1])?;
-        let offset = self.shape.arena_start() + page as usize * PAGE_SIZE;
-        self.mapping.populate(offset..offset + pages as usize * PAGE_SIZE)
+        self.mapping.populate(self.page_map_range(page, pages))?;
+        self.mapping.populate(self.arena_range(page, pages))
+    }
+
+    /// As [`State::populate`], for arena pages that all have memory already: only the mapping takes some.
+    pub fn map_resident(&self, page: u32, pages: u32) -> Result<()> {
+        self.mapping.populate(self.page_map_range(page, pages))?;
+        self.mapping.map_resident(self.arena_range(page, pages))
+    }
+
+    fn arena_range(&self, page: u32, pages: u32) -> Range<usize> {
+        let start = self.shape.arena_start() + page as usize * PAGE_SIZE;
+        start..start + pages as usize * PAGE_SIZE
+    }
+
+    fn page_map_range(&self, page: u32, pages: u32) -> Range<usize> {
+        let start = self.shape.page_map_start() + page as usize * size_of::<AtomicU16>();
+        start..start + pages as usize * size_of::<AtomicU16>()
     }
 
     /// The next pages of the arena, from `page` on, that have memory, up to the first that has none.
@@ -267,11 +281,10 @@ impl State {
     ///
     /// Errors: [`Error::System`]; the pages then stay resident, with their contents.
     pub fn punch(&self, page: u32, pages: u32) -> Result<()> {
-        let offset = self.shape.arena_start() + page as usize * PAGE_SIZE;
-        let length = pages as usize * PAGE_SIZE;
+        let Range { start, end } = self.arena_range(page, pages);
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: plain system call on our descriptor; the caller owns these pages, and they stay mapped.
-        match unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset as _, length as _) } {
+        match unsafe { libc::fallocate(self.file.as_raw_fd(), mode, start as _, (end - start) as _) } {
             0 => Ok(()),
             _ => Err(Error::last_os("cannot give arena memory back (fallocate)")),
         }

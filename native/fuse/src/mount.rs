@@ -37,6 +37,28 @@ pub fn mount(mount_point: &Path) -> io::Result<File> {
     Ok(device)
 }
 
+/// Gives a descriptor of a mount's /dev/fuse a channel of its own (FUSE_DEV_IOC_CLONE), under the same number: when the
+/// last descriptor of that is closed, the kernel ends with ECONNABORTED what was read from it and not answered.
+///
+/// Nobody else in the process may use it meanwhile. Errors: those of the system calls; it is as it was then.
+pub fn separate(device: &File) -> io::Result<()> {
+    /// _IOR(FUSE_DEV_IOC_MAGIC, 0, uint32_t)
+    const FUSE_DEV_IOC_CLONE: libc::c_ulong = 0x8004_e500;
+    let own = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/fuse")?;
+    let shared = device.as_raw_fd();
+    // SAFETY: reads the number that it is given; then one descriptor that we own takes the place of another.
+    let result = unsafe {
+        match libc::ioctl(own.as_raw_fd(), FUSE_DEV_IOC_CLONE as _, &raw const shared) {
+            0 => libc::dup3(own.as_raw_fd(), shared, libc::O_CLOEXEC),
+            _ => -1,
+        }
+    };
+    match result {
+        0.. => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// The number of the device that stat(2) shows for files of the mount (st_dev). Asks the kernel alone, not the server.
 pub fn device_number(mount_point: &Path) -> io::Result<u64> {
     let target = CString::new(mount_point.as_os_str().as_bytes())?;

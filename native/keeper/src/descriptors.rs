@@ -23,10 +23,7 @@ pub struct Descriptors {
 impl fmt::Display for Descriptors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Descriptors { channel, fuse, state, counters, control, device } = self;
-        write!(
-            f,
-            "fd={channel},fuse={fuse},state={state},counters={counters},control={control},device={device}"
-        )
+        write!(f, "fd={channel},fuse={fuse},state={state},counters={counters},control={control},device={device}")
     }
 }
 

@@ -1,10 +1,9 @@
 //! What the keeper keeps, made once: mount, state, counters, control socket. All of it is taken back when it is dropped.
 
 use crate::state_file;
-use crate::systemd::Store;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use zswapd_fuse::mount;
@@ -33,26 +32,34 @@ pub struct Control {
 }
 
 impl Kept {
-    /// Takes what systemd's store has kept of an earlier keeper; else makes all of it, empty.
+    /// Of what an earlier keeper has left in systemd's store; else all of it is made, empty.
     ///
     /// Errors: what was wrong, and what to do; nothing is left then.
-    pub fn new(mount_point: &Path, control: &Path, backing: Option<&Path>, store: &mut Store) -> Result<Kept, String> {
-        let claim = backing.map_or(Ok(None), claim)?;
+    pub fn new(
+        point: PathBuf,
+        path: PathBuf,
+        backing: Option<&Path>,
+        stored: Option<[OwnedFd; 4]>,
+    ) -> Result<Kept, String> {
         let failed = |what: &'static str| move |error: io::Error| format!("{what}: {error}");
-        let control = match store.take("control") {
-            Some(socket) => Ok(socket),
-            None => socket::listen(control),
+        let claim = backing.map_or(Ok(None), claim)?;
+        if let Some([fuse, state, counters, socket]) = stored {
+            let device = mount::device_number(&point).map_err(failed("cannot find the mount"))?;
+            let (mount, control) = (Mount { fuse, device, point }, Control { socket, path });
+            return Ok(Kept { mount, control, state, counters, _claim: claim });
         }
-        .map(|socket| Control { socket, path: control.to_owned() })
-        .map_err(failed("control socket"))?;
-        let state = store.take("state").map_or_else(state_file::create, Ok).map_err(failed("state file"))?;
-        let counters = store.take("counters").map_or_else(counters_file, Ok).map_err(failed("counters"))?;
-        let fuse = store.take("fuse").map_or_else(|| mount::mount(mount_point).map(OwnedFd::from), Ok);
-        let mount = fuse.and_then(|fuse| {
-            let device = mount::device_number(mount_point)?;
-            Ok(Mount { fuse, device, point: mount_point.to_owned() })
-        });
-        Ok(Kept { mount: mount.map_err(failed("cannot mount"))?, control, state, counters, _claim: claim })
+        let socket = socket::listen(&path).map_err(failed("control socket"))?;
+        let control = Control { socket, path };
+        let state = state_file::create().map_err(failed("state file"))?;
+        let counters = counters_file().map_err(failed("counters"))?;
+        let fuse = mount::mount(&point).map_err(failed("cannot mount"))?.into();
+        let device = mount::device_number(&point).map_err(failed("cannot mount"))?;
+        Ok(Kept { mount: Mount { fuse, device, point }, control, state, counters, _claim: claim })
+    }
+
+    /// What is put into systemd's store, in its order.
+    pub fn to_store(&self) -> [BorrowedFd<'_>; 4] {
+        [self.mount.fuse.as_fd(), self.state.as_fd(), self.counters.as_fd(), self.control.socket.as_fd()]
     }
 
     /// The numbers of all this, for a pager whose channel is `channel`.

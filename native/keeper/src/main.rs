@@ -17,10 +17,10 @@ use kept::Kept;
 use pager::{Ended, Pager, Program};
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use systemd::Store;
+use systemd::Systemd;
 use zswapd_keeper::channel::{Kind, Message, ROOM};
 use zswapd_keeper::process::{protect, HAND_OVER};
 
@@ -36,8 +36,6 @@ const CANDIDATE: usize = 2;
 struct Keeper {
     program: Program,
     pagers: [Option<Pager>; 3],
-    /// Our copy of the active pager's end of the pair to pyfuse3: it stays connected when the pager is gone.
-    relay: Option<OwnedFd>,
     /// A pager has served, so that there may be pages.
     has_served: bool,
     /// When the last active one was gone.
@@ -45,10 +43,13 @@ struct Keeper {
     /// Pagers that have ended since all was well.
     failures: u32,
     next_try: Instant,
-    store: Store,
-    /// The descriptors are in the store.
-    is_stored: bool,
+    systemd: Systemd,
+    /// It has been told that we serve.
+    is_told: bool,
+    // In this order: pyfuse3 is hung up on when all else is taken back.
     kept: Kept,
+    /// Our copy of the active pager's end of the pair to pyfuse3: it stays connected when the pager is gone.
+    relay: Option<OwnedFd>,
 }
 
 fn main() -> ExitCode {
@@ -63,43 +64,50 @@ fn main() -> ExitCode {
 
 /// All that allocates.
 fn prepare() -> Result<Keeper, String> {
-    let mut store = Store::new();
+    let stored = systemd::stored();
+    // Pages may be there from before.
+    let has_served = stored.is_some();
     let mut words: Vec<OsString> = std::env::args_os().skip(1).collect();
-    let value = |words: &[OsString], name: &str| {
-        let at = words.iter().step_by(2).position(|word| word == name)?;
-        words.get(2 * at + 1).cloned()
+    let value = |name: &str| {
+        let at = words.chunks(2).position(|pair| pair[0] == name);
+        at.and_then(|at| words.get(2 * at + 1)).cloned()
     };
-    let missing = |name: &str, what: &str| format!("{name} is missing: it takes {what}");
-    let path = value(&words, "--pager").ok_or_else(|| missing("--pager", "the path of the pager's program"))?;
-    let at = words.iter().position(|word| word == "--pager").unwrap_or(0);
-    words.splice(at..at + 2, []);
-    let mount_point = value(&words, "--mount-point").ok_or_else(|| missing("--mount-point", "a directory"))?;
-    let control = value(&words, "--control").ok_or_else(|| missing("--control", "the path of a socket"))?;
-    let backing = value(&words, "--backing");
+    let required = |name: &str| value(name).ok_or_else(|| format!("{name} is missing: give it a path"));
+    let (program, point, control) = (required("--pager")?, required("--mount-point")?, required("--control")?);
+    let backing = value("--backing").map(PathBuf::from);
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGPIPE] {
         // What ends keeper and pagers is the command `stop`, which nobody gives while pages are in use.
         // SAFETY: ignores a signal, here and in the pagers.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
-    let has_served = store.has_pages();
-    let backing = backing.as_deref().map(Path::new);
-    let kept = Kept::new(Path::new(&mount_point), Path::new(&control), backing, &mut store)?;
-    words.insert(0, path);
+    let kept = Kept::new(point.into(), control.into(), backing.as_deref(), stored)?;
+    let at = words.iter().position(|word| word == "--pager").unwrap_or(0);
+    words.drain(at..at + 2);
+    words.insert(0, program);
     let program = Program::new(words, &kept).map_err(|error| format!("cannot prepare a pager: {error}"))?;
+    let systemd = Systemd::new();
     // The pager says what is refused: it is the same.
     let _the_pager_says = protect();
-    let pagers = [None, None, None];
-    let (gone_at, next_try) = (None, Instant::now());
-    let (relay, failures, is_stored) = (None, 0, false);
-    Ok(Keeper { program, pagers, relay, has_served, gone_at, failures, next_try, store, is_stored, kept })
+    Ok(Keeper {
+        program,
+        pagers: [None, None, None],
+        relay: None,
+        has_served,
+        gone_at: None,
+        failures: 0,
+        next_try: Instant::now(),
+        systemd,
+        is_told: false,
+        kept,
+    })
 }
 
 impl Keeper {
     /// Until the active pager ends as it was told to, or none ever serves.
     fn run(&mut self) -> ExitCode {
         let status = loop {
-            self.start_and_let_go();
-            self.wait();
+            let pause = self.start_and_let_go();
+            self.wait(pause);
             for who in [ACTIVE, STANDBY, CANDIDATE] {
                 self.listen_to(who);
             }
@@ -109,23 +117,26 @@ impl Keeper {
             }
         };
         self.pagers.iter_mut().filter_map(Option::take).for_each(Pager::end);
-        for what in ["fuse", "state", "counters", "control"] {
-            self.store.remove(what);
-        }
+        self.systemd.ended();
         ExitCode::from(status)
     }
 
-    /// There is always to be an active pager and, when it serves, a standby.
-    fn start_and_let_go(&mut self) {
-        if Instant::now() < self.next_try {
-            return;
+    /// There is always to be an active pager and, when it serves, a standby. Returns after which pause to look again.
+    fn start_and_let_go(&mut self) -> Option<Duration> {
+        if self.pause().is_none() {
+            match &self.pagers {
+                [None, Some(standby), _] if standby.ready => self.let_go(),
+                [None, None, _] => self.start(STANDBY),
+                [Some(active), None, None] if active.serving => self.start(STANDBY),
+                _ => {}
+            }
         }
-        match &self.pagers {
-            [None, Some(standby), _] if standby.ready => self.let_go(),
-            [None, None, _] => self.start(STANDBY),
-            [Some(active), None, None] if active.serving => self.start(STANDBY),
-            _ => {}
-        }
+        self.pause()
+    }
+
+    /// What is left of it.
+    fn pause(&self) -> Option<Duration> {
+        Some(self.next_try.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero())
     }
 
     fn let_go(&mut self) {
@@ -144,13 +155,14 @@ impl Keeper {
             Ok(pager) => self.pagers[who] = Some(pager),
             Err(error) => {
                 say!("cannot start a pager: {error}");
-                self.pause();
+                self.failures += 1;
+                self.failed();
             }
         }
     }
 
-    /// Before the next one is started, unless it is the first that is missed.
-    fn pause(&mut self) {
+    /// A pager is missed: unless it is the first, the next one is started after a pause.
+    fn failed(&mut self) {
         self.failures += 1;
         let pause = match self.failures {
             0 | 1 => Duration::ZERO,
@@ -160,7 +172,7 @@ impl Keeper {
     }
 
     /// Waits until a pager says something or ends, or the pause is over.
-    fn wait(&self) {
+    fn wait(&self, pause: Option<Duration>) {
         let mut fds = [libc::pollfd { fd: -1, events: libc::POLLIN, revents: 0 }; 6];
         for (pager, fds) in self.pagers.iter().zip(fds.chunks_exact_mut(2)) {
             if let Some(pager) = pager {
@@ -168,8 +180,7 @@ impl Keeper {
                 fds[1].fd = pager.channel.as_ref().map_or(-1, AsRawFd::as_raw_fd);
             }
         }
-        let left = self.next_try.saturating_duration_since(Instant::now());
-        let milliseconds = if left.is_zero() { -1 } else { left.as_millis() as libc::c_int + 1 };
+        let milliseconds = pause.map_or(-1, |left| left.as_millis() as libc::c_int + 1);
         // SAFETY: six valid pollfds. Whatever it returns, who is there is looked at.
         unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, milliseconds) };
     }
@@ -215,16 +226,8 @@ impl Keeper {
             say!("pager {pid} serves, {} ms after the last one was gone", gone.elapsed().as_millis());
         }
         self.has_served = true;
-        if !std::mem::replace(&mut self.is_stored, true) {
-            for (what, descriptor) in [
-                ("fuse", self.kept.mount.fuse.as_fd()),
-                ("state", self.kept.state.as_fd()),
-                ("counters", self.kept.counters.as_fd()),
-                ("control", self.kept.control.socket.as_fd()),
-            ] {
-                self.store.put(what, descriptor);
-            }
-            self.store.serving();
+        if !std::mem::replace(&mut self.is_told, true) {
+            self.systemd.serving(self.kept.to_store());
         }
         self.tell_standby();
     }
@@ -272,7 +275,7 @@ impl Keeper {
             }
             (STANDBY, _) => {
                 say!("the standby, {}, is gone ({ended})", pager.pid);
-                self.pause();
+                self.failed();
                 self.tell_standby();
             }
             _ => self.take_over(pager.pid, ended),
@@ -291,7 +294,7 @@ impl Keeper {
             self.pagers[STANDBY] = next;
             other.into_iter().for_each(Pager::end);
         }
-        self.pause();
+        self.failed();
         self.start_and_let_go();
         say!("pager {pid} is gone ({ended}): the standby takes over");
     }

@@ -1,64 +1,72 @@
 //! systemd's store of descriptors (sd_notify(3), `FDSTORE=1`), which outlives the keeper; and its being told how we are.
 
 use std::env;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::fmt::Arguments;
+use std::io::{Cursor, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use zswapd_keeper::socket;
 
 /// The first descriptor that systemd passes.
 const FIRST: RawFd = 3;
-/// What the store's names begin with.
-const PREFIX: &str = "zswapd-";
 
-/// What was in the store when we were started, and the way to it. Without systemd there is neither.
-pub struct Store {
-    taken: Vec<(String, Option<OwnedFd>)>,
-    notify: Option<OwnedFd>,
+/// What is stored, and under which names.
+pub const NAMES: [&str; 4] = ["zswapd-fuse", "zswapd-state", "zswapd-counters", "zswapd-control"];
+
+/// What an earlier keeper has left in the store, in the order of [`NAMES`]. All of it or nothing: the pages are out of
+/// reach without the mount, and the other way round. To be called once, first of all.
+pub fn stored() -> Option<[OwnedFd; 4]> {
+    let number = |name: &str| env::var(name).ok()?.parse::<u32>().ok();
+    let ours = number("LISTEN_PID") == Some(std::process::id());
+    let count = number("LISTEN_FDS").filter(|_| ours)? as RawFd;
+    let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let mut passed: Vec<(&str, OwnedFd)> = (FIRST..FIRST + count)
+        .zip(names.split(':'))
+        .map(|(fd, name)| {
+            // SAFETY: systemd has opened it for us, and nobody else in this process knows of it; sets a flag.
+            let descriptor = unsafe {
+                libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+                OwnedFd::from_raw_fd(fd)
+            };
+            (name, descriptor)
+        })
+        .collect();
+    let mut take = |name| passed.iter().position(|(other, _)| *other == name).map(|at| passed.swap_remove(at).1);
+    Some([take(NAMES[0])?, take(NAMES[1])?, take(NAMES[2])?, take(NAMES[3])?])
 }
 
-impl Store {
-    /// To be called once, first of all: it takes the descriptors over.
-    pub fn new() -> Store {
-        let number = |name: &str| env::var(name).ok()?.parse::<u32>().ok();
-        let ours = number("LISTEN_PID") == Some(std::process::id());
-        let count = number("LISTEN_FDS").filter(|_| ours).unwrap_or(0) as RawFd;
-        let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
-        let taken = (FIRST..FIRST + count).zip(names.split(':')).map(|(fd, name)| {
-            // SAFETY: systemd has opened it for us, and nobody else in this process knows of it.
-            let descriptor = unsafe { OwnedFd::from_raw_fd(fd) };
-            // SAFETY: sets a flag of a descriptor that we own.
-            unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
-            (name.to_owned(), Some(descriptor))
-        });
-        Store { taken: taken.collect(), notify: notify_socket() }
+/// The way to systemd; nothing depends on anybody listening.
+pub struct Systemd(Option<OwnedFd>);
+
+impl Systemd {
+    /// None has started us: then nothing is told.
+    pub fn new() -> Systemd {
+        Systemd(notify_socket())
     }
 
-    /// Whether an earlier keeper has left pages.
-    pub fn has_pages(&self) -> bool {
-        self.taken.iter().any(|(name, _)| name.strip_prefix(PREFIX) == Some("state"))
+    /// Stores descriptors, and says that pages are served. Without FDPOLL=0 systemd would drop /dev/fuse at its first
+    /// error.
+    pub fn serving(&self, descriptors: [BorrowedFd<'_>; 4]) {
+        for (name, descriptor) in NAMES.into_iter().zip(descriptors) {
+            self.send(format_args!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(descriptor));
+        }
+        self.send(format_args!("READY=1"), None);
     }
 
-    pub fn take(&mut self, what: &str) -> Option<OwnedFd> {
-        self.taken.iter_mut().find(|(name, _)| name.strip_prefix(PREFIX) == Some(what))?.1.take()
+    /// Takes them out of the store: there is nothing left to go on with.
+    pub fn ended(&self) {
+        for name in NAMES {
+            self.send(format_args!("FDSTOREREMOVE=1\nFDNAME={name}"), None);
+        }
     }
 
-    /// Puts a descriptor into the store. Without FDPOLL=0 systemd would drop /dev/fuse with its first error.
-    pub fn put(&self, what: &str, descriptor: BorrowedFd<'_>) {
-        self.send(&format!("FDSTORE=1\nFDNAME={PREFIX}{what}\nFDPOLL=0"), Some(descriptor));
-    }
-
-    pub fn remove(&self, what: &str) {
-        self.send(&format!("FDSTOREREMOVE=1\nFDNAME={PREFIX}{what}"), None);
-    }
-
-    pub fn serving(&self) {
-        self.send("READY=1", None);
-    }
-
-    /// Nothing depends on it being told: there may be no systemd, or none that listens.
-    fn send(&self, text: &str, descriptor: Option<BorrowedFd<'_>>) {
-        if let Some(notify) = &self.notify {
-            let _ = socket::send_with_descriptor(notify, text.as_bytes(), descriptor);
+    fn send(&self, text: Arguments<'_>, descriptor: Option<BorrowedFd<'_>>) {
+        let Some(socket) = &self.0 else { return };
+        let mut room = [0; 128];
+        let mut bytes = Cursor::new(&mut room[..]);
+        if bytes.write_fmt(text).is_ok() {
+            let length = bytes.position() as usize;
+            let _not_heard = socket::send_with_descriptor(socket, &room[..length], descriptor);
         }
     }
 }
@@ -85,7 +93,6 @@ fn notify_socket() -> Option<OwnedFd> {
     let socket = (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })?;
     let length = std::mem::offset_of!(libc::sockaddr_un, sun_path) + bytes.len();
     // SAFETY: `address` is a sockaddr_un, and longer.
-    let result =
-        unsafe { libc::connect(socket.as_fd().as_raw_fd(), (&raw const address).cast(), length as libc::socklen_t) };
+    let result = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length as libc::socklen_t) };
     (result == 0).then_some(socket)
 }

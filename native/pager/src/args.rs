@@ -12,6 +12,9 @@ use zswapd_keeper::descriptors::Descriptors;
 pub struct Args {
     /// What the keeper that has started us keeps.
     pub keeper: Descriptors,
+    /// The keeper's, and ours when it is gone.
+    pub mount_point: PathBuf,
+    pub control: PathBuf,
     pub size: u64,
     pub mem_limit: u64,
     pub allocator: Allocator,
@@ -22,6 +25,8 @@ pub struct Args {
     pub workers: usize,
     /// How long a worker looks for the next request before it sleeps, at most.
     pub spin: Duration,
+    /// Whether to ask the kernel for what was not answered; debug builds can do as where it is not able to.
+    pub resend: bool,
     /// What is stored of the swap file: all of it, but for measuring what the rest costs.
     pub stored: u64,
 }
@@ -79,11 +84,10 @@ pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Args, String> {
         faults: if cfg!(debug_assertions) { values.0.remove("--faults") } else { None },
     };
     let stored = values.take("--store", Some("compressed"), "compressed or none", one_of(&["none", "compressed"]))?;
-    // The keeper's, which leaves them here for who looks at the command line.
-    values.take("--mount-point", None, "a directory", text::<PathBuf>)?;
-    values.take("--control", None, "the path of a socket", text::<PathBuf>)?;
     let args = Args {
         keeper: values.take("--keeper", None, "descriptors, from zswapd-keeper, which starts pagers", text)?,
+        mount_point: values.take("--mount-point", None, "a directory", text)?,
+        control: values.take("--control", None, "the path of a socket", text)?,
         size: values.take("--size", None, "bytes", text)?,
         mem_limit: values.take("--mem-limit", None, "bytes", text)?,
         allocator: values.take("--allocator", None, "zsmalloc or z3fold", text)?,
@@ -92,6 +96,7 @@ pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Args, String> {
         backing: path.map(|_| backing),
         workers: values.take("--workers", Some("8"), "a number from 1 to 16", within(1..=16))? as usize,
         spin: Duration::from_micros(values.take("--spin-us", Some("100"), "microseconds", text)?),
+        resend: !cfg!(debug_assertions) || values.0.remove("--resend").is_none_or(|value| value != "off"),
         stored: if stored == 0 { HEADER } else { u64::MAX },
     };
     match values.0.keys().next() {

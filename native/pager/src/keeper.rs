@@ -57,8 +57,8 @@ impl Keeper {
         let mut room = [0; ROOM];
         while let Ok(Some(message)) = self.channel.receive(&mut room) {
             if let Message { kind: Kind::Go, number, descriptor: relay, .. } = message {
-                let gone = (number > 0).then(|| Instant::now() - Duration::from_nanos(number));
-                return Some(Go { relay, gone });
+                let ago = Some(Duration::from_nanos(number)).filter(|ago| !ago.is_zero());
+                return Some(Go { relay, gone: ago.and_then(|ago| Instant::now().checked_sub(ago)) });
             }
         }
         None

@@ -51,7 +51,7 @@ use zswapd_core::metrics::Metrics;
 use zswapd_core::session::Session;
 use zswapd_core::state::State;
 use zswapd_core::store::{DiskOptions, Files};
-use zswapd_fuse::reply;
+use zswapd_fuse::{mount, reply};
 use zswapd_keeper::descriptors::Descriptors;
 use zswapd_keeper::process::protect;
 
@@ -117,7 +117,8 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
     let Descriptors { fuse, state, counters, control, device: device_number, .. } = args.keeper;
     let take = |number| keeper::take(number).map_err(|error| failed("--keeper")(&error));
     let device = Arc::new(File::from(take(fuse)?));
-    let (state, counters, listener) = (take(state)?, File::from(take(counters)?), socket::Listener::new(take(control)?));
+    let (state, counters, listener) =
+        (take(state)?, File::from(take(counters)?), socket::Listener::new(take(control)?));
     let closer = listener.closer().map_err(|error| failed("control socket")(&error))?;
     let relay = relay::Relay::new(device.clone(), keeper.clone());
     let disk = args.backing.as_ref().map(backing::open).transpose()?;
@@ -143,7 +144,13 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
     .and_then(prepared)
     .map_err(|error| error.to_string())?;
     if !is_new {
-        take_over(&engine, &relay, go, &device);
+        relay.go_on(engine.store().session(), go.relay);
+    }
+    ask_again(args, &device);
+    if let Some(gone) = go.gone {
+        let metrics = engine.store().metrics();
+        metrics.takeovers.add(1);
+        metrics.takeover_ns.set(gone.elapsed().as_nanos() as u64);
     }
     let shared = Arc::new(Shared {
         engine,
@@ -166,7 +173,19 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
     start.begin(shared.clone());
     keeper.serving();
     control::serve(&listener, &shared);
+    if keeper.pid() == 0 {
+        take_back(args, device_number);
+    }
     Ok(())
+}
+
+/// What the keeper would do, which is gone.
+fn take_back(args: &Args, device_number: u64) {
+    // Somebody else may have unmounted it, and mounted something else there.
+    if mount::device_number(&args.mount_point).is_ok_and(|now| now == device_number) {
+        let _gone_already = mount::unmount(&args.mount_point);
+    }
+    let _gone_already = std::fs::remove_file(&args.control);
 }
 
 /// Makes all threads. They begin at the start.
@@ -181,14 +200,16 @@ fn spawn(args: &Args, start: &Arc<Start>, orders: shrinker::Orders) -> io::Resul
     channel::spawn(start, args)
 }
 
-/// Goes on with what the last pager had begun with the kernel, and with pyfuse3.
-fn take_over(engine: &Engine, relay: &relay::Relay, go: keeper::Go, device: &File) {
-    relay.go_on(engine.store().session(), go.relay);
-    // Before anybody reads: what is sent again then was the last one's. Where the kernel cannot, it says so in INIT.
-    let _ = reply::resend(device.as_fd());
-    let metrics = engine.store().metrics();
-    metrics.takeovers.add(1);
-    metrics.takeover_ns.set(go.gone.map_or(0, |gone| gone.elapsed().as_nanos() as u64));
+/// Has the kernel send again what the last pager has not answered. Before anybody reads.
+///
+/// A kernel that cannot (before 6.9) would leave those who asked waiting for ever. There each pager reads from a channel
+/// of its own, with which the kernel ends its requests: they fail, for each process that waits, and nothing hangs.
+fn ask_again(args: &Args, device: &File) {
+    if !args.resend || reply::resend(device.as_fd()).is_err() {
+        if let Err(error) = mount::separate(device) {
+            eprintln!("zswapd-pager: whoever waits for this pager when it is killed will wait for ever: {error}");
+        }
+    }
 }
 
 /// Whether no pager has served with this state yet.

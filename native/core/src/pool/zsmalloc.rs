@@ -108,9 +108,11 @@ impl Driver for Zsmalloc {
 
     fn adopt(&self, location: Location, slot: u32) -> Option<Object> {
         let offset = location.offset()?;
-        let page = u32::try_from(offset / PAGE_SIZE).ok().filter(|&page| self.base.arena.is_backed(page))?;
+        let page = u32::try_from(offset / PAGE_SIZE).ok()?;
         let there = zspage_of(&self.descriptors, page);
-        let (first, class) = there.or_else(|| page_map::zspage_of(&self.base.state, self.table, page))?;
+        let noted = || page_map::zspage_of(&self.base.state, self.table, page);
+        // Looking into a region without memory would take some.
+        let (first, class) = there.or_else(|| noted().filter(|_| self.base.arena.is_backed(page)))?;
         let geometry = &self.table.classes()[class];
         let within = offset - first as usize * PAGE_SIZE;
         let object = object_of(first, within / geometry.size, geometry);

@@ -16,7 +16,6 @@ use crate::state::State;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::Arc;
-use std::time::Instant;
 
 impl Store {
     /// Goes on with the state in `files`, with its settings, its counters, and the disk that it was used with. Nobody
@@ -56,7 +55,7 @@ impl Store {
                     self.metrics.compressed_bytes.add(length as u64);
                     self.pages_of(codec).add(1);
                     if let Some(writeback) = &self.writeback {
-                        writeback.lru.insert(index, codec == Codec::Raw, writeback.seconds(Instant::now()));
+                        writeback.lru.insert(index, codec == Codec::Raw, 0);
                     }
                     if entry == Entry::Writeback(location) {
                         // Whoever was writing it back is no more.

@@ -117,6 +117,10 @@ impl State {
         Ok(())
     }
 
+    pub fn map_resident(&self, _page: u32, _pages: u32) -> Result<()> {
+        Ok(())
+    }
+
     pub fn populate_words(&self) -> Result<()> {
         Ok(())
     }

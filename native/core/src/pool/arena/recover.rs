@@ -19,7 +19,7 @@ impl Arena {
         self.resident_regions(|region, pages| {
             prepare(pages_of(region))?;
             if pages == REGION_PAGES {
-                self.state.populate(pages_of(region).start, REGION_PAGES)?;
+                self.state.map_resident(pages_of(region).start, REGION_PAGES)?;
             }
             let mut inner = self.inner.lock();
             inner.regions[region].backed = true;

@@ -1,0 +1,180 @@
+"""A keeper that systemd has started: what it leaves in the store is what the next one goes on with."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.daemon import DEADLINE_SECONDS, ENVIRONMENT, Daemon, wait_until
+from tests.machine import lacks
+from tests.takeover import status, with_standby
+from zswapd import pager
+from zswapd.config import load
+
+NAMES = ["zswapd-fuse", "zswapd-state", "zswapd-counters", "zswapd-control"]
+#: Has the descriptors from 3 on, as systemd passes them, and says that they are for itself.
+_STARTED = """
+import os, sys
+fds = [os.dup(int(fd)) for fd in sys.argv[1].split(",") if fd]
+fds = [os.dup2(fd, 100 + n) for n, fd in enumerate(fds)]
+for n, fd in enumerate(fds):
+    os.dup2(fd, 3 + n, inheritable=True)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.environ["LISTEN_FDS"] = str(len(fds))
+os.closerange(3 + len(fds), 200)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+#: Writes pages, and reads them for every line that it is given. A process of its own: who starts another closes its
+#: descriptors there, and a close waits for whoever serves the file.
+_HOLDER = """
+import os, sys
+from tests.pages import PAGE, noise
+sys.stdin.readline()
+fd = os.open(sys.argv[1], os.O_RDWR)
+pages = range(int(sys.argv[2]))
+for page in pages:
+    os.pwrite(fd, noise(page), page * PAGE)
+print(flush=True)
+for line in sys.stdin:
+    print(sum(os.pread(fd, PAGE, page * PAGE) == noise(page) for page in pages), flush=True)
+"""
+PAGES = 1000
+
+
+@contextmanager
+def holding(daemon: Daemon) -> Iterator[Callable[..., None]]:
+    """A process that has the swap file open, from the first call of what is given on: each looks at its pages. The last
+    one closes it.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(daemon.swapfile), str(PAGES)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=Path(__file__).parents[2],
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        begun = False
+
+        def verified(last: bool = False) -> None:
+            nonlocal begun
+            assert process.stdin
+            assert process.stdout
+            if not begun:
+                begun = True
+                print(file=process.stdin, flush=True)
+                assert process.stdout.readline() == "\n"
+            print(file=process.stdin, flush=True)
+            assert process.stdout.readline() == f"{PAGES}\n"
+            if last:
+                process.stdin.close()
+                assert process.wait(DEADLINE_SECONDS) == 0
+
+        try:
+            yield verified
+        finally:
+            process.kill()
+
+
+class Systemd:
+    """The socket that services tell how they are, and their store of descriptors."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "notify"
+        self.stored: dict[str, int] = {}
+        self.ready = False
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(self.path))
+        self._socket.settimeout(DEADLINE_SECONDS)
+
+    def listen(self) -> None:
+        """To one message."""
+        data, fds, _, _ = socket.recv_fds(self._socket, 512, 4)
+        lines = dict(line.split("=", 1) for line in data.decode().splitlines())
+        if "FDSTORE" in lines:
+            assert lines["FDPOLL"] == "0"
+            if lines["FDNAME"] in self.stored:
+                os.close(fds[0])
+            else:
+                self.stored[lines["FDNAME"]] = fds[0]
+        elif "FDSTOREREMOVE" in lines:
+            os.close(self.stored.pop(lines["FDNAME"]))
+        elif lines.get("READY") == "1":
+            self.ready = True
+
+    def close(self) -> None:
+        self._socket.close()
+        for fd in self.stored.values():
+            os.close(fd)
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[Systemd]:
+    systemd = Systemd(tmp_path)
+    yield systemd
+    systemd.close()
+
+
+@contextmanager
+def keeper(daemon: Daemon, systemd: Systemd) -> Iterator[subprocess.Popen[bytes]]:
+    """A keeper that was started with what is stored; it serves."""
+    systemd.ready = False
+    words = [os.fspath(pager.KEEPER), "--pager", os.fspath(pager.PROGRAM)]
+    for name, value in pager._options(load(daemon.config, [], {})).items():
+        words += [f"--{name}", value]
+    fds = list(systemd.stored.values())
+    process = subprocess.Popen(
+        [sys.executable, "-c", _STARTED, ",".join(map(str, fds)), *words],
+        env=ENVIRONMENT | {"NOTIFY_SOCKET": str(systemd.path), "LISTEN_FDNAMES": ":".join(systemd.stored)},
+        pass_fds=fds,
+        start_new_session=True,
+    )
+    try:
+        while not systemd.ready:
+            systemd.listen()
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_keeper_and_pagers_are_killed_and_the_next_keeper_goes_on(
+    make_daemon: Callable[..., Daemon], systemd: Systemd
+) -> None:
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    daemon = make_daemon(swap__data_path="pager")
+    daemon.configure()
+    with keeper(daemon, systemd) as first, holding(daemon) as verified:
+        assert sorted(systemd.stored) == sorted(NAMES)
+        daemon.start()
+        verified()
+        assert with_standby(daemon)["keeper"] == first.pid
+        daemon.signal(signal.SIGKILL)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+        daemon.wait()
+        with keeper(daemon, systemd) as second:
+            verified()
+            assert with_standby(daemon)["keeper"] == second.pid
+            assert status(daemon)["opens"] == 1
+            daemon.start_again()
+            assert daemon.stats()["stores"] >= PAGES
+            verified(last=True)
+            wait_until(lambda: status(daemon)["opens"] == 0, "closed")
+            assert daemon.stop() == 0
+            assert second.wait(DEADLINE_SECONDS) == 0
+            while systemd.stored:
+                systemd.listen()
+    assert not Path(f"{daemon.mount_point}.sock").exists()
