@@ -48,7 +48,7 @@ impl Writeback {
         backing.set_budget(budget);
         Ok(Writeback {
             backing,
-            lru: Lru::new(store.slots(), incompressible, store.metrics.clone())?,
+            lru: Lru::new(&store.state, incompressible, store.metrics.clone())?,
             pressure: Pressure::new(percent.min(100) as u32),
             writebacks: Gate::new(),
             cleanings: Gate::new(),

@@ -14,6 +14,7 @@ use crate::backing::{Disk, MemoryDisk, SEGMENT_BYTES};
 use crate::codec::Algorithm;
 use crate::lru::Incompressible;
 use crate::page::PAGE_SIZE;
+use crate::sync::Ordering;
 use std::time::Duration;
 
 const LZ4: Compression = Compression { algorithm: Algorithm::Lz4, zstd_level: 1 };
@@ -57,6 +58,7 @@ fn memory_disk(segments: u64) -> DiskOptions {
 fn end(store: &Store) {
     store.discard(0..store.slots(), &mut Detached::with_capacity(0));
     assert_eq!(store.destroy(Duration::ZERO).expect("nobody is at work"), vec![]);
+    assert!(store.state.cipher().key.iter().all(|word| word.load(Ordering::Relaxed) == 0), "the key was not wiped");
     let metrics = store.metrics();
     for (name, gauge) in [
         ("pages_lz4", &metrics.pages_lz4),

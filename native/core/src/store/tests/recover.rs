@@ -547,6 +547,39 @@ fn a_region_that_is_half_there_is_taken_or_given_back() {
     }
 }
 
+/// When the machine has no memory left, a successor finds its tables where those of the one before were; whatever stands
+/// in them.
+#[test]
+fn a_successor_takes_the_memory_that_is_there() {
+    for allocator in Allocator::ALL {
+        let machine = Machine::new(allocator);
+        let mut scratch = Scratch::new().expect("scratch");
+        let store = machine.start(1000);
+        store.populate_slots().expect("memory");
+        (0..SLOTS).for_each(|slot| put(&store, slot, &page(slot, 1, slot % 2 == 0), &mut scratch).expect("room"));
+        let (map, arena) = (PAGE_SIZE as u64 * 2, 2u64 << 20);
+        let tables = map + u64::from(store.state.arena_pages()) * 2..arena;
+        let before = store.state.resident_bytes();
+        drop(store);
+        let mut scrambled = 0;
+        for at in (tables.start.next_multiple_of(PAGE_SIZE as u64)..tables.end).step_by(PAGE_SIZE) {
+            // SAFETY: plain system call.
+            let data = unsafe { libc::lseek(machine.state.as_raw_fd(), at as libc::off_t, libc::SEEK_DATA) };
+            if data as u64 == at {
+                machine.state.write_all_at(&[0xee; PAGE_SIZE], at).expect("written");
+                scrambled += 1;
+            }
+        }
+        assert!(scrambled >= 3, "{scrambled} pages of tables");
+        let store = machine.recover();
+        store.populate_slots().expect("memory");
+        assert_eq!(store.state.resident_bytes(), before);
+        drop(store);
+        let all: Vec<_> = (0..SLOTS).map(|slot| Holds::Version(1, slot % 2 == 0)).collect();
+        survive(&machine, &Expected { before: all.clone(), after: all, full: false });
+    }
+}
+
 /// Counters are counted on, and settings stay as they were set.
 #[test]
 fn counters_and_settings_go_on() {
