@@ -8,7 +8,7 @@
 //! for memory. It sleeps only when there is no request, or another leads.
 
 use crate::args::Args;
-use crate::crew::{Crew, Pocket};
+use crate::crew::{Crew, Next, Pocket};
 use crate::idle::Idle;
 use crate::inbox::{self, Inbox, ROOM};
 use crate::process::{spawn as spawn_thread, touch};
@@ -35,16 +35,18 @@ const AT_ONCE: usize = 8;
 const PAUSE: Duration = Duration::from_millis(10);
 /// Objects of a punched cluster of 2 MiB, and then some.
 const DETACHED: usize = 1024;
+/// READs that wait for a worker to come back from the disk: more than the kernel has outstanding.
+const LEFT: usize = 512;
 /// How long to wait, without a request, before a WRITE that found no room is tried again. A shrinker needs about as long
 /// to write a segment.
 const RETRY_MS: libc::c_int = 1;
 
 /// Starts the workers.
 pub fn spawn(shared: &Arc<Shared>, device: &Arc<File>, args: &Args) -> io::Result<()> {
-    let crew = Arc::new(Crew::new(Lead::new(shared.clone(), device.clone(), spin_here(args.spin))));
+    let crew = Arc::new(Crew::new(Lead::new(shared.clone(), device.clone(), spin_here(args.spin)), LEFT));
     let workers = if args.backing.is_some() { args.workers } else { 1 };
     for n in 0..workers {
-        let mut worker = Worker::new(shared.clone(), device.clone(), crew.clone())?;
+        let mut worker = Worker::new(shared.clone(), device.clone(), crew.clone(), workers)?;
         spawn_thread(&format!("worker-{n}"), move || no_alloc::forbidden(|| worker.serve()))?;
     }
     Ok(())
@@ -153,7 +155,7 @@ enum Turn {
 struct Worker {
     shared: Arc<Shared>,
     device: Arc<File>,
-    crew: Arc<Crew<Lead>>,
+    crew: Arc<Crew<Lead, Read>>,
     /// Has the lead while a READ is answered, until that needs the disk.
     pocket: Arc<Pocket<Lead>>,
     tools: Tools,
@@ -161,13 +163,22 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(shared: Arc<Shared>, device: Arc<File>, crew: Arc<Crew<Lead>>) -> io::Result<Worker> {
+    /// One of so many.
+    fn new(shared: Arc<Shared>, device: Arc<File>, crew: Arc<Crew<Lead, Read>>, workers: usize) -> io::Result<Worker> {
         let pocket = Arc::new(Pocket::new());
-        let before_disk = {
+        let may_wait = {
             let (pocket, crew) = (pocket.clone(), crew.clone());
-            move || pocket.take().into_iter().for_each(|lead| crew.give(lead))
+            move || match pocket.take().map(|lead| crew.give(lead)) {
+                None | Some(Ok(())) => true,
+                Some(Err(lead)) => {
+                    pocket.put(lead);
+                    false
+                }
+            }
         };
-        let scratch = Scratch::with_hook(before_disk).map_err(io::Error::other)?;
+        // Who is alone has nobody to leave anything to.
+        let scratch = if workers > 1 { Scratch::with_hook(may_wait) } else { Scratch::new() };
+        let scratch = scratch.map_err(io::Error::other)?;
         let tools = Tools { scratch, detached: Detached::with_capacity(DETACHED) };
         let mut reply = vec![0; MAX_READ];
         touch(&mut reply);
@@ -175,7 +186,7 @@ impl Worker {
     }
 
     fn serve(&mut self) {
-        let mut lead = self.crew.take();
+        let mut lead = self.next_lead();
         let gone = loop {
             match self.step(lead) {
                 Ok(next) => lead = next,
@@ -183,8 +194,20 @@ impl Worker {
             }
         };
         // Unmounted or aborted: there is nothing left to serve, as whoever leads next finds too.
-        self.crew.give(gone);
+        self.crew.resign(gone);
         self.shared.closer.close();
+    }
+
+    /// Answers READs that were left, until it is our turn to lead.
+    fn next_lead(&mut self) -> Box<Lead> {
+        loop {
+            match self.crew.next() {
+                Next::Lead(lead) => return lead,
+                Next::Task(read) => {
+                    let _always = self.answer(&read);
+                }
+            }
+        }
     }
 
     /// Answers the next READ. If there is none, goes on with the oldest of the other requests; if there is none either,
@@ -202,7 +225,7 @@ impl Worker {
         lead.at_once = 0;
         match self.handle(&mut lead, oldest) {
             Poll::Ready(()) => lead.inbox.pop(),
-            Poll::Pending if lead.progress.waits_for_room() => lead.sleep(RETRY_MS),
+            Poll::Pending if lead.progress.is_to_wait() => lead.sleep(RETRY_MS),
             Poll::Pending => {}
         }
         Ok(lead)
@@ -230,15 +253,30 @@ impl Worker {
         Ok(None)
     }
 
-    /// Answers a READ. Returns the lead: if it was given away meanwhile, when it is our turn again.
-    fn read(&mut self, lead: Box<Lead>, read: Read) -> Box<Lead> {
-        let Read { unique, offset, size } = read;
-        let answering = self.shared.gate.begin();
+    /// Answers a READ, or leaves it to who comes back from the disk. Returns the lead: if it was given away meanwhile, when
+    /// it is our turn again.
+    fn read(&mut self, lead: Box<Lead>, mut read: Read) -> Box<Lead> {
         self.pocket.put(lead);
-        let payload = swapfile::read(&self.shared.engine, offset, size, &mut self.reply, &mut self.tools);
-        let _ = reply::send(self.device.as_fd(), unique, payload);
-        drop(answering);
-        self.pocket.take().unwrap_or_else(|| self.crew.take())
+        while !self.answer(&read) {
+            match self.crew.leave(read) {
+                Ok(()) => break,
+                // Somebody has come back just now; or, with more outstanding than ever should be, somebody will.
+                Err(back) => read = back,
+            }
+        }
+        self.pocket.take().unwrap_or_else(|| self.next_lead())
+    }
+
+    /// Answers a READ. False if it needs the disk, and nobody is there who could lead meanwhile.
+    fn answer(&mut self, &Read { unique, offset, size }: &Read) -> bool {
+        let _until_the_end = self.shared.gate.begin();
+        match swapfile::read(&self.shared.engine, offset, size, &mut self.reply, &mut self.tools) {
+            Err(libc::EAGAIN) => false,
+            payload => {
+                let _ = reply::send(self.device.as_fd(), unique, payload);
+                true
+            }
+        }
     }
 
     /// Answers a request, or, pending, does a part of what it asks for.

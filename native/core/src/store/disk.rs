@@ -49,6 +49,7 @@ impl Store {
     pub fn with_disk(mut self, options: DiskOptions) -> Result<Store> {
         let DiskOptions { disk, bytes, encryption, incompressible } = options;
         let how = backing::Options { encryption };
+        self.slots.expect_disk();
         self.writeback = Some(Writeback {
             backing: Backing::new(disk, bytes, how, self.state.clone(), self.metrics.clone())?,
             lru: Lru::new(self.slots(), incompressible, self.metrics.clone())?,
@@ -92,7 +93,10 @@ impl Store {
         scratch: &mut Scratch,
     ) -> Result<()> {
         let Some(writeback) = &self.writeback else { return Err(self.found_corrupt(slot)) };
-        (scratch.before_disk)();
+        // Who is about to write the rest of the page has nobody to leave it to.
+        if !scratch.may_wait() && now.is_some() {
+            return Err(Error::NotNow { slot: slot.index() });
+        }
         let object = match writeback.backing.read(at, slot.index(), slot.word().generation(), &mut scratch.disk) {
             Err(Error::Corrupt { .. }) => return Err(self.found_corrupt(slot)),
             object => object?,

@@ -25,8 +25,8 @@ fn workers(disk: Option<DiskOptions>) -> ([Worker; 2], File) {
     let path = std::env::temp_dir().join(format!("zswapd-test-{}-{}.sock", std::process::id(), ends[0]));
     let (device, listener) = (Arc::new(device), Listener::bind(&path).expect("socket"));
     let shared = Arc::new(testing::shared(&device, &listener, 64 << 20, disk).0);
-    let crew = Arc::new(Crew::new(Lead::new(shared.clone(), device.clone(), Duration::ZERO)));
-    let worker = || Worker::new(shared.clone(), device.clone(), crew.clone()).expect("worker");
+    let crew = Arc::new(Crew::new(Lead::new(shared.clone(), device.clone(), Duration::ZERO), LEFT));
+    let worker = || Worker::new(shared.clone(), device.clone(), crew.clone(), 2).expect("worker");
     ([worker(), worker()], kernel)
 }
 
@@ -37,16 +37,17 @@ fn worker() -> (Worker, File) {
 
 /// A step of the worker, which leads; it must have something to do, or it waits for ever.
 fn step(worker: &mut Worker) {
-    let lead = worker.step(worker.crew.take()).ok().expect("the device is there");
-    worker.crew.give(lead);
+    let lead = worker.next_lead();
+    let lead = worker.step(lead).ok().expect("the device is there");
+    worker.crew.resign(lead);
 }
 
 /// Steps, until nothing is left in the inbox.
 fn finish(worker: &mut Worker) {
     loop {
-        let lead = worker.crew.take();
+        let lead = worker.next_lead();
         let waits = lead.inbox.oldest().is_some();
-        worker.crew.give(lead);
+        worker.crew.resign(lead);
         if !waits {
             return;
         }
@@ -156,7 +157,7 @@ fn what_is_not_on_the_swap_file_waits_for_no_write() {
 #[test]
 fn a_device_that_cannot_be_read_now_is_read_again() {
     let (mut worker, kernel) = worker();
-    let mut lead = worker.crew.take();
+    let mut lead = worker.next_lead();
     // EISDIR, and EIO where there is no memory of one's own: neither is a device that is gone.
     for path in ["/", "/proc/self/mem"] {
         let device = std::mem::replace(&mut lead.device, Arc::new(File::open(path).expect("readable")));
