@@ -119,9 +119,9 @@ impl Engine {
     ///
     /// Errors: [`Error::OutOfRange`] if any of it is outside the file, with nothing written. Else the first error of
     /// any page (ENOSPC, or EIO for the part of a lost page); every other page is written all the same, so that no page
-    /// of the range reads what it held before. [`Error::NoRoomYet`] before all others: the pages before the one that
-    /// found no room are written, that one and those after it are not. The same, or the rest of it, is to be written
-    /// again.
+    /// of the range reads what it held before. [`Error::NoRoomYet`] and [`Error::NotNow`] before all others: the pages
+    /// before the one that is meant are written, that one and those after it are not. The same, or the rest of it, is to
+    /// be written again.
     pub fn write(&self, offset: u64, data: &[u8], scratch: &mut Scratch) -> Result<()> {
         self.check_range(offset, data.len() as u64)?;
         let with = self.compression();
@@ -132,7 +132,7 @@ impl Engine {
                 Ok(whole) => self.store.store(part.slot, whole, with, scratch),
                 Err(_) => self.store.store_part(part.slot, part.at, from, with, scratch),
             };
-            if matches!(stored, Err(Error::NoRoomYet)) {
+            if matches!(stored, Err(Error::NoRoomYet | Error::NotNow { .. })) {
                 return stored;
             }
             result = result.and(stored);
@@ -143,7 +143,7 @@ impl Engine {
     /// Punches a hole: the range reads zeros when this returns.
     ///
     /// What it held goes to `detached`: see [`Store::discard`]. Errors: [`Error::OutOfRange`]; for the parts of pages
-    /// at its two ends, as [`Engine::write`]; on [`Error::NoRoomYet`] the same hole is to be punched again.
+    /// at its two ends, as [`Engine::write`]; on [`Error::NoRoomYet`] and [`Error::NotNow`] the same hole is to be punched again.
     pub fn discard(&self, offset: u64, length: u64, detached: &mut Detached, scratch: &mut Scratch) -> Result<()> {
         self.check_range(offset, length)?;
         let page_size = PAGE_SIZE as u64;
@@ -152,13 +152,13 @@ impl Engine {
         if first > last {
             return self.write(offset, &[0; PAGE_SIZE][..length as usize], scratch);
         }
-        let emptied = self.store.discard(first / page_size..last / page_size, detached);
-        self.store.metrics().discards.add(emptied);
+        self.store.try_discard(first / page_size..last / page_size, detached, scratch)?;
         // Both ends, whatever becomes of the first: none may read what it held before.
         let head = self.write(offset, &[0; PAGE_SIZE][..(first - offset) as usize], scratch);
         let tail = self.write(last, &[0; PAGE_SIZE][..(end - last) as usize], scratch);
         match (head, tail) {
-            (Err(Error::NoRoomYet), _) | (_, Err(Error::NoRoomYet)) => Err(Error::NoRoomYet),
+            (again @ Err(Error::NoRoomYet | Error::NotNow { .. }), _) => again,
+            (_, again @ Err(Error::NoRoomYet | Error::NotNow { .. })) => again,
             (head, tail) => head.and(tail),
         }
     }

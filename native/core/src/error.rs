@@ -17,6 +17,11 @@ pub enum Error {
     /// an answer to who has written the page.
     #[error("the pool is full until the shrinker has made room")]
     NoRoomYet,
+    /// Who works on the slot, or on another one that shares its lock, waits for the disk; or the page lies there, and it is
+    /// not for this thread to wait: nothing has changed, and the same is to be tried again. Never an answer to who wants
+    /// the page.
+    #[error("page {slot} has to wait for the backing disk")]
+    NotNow { slot: u32 },
     /// The disk could not read the page. It stays where it is, and may be read another time.
     #[error("page {slot} cannot be read from the backing disk: {source}")]
     DiskRead { slot: u32, source: io::Error },
@@ -62,7 +67,7 @@ impl Error {
         match self {
             Error::PoolFull | Error::NoRegion | Error::BackingFull | Error::BudgetUsedUp => libc::ENOSPC,
             Error::Lost { .. } | Error::Corrupt { .. } | Error::DiskRead { .. } | Error::DiskWrite(_) => libc::EIO,
-            Error::NoRoomYet => libc::EAGAIN,
+            Error::NoRoomYet | Error::NotNow { .. } => libc::EAGAIN,
             Error::NoWriteback => libc::ENODEV,
             Error::OutOfRange { .. } => libc::EFBIG,
             Error::Busy { .. } => libc::EBUSY,

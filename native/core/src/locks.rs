@@ -21,6 +21,7 @@
 
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 use std::ops::{Deref, DerefMut};
+use std::sync::TryLockError;
 
 /// Position in the lock order; a higher rank is taken later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +69,27 @@ impl<T> Ranked<T> {
             #[cfg(debug_assertions)]
             _held: held,
         }
+    }
+}
+
+impl<T> Ranked<T> {
+    /// Takes the lock if nobody holds it.
+    ///
+    /// # Panics
+    /// As [`Ranked::lock`].
+    pub fn try_lock(&self) -> Option<Guard<'_, T>> {
+        #[cfg(debug_assertions)]
+        let held = debug::Held::new(self.rank);
+        let inner = match self.mutex.try_lock() {
+            Ok(inner) => inner,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(Guard {
+            inner,
+            #[cfg(debug_assertions)]
+            _held: held,
+        })
     }
 }
 

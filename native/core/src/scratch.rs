@@ -9,22 +9,31 @@ pub struct Scratch {
     pub codecs: Codecs,
     /// For a record of the backing disk.
     pub(crate) disk: ReadBuffer,
-    pub(crate) before_disk: Box<dyn FnMut() + Send>,
+    /// None: whoever uses it waits as long as it takes.
+    pub(crate) may_wait: Option<Box<dyn FnMut() -> bool + Send>>,
 }
 
 impl Scratch {
     /// Allocates about 400 KiB, and is the last to do so. Errors: [`crate::error::Error::Invalid`] if zstd refuses its
     /// setting; [`crate::error::Error::System`] without memory.
     pub fn new() -> Result<Scratch> {
-        Scratch::with_hook(|| ())
+        Ok(Scratch { codecs: Codecs::new()?, disk: ReadBuffer::new()?, may_wait: None })
     }
 
-    /// As [`Scratch::new`]. `before_disk` is called before each read from the disk, which may take long: another thread
-    /// can take over what else this one would have done meanwhile.
+    /// As [`Scratch::new`], for a thread that has something else to do than to wait for the disk, or for who does.
+    /// `may_wait` is called before a load waits for one of the two: another thread can take over what this one would have
+    /// done meanwhile. False: it may not wait, and the load fails with [`crate::error::Error::NotNow`]. Stores and
+    /// discards do not ask: they never wait for a slot's lock. (Those of a part of a page read the rest of it, and wait
+    /// for the disk if it must be.)
     ///
-    /// A request may need several reads, and calls it for each. It is called with a slot locked, so that it must use
-    /// nothing of the store, and may not wait for who does.
-    pub fn with_hook(before_disk: impl FnMut() + Send + 'static) -> Result<Scratch> {
-        Ok(Scratch { codecs: Codecs::new()?, disk: ReadBuffer::new()?, before_disk: Box::new(before_disk) })
+    /// A load may call it twice, and a request that needs several loads for each. It may be called with a slot locked, so
+    /// that it must use nothing of the store, and may not wait for who does.
+    pub fn with_hook(may_wait: impl FnMut() -> bool + Send + 'static) -> Result<Scratch> {
+        Ok(Scratch { may_wait: Some(Box::new(may_wait)), ..Scratch::new()? })
+    }
+
+    /// Whether a load may wait for the disk.
+    pub(crate) fn may_wait(&mut self) -> bool {
+        self.may_wait.as_mut().is_none_or(|may_wait| may_wait())
     }
 }

@@ -123,6 +123,8 @@ fn fold(word: u64) -> u64 {
 
 /// More stripes than threads by far, so that two pages rarely meet in one.
 const STRIPES: usize = if MODEL { 4 } else { 1024 };
+/// With a backing disk: one may be held for as long as a read takes, and a WRITE is of up to 256 pages.
+const STRIPES_WITH_DISK: usize = if MODEL { 4 } else { 1 << 16 };
 
 /// The slot words of the state file, and the locks that guard them (rank `Slot`).
 pub struct SlotTable {
@@ -141,8 +143,12 @@ pub struct Slot<'a> {
 impl SlotTable {
     /// A table over slot words that are all EMPTY, or see [`SlotTable::mark_touched`]. Errors: [`crate::error::Error::System`].
     pub fn new(state: Arc<State>) -> Result<SlotTable> {
-        let stripes = (0..STRIPES).map(|_| Ranked::new(Rank::Slot, ())).collect();
-        Ok(SlotTable { touched: Touched::new(state.slots())?, state, stripes })
+        Ok(SlotTable { touched: Touched::new(state.slots())?, state, stripes: stripes(STRIPES) })
+    }
+
+    /// Makes more of the locks, for reads of a backing disk. Nobody may have used the table yet.
+    pub fn expect_disk(&mut self) {
+        self.stripes = stripes(STRIPES_WITH_DISK);
     }
 
     /// Takes memory for all slot words, so that using them faults no more. May wait for memory.
@@ -167,7 +173,16 @@ impl SlotTable {
 
     /// Locks a slot; waits for whoever works on it, or on another one in its stripe.
     pub fn lock(&self, index: u32) -> Slot<'_> {
-        Slot { table: self, index, _stripe: self.stripes[index as usize % STRIPES].lock() }
+        Slot { table: self, index, _stripe: self.stripe(index).lock() }
+    }
+
+    /// Locks a slot, unless somebody works on it, or on another one in its stripe.
+    pub fn try_lock(&self, index: u32) -> Option<Slot<'_>> {
+        Some(Slot { table: self, index, _stripe: self.stripe(index).try_lock()? })
+    }
+
+    fn stripe(&self, index: u32) -> &Ranked<()> {
+        &self.stripes[index as usize % self.stripes.len()]
     }
 
     /// The word of a slot that is not locked: it may change at any time.
@@ -192,8 +207,13 @@ impl SlotTable {
 
     /// Bytes of slot words, marks and locks.
     pub fn metadata_bytes(&self) -> u64 {
-        self.state.slots() * 8 + self.touched.metadata_bytes() + (STRIPES * size_of::<Ranked<()>>()) as u64
+        self.state.slots() * 8 + self.touched.metadata_bytes() + size_of_val(&*self.stripes) as u64
     }
+}
+
+/// Written once, and so resident.
+fn stripes(count: usize) -> Box<[Ranked<()>]> {
+    (0..count).map(|_| Ranked::new(Rank::Slot, ())).collect()
 }
 
 impl Slot<'_> {

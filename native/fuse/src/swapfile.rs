@@ -46,22 +46,22 @@ pub struct Progress {
     stored: usize,
     /// The first error.
     result: Result<(), i32>,
-    waits_for_room: bool,
+    is_to_wait: bool,
 }
 
 impl Progress {
     /// Of a request that has not begun.
-    pub const NONE: Progress = Progress { stored: 0, result: Ok(()), waits_for_room: false };
+    pub const NONE: Progress = Progress { stored: 0, result: Ok(()), is_to_wait: false };
 
-    /// Whether the last thing that was tried found no room: it is to be tried again when the shrinker has made some.
-    pub fn waits_for_room(&self) -> bool {
-        self.waits_for_room
+    /// Whether the last thing that was tried found no room, or its slot locked: it is to be tried again in a while.
+    pub fn is_to_wait(&self) -> bool {
+        self.is_to_wait
     }
 
     /// `result`, or pending if it is to be tried again.
-    fn unless_no_room<T>(&mut self, result: error::Result<T>) -> Poll<Result<T, i32>> {
-        self.waits_for_room = matches!(result, Err(Error::NoRoomYet));
-        match self.waits_for_room {
+    fn unless_again<T>(&mut self, result: error::Result<T>) -> Poll<Result<T, i32>> {
+        self.is_to_wait = matches!(result, Err(Error::NoRoomYet | Error::NotNow { .. }));
+        match self.is_to_wait {
             true => Poll::Pending,
             false => Poll::Ready(result.map_err(|error| error.errno())),
         }
@@ -82,7 +82,7 @@ impl Progress {
             let from = offset + self.stored as u64;
             let length = (data.len() - self.stored).min(PAGE_SIZE - (from % PAGE_SIZE as u64) as usize);
             let page = engine.write(from, &data[self.stored..][..length], scratch);
-            let page = ready!(self.unless_no_room(page));
+            let page = ready!(self.unless_again(page));
             self.result = self.result.and(page);
             self.stored += length;
             if self.stored == data.len() {
@@ -97,8 +97,9 @@ impl Progress {
 
 /// Answers an operation: the payload of the reply, written to `out`, or an errno.
 ///
-/// Pending: a part of a WRITE is stored, or there is no room yet. The same is to be passed again, with the same progress,
-/// until it is ready; others may come between. A WRITE is answered whole or with an error, never short. Does not block, allocate or touch disk.
+/// Pending: a part of a WRITE is stored, or it has to wait. The same is to be passed again, with the same progress,
+/// until it is ready; others may come between. A WRITE is answered whole or with an error, never short. EAGAIN, for a READ
+/// alone, is of [`Error::NotNow`]: it is to be asked again. Does not block or allocate, but for what waits for the disk.
 pub fn answer<'a>(
     engine: &Engine,
     operation: Operation<'_>,
@@ -117,7 +118,7 @@ pub fn answer<'a>(
             if within > 0 {
                 // What of it is done may be done again.
                 let result = engine.discard(offset, within, &mut tools.detached, &mut tools.scratch);
-                ready!(progress.unless_no_room(result))?;
+                ready!(progress.unless_again(result))?;
             }
             &[]
         }
@@ -149,7 +150,7 @@ pub fn answer<'a>(
     Poll::Ready(Ok(payload))
 }
 
-/// Answers a READ, in full (less only at the end of the file), as [`answer`] does.
+/// Answers a READ, in full (less only at the end of the file), as [`answer`] does. EAGAIN: see there.
 pub fn read<'a>(
     engine: &Engine,
     offset: u64,

@@ -8,7 +8,7 @@
 //! for memory. It sleeps only when there is no request, or another leads.
 
 use crate::args::Args;
-use crate::crew::{Crew, Pocket};
+use crate::crew::{Crew, Next, Pocket};
 use crate::idle::Idle;
 use crate::inbox::{self, Inbox, ROOM};
 use crate::process::{spawn as spawn_thread, touch, Start};
@@ -35,21 +35,23 @@ const AT_ONCE: usize = 8;
 const PAUSE: Duration = Duration::from_millis(10);
 /// Objects of a punched cluster of 2 MiB, and then some.
 const DETACHED: usize = 1024;
+/// READs that wait for a worker to come back from the disk: more than the kernel has outstanding.
+const LEFT: usize = 512;
 /// How long to wait, without a request, before a WRITE that found no room is tried again. A shrinker needs about as long
 /// to write a segment.
 const RETRY_MS: libc::c_int = 1;
 
 /// Makes the workers. Errors: there is no memory, or a thread cannot be started.
 pub fn spawn(start: &Arc<Start>, args: &Args) -> io::Result<()> {
-    let crew = Arc::new(Crew::new());
+    let crew = Arc::new(Crew::new(LEFT));
     let (workers, room) = if args.backing.is_some() { (args.workers, inbox::MANY) } else { (1, inbox::FEW) };
     let spin = spin_here(args.spin);
     let mut first = Some(Inbox::new(room));
     for n in 0..workers {
-        let (crew, inbox, mine) = (crew.clone(), first.take(), Mine::new(&crew)?);
+        let (crew, inbox, mine) = (crew.clone(), first.take(), Mine::new(&crew, workers)?);
         spawn_thread(&format!("worker-{n}"), start, move |shared| {
             if let Some(inbox) = inbox {
-                crew.give(Box::new(Lead::new(shared.clone(), spin, inbox)));
+                crew.resign(Box::new(Lead::new(shared.clone(), spin, inbox)));
             }
             let mut worker = Worker { shared, crew, mine };
             no_alloc::forbidden(|| worker.serve());
@@ -159,7 +161,7 @@ enum Turn {
 
 struct Worker {
     shared: Arc<Shared>,
-    crew: Arc<Crew<Lead>>,
+    crew: Arc<Crew<Lead, Read>>,
     mine: Mine,
 }
 
@@ -172,13 +174,22 @@ struct Mine {
 }
 
 impl Mine {
-    fn new(crew: &Arc<Crew<Lead>>) -> io::Result<Mine> {
+    /// For one worker of so many.
+    fn new(crew: &Arc<Crew<Lead, Read>>, workers: usize) -> io::Result<Mine> {
         let pocket = Arc::new(Pocket::new());
-        let before_disk = {
+        let may_wait = {
             let (pocket, crew) = (pocket.clone(), crew.clone());
-            move || pocket.take().into_iter().for_each(|lead| crew.give(lead))
+            move || match pocket.take().map(|lead| crew.give(lead)) {
+                None | Some(Ok(())) => true,
+                Some(Err(lead)) => {
+                    pocket.put(lead);
+                    false
+                }
+            }
         };
-        let scratch = Scratch::with_hook(before_disk).map_err(io::Error::other)?;
+        // Who is alone has nobody to leave anything to.
+        let scratch = if workers > 1 { Scratch::with_hook(may_wait) } else { Scratch::new() };
+        let scratch = scratch.map_err(io::Error::other)?;
         let tools = Tools { scratch, detached: Detached::with_capacity(DETACHED) };
         let mut reply = vec![0; MAX_READ];
         touch(&mut reply);
@@ -188,7 +199,7 @@ impl Mine {
 
 impl Worker {
     fn serve(&mut self) {
-        let mut lead = self.crew.take();
+        let mut lead = self.next_lead();
         let gone = loop {
             match self.step(lead) {
                 Ok(next) => lead = next,
@@ -196,8 +207,20 @@ impl Worker {
             }
         };
         // Unmounted or aborted: there is nothing left to serve, as whoever leads next finds too.
-        self.crew.give(gone);
+        self.crew.resign(gone);
         self.shared.closer.close();
+    }
+
+    /// Answers READs that were left, until it is our turn to lead.
+    fn next_lead(&mut self) -> Box<Lead> {
+        loop {
+            match self.crew.next() {
+                Next::Lead(lead) => return lead,
+                Next::Task(read) => {
+                    let _always = self.answer(&read);
+                }
+            }
+        }
     }
 
     /// Answers the next READ. If there is none, goes on with the oldest of the other requests; if there is none either,
@@ -215,7 +238,7 @@ impl Worker {
         lead.at_once = 0;
         match self.handle(&mut lead, oldest) {
             Poll::Ready(()) => lead.inbox.pop(),
-            Poll::Pending if lead.progress.waits_for_room() => lead.sleep(RETRY_MS),
+            Poll::Pending if lead.progress.is_to_wait() => lead.sleep(RETRY_MS),
             Poll::Pending => {}
         }
         Ok(lead)
@@ -243,16 +266,31 @@ impl Worker {
         Ok(None)
     }
 
-    /// Answers a READ. Returns the lead: if it was given away meanwhile, when it is our turn again.
-    fn read(&mut self, lead: Box<Lead>, read: Read) -> Box<Lead> {
-        let Read { unique, offset, size } = read;
-        let answering = self.shared.gate().begin();
+    /// Answers a READ, or leaves it to who comes back from the disk. Returns the lead: if it was given away meanwhile, when
+    /// it is our turn again.
+    fn read(&mut self, lead: Box<Lead>, mut read: Read) -> Box<Lead> {
         self.mine.pocket.put(lead);
+        while !self.answer(&read) {
+            match self.crew.leave(read) {
+                Ok(()) => break,
+                // Somebody has come back just now; or, with more outstanding than ever should be, somebody will.
+                Err(back) => read = back,
+            }
+        }
+        self.mine.pocket.take().unwrap_or_else(|| self.next_lead())
+    }
+
+    /// Answers a READ. False if it needs the disk, and nobody is there who could lead meanwhile.
+    fn answer(&mut self, &Read { unique, offset, size }: &Read) -> bool {
+        let _until_the_end = self.shared.gate().begin();
         let Mine { reply, tools, .. } = &mut self.mine;
-        let payload = swapfile::read(&self.shared.engine, offset, size, reply, tools);
-        let _ = reply::send(self.shared.device.as_fd(), unique, payload);
-        drop(answering);
-        self.mine.pocket.take().unwrap_or_else(|| self.crew.take())
+        match swapfile::read(&self.shared.engine, offset, size, reply, tools) {
+            Err(libc::EAGAIN) => false,
+            payload => {
+                let _ = reply::send(self.shared.device.as_fd(), unique, payload);
+                true
+            }
+        }
     }
 
     /// Answers a request, or, pending, does a part of what it asks for.

@@ -68,6 +68,7 @@ impl Store {
     ///
     /// Errors: those of [`Backing::new`], and [`Error::System`] without memory for its tables.
     pub fn with_disk(mut self, options: DiskOptions) -> Result<Store> {
+        self.slots.expect_disk();
         let encrypted = u64::from(options.encryption);
         let bytes = Backing::usable_bytes(options.bytes);
         let settings = self.settings();
@@ -113,7 +114,10 @@ impl Store {
         scratch: &mut Scratch,
     ) -> Result<()> {
         let Some(writeback) = &self.writeback else { return Err(self.found_corrupt(slot)) };
-        (scratch.before_disk)();
+        // Who is about to write the rest of the page has nobody to leave it to.
+        if !scratch.may_wait() && now.is_some() {
+            return Err(Error::NotNow { slot: slot.index() });
+        }
         let object = match writeback.backing.read(at, slot.index(), slot.word().generation(), &mut scratch.disk) {
             Err(Error::Corrupt { .. }) => return Err(self.found_corrupt(slot)),
             object => object?,

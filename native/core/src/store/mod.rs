@@ -134,11 +134,15 @@ impl Store {
     /// A page that lies on the backing disk is read from there, after a call of the scratch's hook, and this waits for
     /// it.
     ///
-    /// Errors: [`Error::Lost`]; [`Error::Corrupt`], after which the slot is LOST; [`Error::DiskRead`], after which it
+    /// Errors: [`Error::NotNow`] if the hook says so, with nothing changed; [`Error::Lost`]; [`Error::Corrupt`], after which the slot is LOST; [`Error::DiskRead`], after which it
     /// is as before. `page` is then undefined.
     pub fn load(&self, index: u32, page: &mut Page, scratch: &mut Scratch) -> Result<()> {
         let start = Instant::now();
-        self.load_slot(&mut self.slots.lock(index), page, Some(start), scratch)?;
+        let mut slot = match self.lock(index, scratch) {
+            Err(Error::NotNow { .. }) if scratch.may_wait() => self.slots.lock(index),
+            slot => slot?,
+        };
+        self.load_slot(&mut slot, page, Some(start), scratch)?;
         self.metrics.loads.add(1);
         self.metrics.load_latency.record_since(start);
         Ok(())
@@ -147,11 +151,12 @@ impl Store {
     /// Writes a page.
     ///
     /// Errors: [`Error::NoRoomYet`] if the shrinker is about to make room: nothing has changed, and the same is to be
-    /// tried again. [`Error::PoolFull`] or [`Error::NoRegion`] if it cannot, after which the slot is LOST: its old page
-    /// is not what was last written, and must not come back.
+    /// tried again. [`Error::NotNow`]: the same, for a scratch with a hook, if somebody has the slot locked.
+    /// [`Error::PoolFull`] or [`Error::NoRegion`] if there cannot be room, after which the slot is LOST: its old page is
+    /// not what was last written, and must not come back.
     pub fn store(&self, index: u32, page: &Page, with: Compression, scratch: &mut Scratch) -> Result<()> {
         let start = Instant::now();
-        self.store_slot(&mut self.slots.lock(index), page, with, start, scratch)?;
+        self.store_slot(&mut self.lock(index, scratch)?, page, with, start, scratch)?;
         self.metrics.stores.add(1);
         self.metrics.store_latency.record_since(start);
         Ok(())
@@ -171,7 +176,7 @@ impl Store {
     ) -> Result<()> {
         let start = Instant::now();
         let mut page = [0; page::PAGE_SIZE];
-        let mut slot = self.slots.lock(index);
+        let mut slot = self.lock(index, scratch)?;
         self.load_slot(&mut slot, &mut page, None, scratch)?;
         page[at..at + part.len()].copy_from_slice(part);
         self.store_slot(&mut slot, &page, with, start, scratch)?;
@@ -180,25 +185,46 @@ impl Store {
         Ok(())
     }
 
+    /// Locks a slot; for a scratch with a hook ([`Scratch::with_hook`]), only if nobody has it locked.
+    fn lock(&self, index: u32, scratch: &Scratch) -> Result<Slot<'_>> {
+        match scratch.may_wait {
+            None => Ok(self.slots.lock(index)),
+            Some(_) => self.slots.try_lock(index).ok_or(Error::NotNow { slot: index }),
+        }
+    }
+
     /// Empties the slots of a range: they read zeros when this returns. Returns how many were not empty before.
     ///
     /// Their objects go to `detached`, for [`Store::free_detached`]; those that find no room there are freed now.
     pub fn discard(&self, range: Range<u64>, detached: &mut Detached) -> u64 {
+        let touched = self.slots.touched(range);
+        touched.map(|index| u64::from(self.empty(&mut self.slots.lock(index), detached))).sum()
+    }
+
+    /// As [`Store::discard`]; for a scratch with a hook, fails with [`Error::NotNow`] at the first slot that is locked.
+    /// The same is to be tried again then. Counts what was emptied.
+    pub fn try_discard(&self, range: Range<u64>, detached: &mut Detached, scratch: &Scratch) -> Result<()> {
         let mut emptied = 0;
-        for index in self.slots.touched(range) {
-            let mut slot = self.slots.lock(index);
-            if slot.word().entry() == Entry::Empty {
-                continue;
-            }
-            emptied += 1;
-            if let Some(location) = self.publish(&mut slot, Entry::Empty) {
-                match detached.objects.len() < detached.objects.capacity() {
-                    true => detached.objects.push(location),
-                    false => self.free_object(location),
-                }
+        let result = self.slots.touched(range).try_for_each(|index| {
+            emptied += u64::from(self.empty(&mut self.lock(index, scratch)?, detached));
+            Ok(())
+        });
+        self.metrics.discards.add(emptied);
+        result
+    }
+
+    /// Empties a slot. Returns whether it was not empty.
+    fn empty(&self, slot: &mut Slot<'_>, detached: &mut Detached) -> bool {
+        if slot.word().entry() == Entry::Empty {
+            return false;
+        }
+        if let Some(location) = self.publish(slot, Entry::Empty) {
+            match detached.objects.len() < detached.objects.capacity() {
+                true => detached.objects.push(location),
+                false => self.free_object(location),
             }
         }
-        emptied
+        true
     }
 
     /// Moves stored objects together, and frees what they no longer need: see [`Pool::compact`]. Returns how many

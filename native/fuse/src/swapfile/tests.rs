@@ -182,8 +182,8 @@ fn what_finds_no_room_is_tried_again_and_stores_nothing_twice() {
         loop {
             match answer(engine, operation, out, tools, progress).map_ok(<[u8]>::to_vec) {
                 Poll::Ready(payload) => return (payload, waited, engine.store().metrics().stores.get()),
-                Poll::Pending if progress.waits_for_room() => {
-                    assert!(answer(engine, operation, out, tools, progress).is_pending() && progress.waits_for_room());
+                Poll::Pending if progress.is_to_wait() => {
+                    assert!(answer(engine, operation, out, tools, progress).is_pending() && progress.is_to_wait());
                     waited = true;
                     engine.store().shrink(&mut shrinker).expect("written back");
                 }

@@ -73,16 +73,20 @@ fn while_some_wait_for_the_disk_others_are_served() {
 }
 
 #[test]
-fn when_all_wait_for_the_disk_the_first_to_be_free_goes_on() {
+fn one_never_waits_for_the_disk_and_the_first_to_be_free_goes_on() {
     let disk = Held::new();
     let kernel = Kernel::with_disk(1 << 30, disk.clone());
     let pages = on_disk(&kernel, 8);
     for _ in 0..20 {
         disk.hold(READS, true);
-        let mut expected: Vec<_> =
-            pages.iter().enumerate().map(|(n, page)| answer(send_read(&kernel, n), page)).collect();
-        disk.wait_for(READS, WORKERS);
-        expected.push(answer(send_read(&kernel, 8), &[0; PAGE_SIZE]));
+        let expected: Vec<_> = pages.iter().enumerate().map(|(n, page)| answer(send_read(&kernel, n), page)).collect();
+        disk.wait_for(READS, WORKERS - 1);
+        // What is not on the disk does not wait for those that are left, nor does what is written.
+        let page = noise(100, 20);
+        assert_eq!(kernel.write(1 << 20, &page), Ok(page.len() as u32));
+        assert_eq!(kernel.read(1 << 20, page.len() as u32), Ok(page));
+        assert_eq!(kernel.read(8 * 4096, 4096), Ok(vec![0; PAGE_SIZE]));
+        disk.wait_for(READS, WORKERS - 1);
         disk.hold(READS, false);
         expect_replies(&kernel, expected);
     }
@@ -107,6 +111,31 @@ fn a_page_that_the_disk_cannot_read_is_an_error_of_its_request() {
     assert_eq!(kernel.read(0, 4096), Err(libc::EIO));
     assert_eq!(kernel.read(4096, 4096).as_ref(), Ok(&pages[1]));
     assert_eq!(kernel.read(0, 4096).as_ref(), Ok(&pages[0]), "it may be readable another time");
+}
+
+/// It is of another page, that shares its lock with one that is read from the disk. (The swap file has more locks than
+/// pages, so that it is of the same one here.)
+#[test]
+fn a_write_or_a_punch_that_meets_a_read_of_the_disk_keeps_nobody_waiting() {
+    let disk = Held::new();
+    let kernel = Kernel::with_disk(1 << 30, disk.clone());
+    let pages = on_disk(&kernel, 2);
+    disk.hold(READS, true);
+    let mut expected = vec![answer(send_read(&kernel, 0), &pages[0])];
+    disk.wait_for(READS, 1);
+    let (write, punch, page) = (next_unique(), next_unique(), noise(7, 1));
+    kernel.send(&request(opcode::WRITE, write, NODEID, &write_arguments(0, 4096, &page)));
+    let hole = arguments(32, &[(16, &4096u64.to_ne_bytes()), (24, &3u32.to_ne_bytes())]);
+    kernel.send(&request(opcode::FALLOCATE, punch, NODEID, &hole));
+    for _ in 0..20 {
+        assert_eq!(kernel.read(8 * 4096, 4096), Ok(vec![0; PAGE_SIZE]));
+    }
+    disk.hold(READS, false);
+    expected.push(answer(write, &[4096u32.to_ne_bytes(), [0; 4]].concat()));
+    expected.push(answer(punch, &[]));
+    expect_replies(&kernel, expected);
+    assert_eq!(kernel.read(0, 4096), Ok(vec![0; PAGE_SIZE]));
+    kernel.expect_quiet();
 }
 
 /// Pages of the pool that is full, and of what is written to it.

@@ -27,9 +27,9 @@ fn workers(disk: Option<DiskOptions>) -> ([Worker; 2], File) {
     let (device, listener) = (Arc::new(device), Listener::new(zswapd_keeper::socket::listen(&path).expect("socket")));
     std::fs::remove_file(&path).expect("it is there");
     let shared = Arc::new(testing::shared(&device, &listener, 64 << 20, disk).0);
-    let crew = Arc::new(Crew::new());
-    crew.give(Box::new(Lead::new(shared.clone(), Duration::ZERO, Inbox::new(room))));
-    let worker = || Worker { shared: shared.clone(), crew: crew.clone(), mine: Mine::new(&crew).expect("worker") };
+    let crew = Arc::new(Crew::new(LEFT));
+    crew.resign(Box::new(Lead::new(shared.clone(), Duration::ZERO, Inbox::new(room))));
+    let worker = || Worker { shared: shared.clone(), crew: crew.clone(), mine: Mine::new(&crew, 2).expect("worker") };
     ([worker(), worker()], kernel)
 }
 
@@ -40,16 +40,17 @@ fn worker() -> (Worker, File) {
 
 /// A step of the worker, which leads; it must have something to do, or it waits for ever.
 fn step(worker: &mut Worker) {
-    let lead = worker.step(worker.crew.take()).ok().expect("the device is there");
-    worker.crew.give(lead);
+    let lead = worker.next_lead();
+    let lead = worker.step(lead).ok().expect("the device is there");
+    worker.crew.resign(lead);
 }
 
 /// Steps, until nothing is left in the inbox.
 fn finish(worker: &mut Worker) {
     loop {
-        let lead = worker.crew.take();
+        let lead = worker.next_lead();
         let waits = lead.inbox.oldest().is_some();
-        worker.crew.give(lead);
+        worker.crew.resign(lead);
         if !waits {
             return;
         }
@@ -159,7 +160,7 @@ fn what_is_not_on_the_swap_file_waits_for_no_write() {
 #[test]
 fn a_device_that_cannot_be_read_now_is_read_again() {
     let (mut worker, kernel) = worker();
-    let mut lead = worker.crew.take();
+    let mut lead = worker.next_lead();
     // EISDIR, and EIO where there is no memory of one's own: neither is a device that is gone.
     for path in ["/", "/proc/self/mem"] {
         let device = std::mem::replace(&mut lead.device, Arc::new(File::open(path).expect("readable")));

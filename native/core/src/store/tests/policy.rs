@@ -246,21 +246,53 @@ fn a_page_comes_back_to_the_pool_while_there_is_room_below_the_threshold() {
 }
 
 #[test]
-fn the_hook_is_called_before_the_disk_is_read_and_only_then() {
+fn the_hook_is_asked_before_the_disk_is_read_and_only_then() {
     let mut fixture = Fixture::new(100, memory_disk(40));
     fixture.store.set_promoting(false);
     fixture.put(0..2, true).expect("room");
     fixture.write_back(What::Page(0));
     let calls = Arc::new(AtomicU32::new(0));
     let counted = calls.clone();
-    fixture.scratch = Scratch::with_hook(move || {
-        counted.fetch_add(1, Relaxed);
-    })
-    .expect("scratch");
+    fixture.scratch = Scratch::with_hook(move || counted.fetch_add(1, Relaxed) > 0).expect("scratch");
     fixture.read(1);
     assert_eq!(calls.load(Relaxed), 0);
+    let refused = fixture.store.load(0, &mut [0; PAGE_SIZE], &mut fixture.scratch);
+    assert!(matches!(refused, Err(Error::NotNow { slot: 0 })));
+    assert_eq!((calls.load(Relaxed), fixture.store.metrics().disk_reads.get()), (1, 0));
     fixture.read(0);
-    assert_eq!(calls.load(Relaxed), 1);
+    assert_eq!((calls.load(Relaxed), fixture.store.metrics().disk_reads.get()), (2, 1));
+    end(&fixture.store);
+}
+
+/// Who has it locked may wait for the disk.
+#[test]
+fn who_has_something_else_to_do_does_not_wait_for_a_slot() {
+    let mut fixture = Fixture::new(100, memory_disk(40));
+    fixture.put(0..3, true).expect("room");
+    let calls = Arc::new(AtomicU32::new(0));
+    let counted = calls.clone();
+    fixture.scratch = Scratch::with_hook(move || {
+        counted.fetch_add(1, Relaxed);
+        false
+    })
+    .expect("scratch");
+    let Fixture { store, scratch, .. } = &mut fixture;
+    let nothing = &mut Detached::with_capacity(0);
+    // In a thread of its own: this one has the lock of the slot.
+    let locked = store.slots.lock(1);
+    std::thread::scope(|scope| {
+        let others = scope.spawn(|| {
+            assert!(matches!(store.store(1, &page(1, 1, true), LZ4, scratch), Err(Error::NotNow { slot: 1 })));
+            assert!(matches!(store.store_part(1, 0, &[7], LZ4, scratch), Err(Error::NotNow { slot: 1 })));
+            assert!(matches!(store.try_discard(0..3, nothing, scratch), Err(Error::NotNow { slot: 1 })));
+            assert_eq!((calls.load(Relaxed), store.metrics().discards.get()), (0, 1));
+            assert!(matches!(store.load(1, &mut [0; PAGE_SIZE], scratch), Err(Error::NotNow { slot: 1 })));
+            assert_eq!(calls.load(Relaxed), 1);
+        });
+        others.join().expect("it did not wait");
+    });
+    drop(locked);
+    fixture.read(1);
     end(&fixture.store);
 }
 
