@@ -76,6 +76,8 @@ impl Store {
         settings.promoting.store(1, Plain);
         settings.budget_bytes.store(u64::MAX, Plain);
         settings.disk_encrypted.store(encrypted, Plain);
+        // Half of one, if somebody was killed while he made it.
+        self.state.cipher().key.iter().for_each(|word| word.store(0, Relaxed));
         self.writeback = Some(Writeback::new(&self, options)?);
         // Only now that there is a key.
         self.settings().disk_bytes.store(bytes, std::sync::atomic::Ordering::Release);

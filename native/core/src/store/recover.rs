@@ -34,8 +34,10 @@ impl Store {
         let metrics = SharedMetrics::resume(files.counters.as_ref().map(AsFd::as_fd))?;
         let limit_bytes = state.settings().limit_bytes.load(Relaxed);
         let mut store = Store::over(state, allocator, limit_bytes, metrics)?;
+        let had_disk = store.settings().disk_bytes.load(Relaxed) > 0;
         if let Some(options) = disk {
-            store.writeback = Some(Writeback::new(&store, options)?);
+            // One that ended at its very start has not set all of it up.
+            store = if had_disk { store.with_the_same_disk(options)? } else { store.with_disk(options)? };
         }
         store.pool.begin_recovery()?;
         store.slots.mark_touched();
@@ -44,6 +46,11 @@ impl Store {
         }
         store.pool.end_recovery()?;
         Ok(store)
+    }
+
+    fn with_the_same_disk(mut self, options: DiskOptions) -> Result<Store> {
+        self.writeback = Some(Writeback::new(&self, options)?);
+        Ok(self)
     }
 
     /// Makes live what a slot names.

@@ -1,6 +1,6 @@
 //! A state that is damaged when it is recovered: no page is ever wrong, and nothing else is lost than what was damaged.
 
-use super::recover::{load_or_lost, Machine, SLOTS};
+use super::machine::{load_or_lost, Machine, SLOTS};
 use super::*;
 use proptest::prelude::*;
 use std::fs::File;

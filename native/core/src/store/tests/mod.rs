@@ -2,8 +2,12 @@
 
 mod concurrent;
 #[cfg(not(any(loom, shuttle, miri)))]
+mod crash;
+#[cfg(not(any(loom, shuttle, miri)))]
 mod damage;
 mod during_the_write;
+#[cfg(not(any(loom, shuttle, miri)))]
+mod machine;
 mod model;
 mod policy;
 #[cfg(not(any(loom, shuttle, miri)))]
