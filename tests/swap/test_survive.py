@@ -14,7 +14,7 @@ import pytest
 from tests.daemon import Daemon, wait_until
 from tests.pages import PAGE
 from tests.swap.backing import DISK_BYTES, POOL_BYTES, disk_directory, loop_device
-from tests.swap.workload import ENOUGH, Workload, assert_gone, swap_area, swapped
+from tests.swap.workload import ENOUGH, LIMIT, Workload, assert_gone, swap_area, swapped
 from tests.takeover import KILLS, kill, kill_and_wait, kill_at_random, report, status, with_standby
 from zswapd import swapdev
 from zswapd.bench.damon import switches
@@ -163,8 +163,8 @@ def test_killed_while_it_writes_back(make_daemon: Callable[..., Daemon], corpus:
 def test_killed_during_swapoff(attached: Callable[..., Daemon], corpus: int) -> None:
     daemon = attached()
     with no_trouble(), swapped(daemon, corpus) as workload, ThreadPoolExecutor(1) as beside:
+        workload.fill()
         for _ in range(3):
-            workload.fill()
             workload.group.set_limit(ENOUGH)
             used = swap_area(daemon).used_bytes
             detaching = beside.submit(daemon.ctl, "detach")
@@ -181,7 +181,7 @@ def test_killed_during_swapoff(attached: Callable[..., Daemon], corpus: int) -> 
                 assert daemon.ctl("detach").returncode == 0
             workload.verify()
             assert daemon.ctl("attach", "--unsafe").returncode == 0
-            workload.group.set_limit(24 << 20)
+            workload.group.set_limit(LIMIT)
             workload.run("rewrite", seed=1)
         workload.verify()
 
