@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -199,6 +200,18 @@ def test_without_its_keeper_a_pager_serves_on_and_says_so(daemon: Daemon) -> Non
     wait_until(lambda: not alive(before["pid"]), "the pager ends")
     assert not swapdev.is_mounted(daemon.mount_point)
     assert not Path(f"{daemon.mount_point}.sock").exists()
+
+
+def test_keeper_and_standby_are_small(daemon: Daemon) -> None:
+    """In memory of their own, beside what the pager itself takes (test_pager.py)."""
+    now = with_standby(daemon)
+    sizes = {}
+    for who in ("keeper", "standby"):
+        fields = Path(f"/proc/{now[who]}/status").read_text()
+        sizes[who] = sum(int(kib) for kib in re.findall(r"^Rss(?:Anon|File):\s+(\d+) kB$", fields, re.MULTILINE))
+    print(f"resident: {sizes} KiB")
+    assert 0 < sizes["keeper"] < 4 << 10
+    assert 0 < sizes["standby"] < 8 << 10
 
 
 def test_at_the_end_nothing_is_left(daemon: Daemon) -> None:
