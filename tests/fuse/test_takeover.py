@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon import DEADLINE_SECONDS, ENVIRONMENT, Daemon, wait_until
+from tests.daemon import DEADLINE_SECONDS, ENVIRONMENT, Daemon, state_file, wait_until
 from tests.errnos import raises_errno
 from tests.machine import lacks
 from tests.pages import PAGE, noise
@@ -281,6 +281,26 @@ def test_an_upgrade_that_cannot_be_is_refused_and_all_goes_on(program: tuple[Dae
     install(path)
     Pager(daemon.mount_point).upgrade()
     wait_until(lambda: status(daemon)["pid"] not in (0, before["pid"]), "the new version serves")
+
+
+@pytest.mark.parametrize(("at", "reason"), [(8, "of version"), (0, "none of zswapd's"), (20, "header is damaged")])
+def test_a_state_that_the_new_version_does_not_know_is_refused_and_left_alone(
+    daemon: Daemon, at: int, reason: str
+) -> None:
+    before = with_standby(daemon)
+    with daemon.opened() as swapfile:
+        os.pwrite(swapfile, noise(1), 0)
+        with state_file(daemon) as state:
+            state[at] ^= 0xFF
+            try:
+                with pytest.raises(OSError, match=reason):
+                    Pager(daemon.mount_point).upgrade()
+            finally:
+                state[at] ^= 0xFF
+        assert status(daemon)["pid"] == before["pid"]
+        assert os.pread(swapfile, PAGE, 0) == noise(1)
+        Pager(daemon.mount_point).upgrade()
+        assert os.pread(swapfile, PAGE, 0) == noise(1)
 
 
 def test_while_no_successor_starts_the_pages_wait_for_one(program: tuple[Daemon, Path]) -> None:
