@@ -165,6 +165,12 @@ impl Lru {
         self.metrics.idle_pages.get()
     }
 
+    /// Whether a slot is on the list, and was not used for `age` seconds. A hint, without the slot locked.
+    pub fn is_unused(&self, index: u32, age: u32, now: u32) -> bool {
+        let note = self.notes[index as usize].0.load(Relaxed);
+        note & LISTED != 0 && (now & SECONDS).saturating_sub(note & SECONDS) >= age
+    }
+
     /// Whether a slot is on the list, and marked as idle. A hint, without the slot locked.
     pub fn is_idle(&self, index: u32) -> bool {
         self.has(index, LISTED | IDLE)

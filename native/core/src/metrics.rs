@@ -168,7 +168,7 @@ pub struct Metrics {
     pub rejected_out_of_range: Counter,
     /// The pool was full, and nothing could be written back: no healthy disk with room, or the budget was used up.
     pub rejected_no_writeback: Counter,
-    /// How often a store found no room, and was to be tried again when the shrinkers had made some.
+    /// Stores that found no room, and were tried again until the shrinkers had made some.
     pub stores_waited_for_room: Counter,
     pub errors_lost: Counter,
     pub errors_corrupt: Counter,
@@ -191,7 +191,7 @@ pub struct Metrics {
     /// the core.
     pub takeovers: Counter,
     pub takeover_ns: Counter,
-    /// Segments that could not be written, and pages that could not be read.
+    /// Segments that could not be written, and loads of pages that could not be read.
     pub writeback_errors: Counter,
     pub disk_read_errors: Counter,
     pub load_latency: Histogram,

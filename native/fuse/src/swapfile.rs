@@ -59,7 +59,10 @@ impl Progress {
     }
 
     /// `result`, or pending if it is to be tried again.
-    fn unless_again<T>(&mut self, result: error::Result<T>) -> Poll<Result<T, i32>> {
+    fn unless_again<T>(&mut self, engine: &Engine, result: error::Result<T>) -> Poll<Result<T, i32>> {
+        if matches!(result, Err(Error::NoRoomYet)) && !self.is_to_wait {
+            engine.store().metrics().stores_waited_for_room.add(1);
+        }
         self.is_to_wait = matches!(result, Err(Error::NoRoomYet | Error::NotNow { .. }));
         match self.is_to_wait {
             true => Poll::Pending,
@@ -82,7 +85,7 @@ impl Progress {
             let from = offset + self.stored as u64;
             let length = (data.len() - self.stored).min(PAGE_SIZE - (from % PAGE_SIZE as u64) as usize);
             let page = engine.write(from, &data[self.stored..][..length], scratch);
-            let page = ready!(self.unless_again(page));
+            let page = ready!(self.unless_again(engine, page));
             self.result = self.result.and(page);
             self.stored += length;
             if self.stored == data.len() {
@@ -118,7 +121,7 @@ pub fn answer<'a>(
             if within > 0 {
                 // What of it is done may be done again.
                 let result = engine.discard(offset, within, &mut tools.detached, &mut tools.scratch);
-                ready!(progress.unless_again(result))?;
+                ready!(progress.unless_again(engine, result))?;
             }
             &[]
         }

@@ -19,7 +19,7 @@
 //! | --- | --- |
 //! | `idle all` | `ok pages=N`: so many pages of the pool are marked as idle now |
 //! | `idle SECONDS` | the same, after marking only those that nobody has used for so long |
-//! | `writeback all`, `idle`, `huge`, `page N` | `ok pages=N bytes=N end=...`: so many pages were written back, and so much of the pool freed; EBUSY while another writeback or `shrink` is under way |
+//! | `writeback all`, `idle`, `unused SECONDS`, `huge`, `huge_idle`, `page N` | `ok pages=N bytes=N end=...`: so many pages were written back, and so much of the pool freed; EBUSY while another writeback or `shrink` is under way |
 //! | `writeback resume` | the same, of no pages: a disk that has failed is written to again |
 //! | `shrink BYTES` | the same, of the coldest pages, until so much of the pool is free |
 //! | `writeback-limit BYTES`, `none` | `ok`: so much may still be written to the disk |
@@ -213,7 +213,11 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
         }
         ["writeback", "all"] => sweep(shared, What::All),
         ["writeback", "idle"] => sweep(shared, What::Idle),
+        ["writeback", "unused", age] => {
+            sweep(shared, What::Unused { seconds: number(age, "age in seconds", 0..=u32::MAX)? })
+        }
         ["writeback", "huge"] => sweep(shared, What::Huge),
+        ["writeback", "huge_idle"] => sweep(shared, What::HugeIdle),
         ["writeback", "page", page] => {
             let last = shared.engine.store().slots() - 1;
             sweep(shared, What::Page(number(page, "page", 0..=last as u32)?))

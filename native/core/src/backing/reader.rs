@@ -101,11 +101,7 @@ impl CleanBuffer {
                 true => Ok(()),
                 false => Err(io::ErrorKind::InvalidData.into()),
             });
-        match whole {
-            Ok(()) => self.length = written,
-            Err(_) => backing.metrics.disk_read_errors.add(1),
-        }
-        whole
+        whole.map(|()| self.length = written)
     }
 
     /// The next record, as its header says, which nobody has verified. None: that was the last one.

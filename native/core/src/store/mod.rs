@@ -344,10 +344,8 @@ impl Store {
     fn count_rejected(&self, error: &Error) {
         match error {
             Error::NoRegion => self.metrics.rejected_no_memory.add(1),
+            _ if self.writeback.is_some() => self.metrics.rejected_no_writeback.add(1),
             _ => self.metrics.rejected_pool_full.add(1),
-        }
-        if self.writeback.is_some() {
-            self.metrics.rejected_no_writeback.add(1);
         }
     }
 

@@ -167,7 +167,6 @@ impl Store {
         if !self.can_make_room() {
             return false;
         }
-        self.metrics.stores_waited_for_room.add(1);
         pressure.starved.store(true, Relaxed);
         pressure.shrinkers.wake();
         true

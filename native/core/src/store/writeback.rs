@@ -19,6 +19,7 @@ use crate::object::{self, HEADER_SIZE};
 use crate::pool::Location;
 use crate::slots::{Entry, Word};
 use crate::sync::Ordering::Relaxed;
+use std::time::Instant;
 
 /// What a thread needs to write pages back, made once: it allocates nothing afterwards.
 pub struct Shrinker {
@@ -48,7 +49,7 @@ impl Shrinker {
     }
 }
 
-/// Which pages are to be written back. The policy for incompressible pages holds for all but the last two.
+/// Which pages are to be written back. The policy for incompressible pages holds for all but the last three.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
     /// The coldest pages, until so many bytes of the pool are free.
@@ -58,8 +59,14 @@ pub enum What {
     All,
     /// Those marked as idle: see [`Store::mark_idle`].
     Idle,
+    /// Those that nobody has used for so many seconds, marked or not.
+    Unused {
+        seconds: u32,
+    },
     /// Those that are incompressible.
     Huge,
+    /// Those that are incompressible, and marked as idle.
+    HugeIdle,
     /// One slot's.
     Page(u32),
 }
@@ -126,12 +133,15 @@ impl Store {
                 }
                 false
             }
-            What::All | What::Idle | What::Huge => {
+            What::All | What::Idle | What::Unused { .. } | What::Huge | What::HugeIdle => {
+                let now = writeback.seconds(Instant::now());
                 for index in job.next..self.slots() {
                     let index = index as u32;
                     let goes = match job.what {
                         What::Idle => lru.is_idle(index) && lru.may_go(lru.is_raw(index)),
+                        What::Unused { seconds } => lru.is_unused(index, seconds, now) && lru.may_go(lru.is_raw(index)),
                         What::Huge => lru.is_raw(index),
+                        What::HugeIdle => lru.is_raw(index) && lru.is_idle(index),
                         _ => lru.is_listed(index) && lru.may_go(lru.is_raw(index)),
                     };
                     job.next = u64::from(index);

@@ -241,6 +241,8 @@ fn pages_are_written_back_as_told() {
     done(control.ask(b"writeback idle"), 14);
     let compressible: Vec<u8> = (0..4096).map(|n| (n / 9) as u8).collect();
     assert_eq!(control.kernel.write(1 << 20, &compressible), Ok(4096));
+    done(control.ask(b"writeback huge_idle"), 0);
+    done(control.ask(b"writeback unused 3600"), 0);
     done(control.ask(b"writeback huge"), 1);
     done(control.ask(b"writeback all"), 1);
     assert_eq!((store.metrics().pages_on_disk.get(), store.metrics().pool_bytes.get()), (17, 0));
@@ -326,6 +328,9 @@ fn what_is_no_writeback_is_refused() {
         "writeback",
         "writeback none",
         "writeback page",
+        "writeback unused",
+        "writeback unused soon",
+        "writeback huge_idle now",
         "writeback page -1",
         "writeback page 1024",
         "writeback page 4294967296",

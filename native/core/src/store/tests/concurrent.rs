@@ -20,7 +20,6 @@ fn no_page_is_lost_or_torn() {
         ("pages_promoted", &metrics.pages_promoted),
         ("cleaned_segments", &metrics.cleaned_segments),
         ("disk_reads", &metrics.disk_reads),
-        ("stores_waited_for_room", &metrics.stores_waited_for_room),
     ];
     happened.iter().for_each(|(name, counter)| assert!(counter.get() > 0, "{name}: nothing of that happened"));
     for (name, counter) in [("errors_lost", &metrics.errors_lost), ("errors_corrupt", &metrics.errors_corrupt)] {

@@ -207,8 +207,14 @@ fn what_is_idle_or_huge_or_one_page_is_written_back_and_nothing_else() {
         assert_eq!(fixture.store.metrics().idle_pages.get(), 4);
         assert_eq!(fixture.write_back(What::Idle).pages, idle.len() as u64);
         assert_eq!(gone(&fixture), idle, "{policy:?}");
+        assert_eq!(fixture.write_back(What::Unused { seconds: 3600 }).pages, 0);
         // Asked for by name they go, whatever the policy.
-        assert_eq!(fixture.write_back(What::Page(19)).pages, 1);
+        fixture.store.mark_idle(Duration::ZERO);
+        fixture.read(18);
+        let huge_idle = (10..20).filter(|&slot| slot != 18 && !fixture.on_disk(slot)).count();
+        assert_eq!(fixture.write_back(What::HugeIdle).pages, huge_idle as u64);
+        assert!(!fixture.on_disk(18) && !fixture.on_disk(0));
+        assert_eq!(fixture.write_back(What::Page(18)).pages, 1);
         assert_eq!(fixture.write_back(What::Page(19)).pages, 0);
         assert_eq!(fixture.write_back(What::Page(4000)).pages, 0);
         assert_eq!(fixture.write_back(What::Page(u32::MAX)).pages, 0);
@@ -216,9 +222,11 @@ fn what_is_idle_or_huge_or_one_page_is_written_back_and_nothing_else() {
         assert!((10..20).all(|slot| fixture.on_disk(slot)), "{policy:?}");
         end(&fixture.store);
 
-        let mut fixture = new();
-        assert_eq!(fixture.write_back(What::All).pages, all);
-        end(&fixture.store);
+        for what in [What::All, What::Unused { seconds: 0 }] {
+            let mut fixture = new();
+            assert_eq!(fixture.write_back(what).pages, all);
+            end(&fixture.store);
+        }
 
         let mut fixture = new();
         fixture.write_back(What::Coldest { bytes: 1 });
