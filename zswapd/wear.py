@@ -1,9 +1,9 @@
 """The wear budget: how much may still be written to the backing disk in this hour, and in this day.
 
-An hour is one of the clock, a day this hour and the 23 before it. The pager is granted some of what is left, and takes
-every segment that it writes from that, before it writes it. A grant is in the state file, on the disk, before the pager
-has it: after a crash of anything, what was granted and is not known to be left counts as written. So no more is ever
-written than the budget, but less may be.
+An hour is one of the clock, a day this hour and the 23 before it. The pager is granted all that is left, so that
+nothing waits for zswapd before the hour's end, and takes every segment that it writes from that, before it writes it. A
+grant is in the state file, on the disk, before the pager has it: after a crash of the pager or the machine, what was
+granted counts as written. So no more is ever written than the budget, but less may be.
 """
 
 import json
@@ -19,8 +19,6 @@ from zswapd.config import Writeback, format_size
 log = logging.getLogger(__name__)
 
 HOUR_SECONDS, DAY_HOURS = 3600, 24
-#: What is granted at a time, unless a quarter of what is left is more; a new grant comes when half of it is used up.
-GRANT_BYTES = 1 << 30
 
 
 def state_path(backing: Path) -> Path:
@@ -41,6 +39,8 @@ class Budget:
         self._path = state_path(settings.backing)
         #: Bytes by hours since 1970. Never changed in place: another thread may be reading it.
         self._hours: dict[int, int] = {}
+        #: Those that were in the future when they were last looked at, and count as of then.
+        self._ahead: dict[int, int] = {}
         #: What the pager has been granted and is not known to have written: all of it may be.
         self._granted = 0
         try:
@@ -54,11 +54,11 @@ class Budget:
                 error,
                 self._path,
             )
-            self._hours, self._granted = {self._hour(): max(self._hourly, self._daily)}, 0
+            self._hours, self._ahead, self._granted = {self._hour(): max(self._hourly, self._daily)}, {}, 0
 
     def left(self) -> int:
         """Bytes that may still be written in this hour, what is granted included. Not below 0."""
-        hours = self._day()
+        hours, _ = self._day()
         lefts = []
         if self._hourly:
             lefts.append(self._hourly - hours.get(self._hour(), 0))
@@ -69,22 +69,21 @@ class Budget:
     def observe(self, unused: int | None) -> None:
         """Counts what the pager has written: `unused` is what it has left of what it was granted; None: it is a pager
         that was not granted anything, and the one that was is gone."""
-        hours, hour = self._day(), self._hour()
+        (hours, ahead), hour = self._day(), self._hour()
         hours[hour] = hours.get(hour, 0) + max(0, self._granted - (unused or 0))
-        self._hours, self._granted = hours, unused or 0
+        self._hours, self._ahead, self._granted = hours, ahead, unused or 0
 
     def top_up(self, grant: Callable[[int], None]) -> None:
-        """Calls `grant`, which tells the pager of more bytes that it may write, if it is time for that.
+        """Calls `grant`, which tells the pager of more bytes that it may write, if there are any.
 
         Waits for the disk. Raises OSError: `grant`'s own, when the pager may have been told or not; else nothing was
         granted.
         """
         left = self.left()
-        enough = min(left, max(GRANT_BYTES, left // 4))
-        if enough > self._granted * 2:
-            more = enough - self._granted
-            self._save(enough)
-            self._granted = enough
+        if left > self._granted:
+            more = left - self._granted
+            self._save(left)
+            self._granted = left
             grant(more)
 
     def close(self, unused: int | None) -> None:
@@ -100,7 +99,8 @@ class Budget:
     def _save(self, granted: int) -> None:
         """Replaces the state file. Raises OSError: it is as it was."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        state = {"hours": {str(hour): count for hour, count in self._day().items()}, "granted": granted}
+        hours, ahead = ({str(hour): count for hour, count in counts.items()} for counts in self._day())
+        state = {"hours": hours, "ahead": ahead, "granted": granted}
         new = self._path.with_suffix(".new")
         with new.open("w") as file:
             json.dump(state, file)
@@ -115,23 +115,35 @@ class Budget:
 
     def _read(self, text: str) -> None:
         state = json.loads(text)
-        hours = {int(hour): int(count) for hour, count in state["hours"].items()}
+        hours, ahead = (
+            {int(hour): int(count) for hour, count in counts.items()}
+            for counts in (state["hours"], state.get("ahead", {}))
+        )
         granted = int(state["granted"])
-        if granted < 0 or any(count < 0 for count in hours.values()):
+        if granted < 0 or any(count < 0 for count in (*hours.values(), *ahead.values())):
             raise ValueError("a number is negative")
-        self._hours, self._granted = hours, granted
+        self._hours, self._ahead, self._granted = hours, ahead, granted
 
     def _hour(self) -> int:
         return int(self._now()) // HOUR_SECONDS
 
-    def _day(self) -> dict[int, int]:
-        """The hours that count; what a wrong clock has put into the future is of now."""
+    def _day(self) -> tuple[dict[int, int], dict[int, int]]:
+        """The hours that count, and those of the future.
+
+        Either the clock was ahead when these were written, or it is behind now. They count as of now, so that they
+        block for no longer than a day in the first case; and are kept for the second, until the clock has come to them.
+        """
         now = self._hour()
         kept: dict[int, int] = {}
-        for hour, count in self._hours.items():
-            if hour > now - DAY_HOURS:
-                kept[min(hour, now)] = kept.get(min(hour, now), 0) + count
-        return kept
+        ahead = {hour: count for hour, count in self._ahead.items() if hour > now}
+        reached = {hour: count for hour, count in self._ahead.items() if hour <= now}
+        for hours in (self._hours, reached):
+            for hour, count in hours.items():
+                if hour > now:
+                    ahead[hour] = ahead.get(hour, 0) + count
+                if hour > now - DAY_HOURS:
+                    kept[min(hour, now)] = kept.get(min(hour, now), 0) + count
+        return kept, ahead
 
 
 def has_budget(settings: Writeback) -> bool:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from zswapd import wear
 from zswapd.config import Writeback, load
-from zswapd.wear import GRANT_BYTES, HOUR_SECONDS, Budget
+from zswapd.wear import HOUR_SECONDS, Budget
 
 GIB = 1 << 30
 NOON = 490_000 * HOUR_SECONDS
@@ -62,27 +62,17 @@ def test_an_hour_and_a_day(state_directory: Path) -> None:
     assert len(json.loads(next(state_directory.iterdir()).read_text())["hours"]) == 2
 
 
-def test_what_is_granted_is_no_more_than_is_left_and_comes_in_parts() -> None:
-    budget = Budget(settings(day=10 * GIB), Clock())
-    assert topped_up(budget) == 10 * GIB // 4
-    budget.observe(10 * GIB // 4 - GIB)
-    assert topped_up(budget) == 0  # more than half of it is there
-    budget.observe(GIB // 2)
-    assert topped_up(budget) == 8 * GIB // 4 - GIB // 2
-    assert budget.left() == 8 * GIB
-
-
-def test_a_small_budget_is_granted_at_once() -> None:
-    assert topped_up(Budget(settings(day=GRANT_BYTES // 2), Clock())) == GRANT_BYTES // 2
-
-
-def test_the_last_bytes_are_granted_too() -> None:
-    budget = Budget(settings(day=5 * GIB), Clock())
-    total = 0
-    for _ in range(20):
-        total += topped_up(budget)
-        budget.observe(0)
-    assert total == 5 * GIB
+def test_all_that_is_left_of_the_hour_is_granted_at_once() -> None:
+    """Nothing waits for zswapd then, which may be away."""
+    clock = Clock()
+    budget = Budget(settings(hour=2 * GIB, day=3 * GIB), clock)
+    assert topped_up(budget) == 2 * GIB
+    budget.observe(GIB)
+    assert topped_up(budget) == 0
+    clock.now += HOUR_SECONDS
+    assert topped_up(budget) == GIB
+    budget.observe(0)
+    assert budget.left() == 0
 
 
 def test_a_grant_is_on_the_disk_before_the_pager_has_it(state_directory: Path) -> None:
@@ -189,6 +179,27 @@ def test_a_clock_that_was_ahead_blocks_for_no_longer_than_a_day() -> None:
     assert budget.left() == 0
     clock.now += HOUR_SECONDS
     assert budget.left() == GIB
+
+
+def test_a_clock_that_is_behind_at_the_start_forgets_nothing() -> None:
+    """As one without a battery is, until NTP has set it."""
+    clock = Clock()
+    budget = Budget(settings(hour=GIB, day=2 * GIB), clock)
+    topped_up(budget)
+    budget.close(0)
+    right, clock.now = clock.now + HOUR_SECONDS, 1000.0
+    budget = Budget(settings(hour=GIB, day=2 * GIB), clock)
+    budget.observe(None)
+    assert budget.left() == 0
+    for _ in range(3):
+        budget.close(0)  # writes the state
+    clock.now = right
+    assert budget.left() == GIB
+    assert Budget(settings(hour=GIB, day=2 * GIB), clock).left() == GIB
+    topped_up(budget)
+    budget.observe(0)
+    clock.now += HOUR_SECONDS
+    assert budget.left() == 0
 
 
 def test_a_state_that_cannot_be_written_stays_as_it_was(state_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
