@@ -23,6 +23,8 @@ ENV_PREFIX = "ZSWAPD_"
 PAGE_SIZE = 4096
 MAX_SIZE = 16 << 40
 
+#: What is written to the backing disk at a time, at most: no budget is of use that does not allow it.
+SEGMENT_BYTES = 256 << 10
 _SIZE = re.compile(r"([0-9]{1,20})\s?(?:([KMGT])(?:iB)?)?", re.IGNORECASE)
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _SIZE_HELP = "bytes, or a number with KiB, MiB, GiB or TiB; whole pages of 4096 bytes, above 0, at most 16TiB"
@@ -273,6 +275,11 @@ def _refuse_together(config: Config, source: Mapping[str, str]) -> None:
     if config.swap.data_path != "pager":
         hint = 'set swap.data_path = "pager", or writeback.backing = ""'
         refuse("backing", 'needs the pager, and swap.data_path is "pyfuse3"', hint)
+    for name in ("budget_per_hour", "budget_per_day"):
+        if 0 < getattr(given, name) < SEGMENT_BYTES:
+            refuse(
+                name, "less than a segment, so that nothing is ever written", f"{SEGMENT_BYTES >> 10}KiB or more, or 0"
+            )
     if 0 < given.budget_per_day < given.budget_per_hour:
         refuse("budget_per_hour", f"more than budget_per_day = {given.budget_per_day}", "lower it, or raise the other")
 

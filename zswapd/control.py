@@ -114,7 +114,7 @@ def _io_stat(engine: Engine) -> str:
     """zram's columns: failed reads, failed writes, invalid requests, pages freed by discard."""
     stats = engine.stats()
     rejected = stats["rejected_stores"]
-    full = rejected["pool_full"] + rejected["no_memory"]
+    full = rejected["pool_full"] + rejected["no_memory"] + rejected["no_writeback"]
     return _columns((sum(stats["errors"].values()), full, rejected["out_of_range"], stats["discards"]))
 
 
@@ -163,12 +163,12 @@ def _mark_idle(engine: Engine, command: str) -> None:
 
 
 def _write_back(engine: Engine, command: str) -> None:
-    """Takes "all", "idle", "huge", "page_index=N" or "N". An end before all is done is an error, as in zram."""
+    """Takes "all", "idle", "huge", "huge_idle", "page_index=N" or "N". An early end is an error, as in zram."""
     page = command.removeprefix("page_index=")
     if page.isdecimal() and len(page) < 12:
         command = f"page {int(page)}"
-    elif command not in ("all", "idle", "huge"):
-        raise ValueError(f"not all, idle, huge, nor page_index=N: {command!r}")
+    elif command not in ("all", "idle", "huge", "huge_idle"):
+        raise ValueError(f"not all, idle, huge, huge_idle, nor page_index=N: {command!r}")
     written = _logged(lambda: engine.write_back(command), "writeback")
     if written.ended != "done":
         number, why = ENDS[written.ended]

@@ -145,7 +145,7 @@ def status(config: Config, classes: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("what", type=click.Choice(["all", "idle", "huge", "page", "resume"]))
+@click.argument("what", type=click.Choice(["all", "idle", "huge", "huge_idle", "page", "resume"]))
 @click.argument("number", type=click.IntRange(min=0), required=False)
 @click.option(
     "--older",
@@ -156,7 +156,8 @@ def status(config: Config, classes: bool, as_json: bool) -> None:
 @_json
 @click.pass_obj
 def writeback(config: Config, what: str, number: int | None, older: int | None, as_json: bool) -> None:
-    """Move pages to the backing disk: all, those marked idle, those that do not compress (huge), or page NUMBER.
+    """Move pages to the backing disk: all, those marked idle, those that do not compress (huge), those that are both
+    (huge_idle), or page NUMBER.
 
     resume: write again to a disk that has failed, without waiting for the pager to try it.
 

@@ -149,8 +149,9 @@ class Engine(Protocol):
         ENODEV without a backing disk."""
 
     def write_back(self, what: str) -> Written:
-        """Moves pages to the backing disk: "all", "idle" (those marked), "huge" (those that do not compress), or
-        "page N", one slot. Takes as long as the disk does. ENODEV without a backing disk."""
+        """Moves pages to the backing disk: "all", "idle" (those marked), "unused N" (for so many seconds), "huge" (what
+        does not compress), "huge_idle" (both), or "page N", one slot. Takes as long as the disk does. ENODEV without a
+        backing disk."""
 
 
 class EmbeddedEngine(_native.Engine):

@@ -11,7 +11,7 @@ from typing import TypeVar
 import trio
 
 from zswapd import swapdev, wear
-from zswapd.config import Writeback, format_size
+from zswapd.config import Writeback, format_size, mem_total
 from zswapd.engine import WritebackStats, Written
 from zswapd.errors import DaemonError
 from zswapd.pager import Pager
@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PRESSURE_SECONDS, BUDGET_SECONDS = 1, 2
+PRESSURE_SECONDS, BUDGET_SECONDS, WATCH_SECONDS = 1, 2, 2
+#: Pressure counts only while less than this share of memory is available: that of a memory cgroup at its limit is in
+#: /proc/pressure too.
+LOW_SHARE = 4
 #: Of the pool, each PRESSURE_SECONDS while there is pressure.
 SHRINK_SHARE, SHRINK_LEAST_BYTES = 64, 1 << 20
 #: Age is looked at four times in `idle_after`, but within these bounds.
@@ -39,6 +42,11 @@ def pressure(root: Path = Path("/")) -> float | None:
     return float(match[1]) if match else None
 
 
+def is_low() -> bool:
+    """Whether little memory is available."""
+    return swapdev.mem_available() < mem_total() // LOW_SHARE
+
+
 class Hysteresis:
     """Whether to shrink the pool: from a pressure of `threshold` until it has fallen to half of that.
 
@@ -48,7 +56,8 @@ class Hysteresis:
 
     def __init__(self, threshold: int) -> None:
         self._threshold = threshold
-        self._shrinking = False
+        #: Whether there is pressure.
+        self.shrinking = False
         self._last: tuple[int, int] | None = None
 
     def step(self, now: float, stats: WritebackStats) -> bool:
@@ -56,8 +65,8 @@ class Hysteresis:
         counts = stats["reads"], stats["pages_written"]
         reads, written = (new - old for new, old in zip(counts, self._last or counts, strict=True))
         self._last = counts
-        self._shrinking = now >= self._threshold or (self._shrinking and now > self._threshold / 2)
-        return self._shrinking and reads <= FEW_READS + written // 2
+        self.shrinking = now >= self._threshold or (self.shrinking and now > self._threshold / 2)
+        return self.shrinking and reads <= FEW_READS + written // 2
 
 
 def start_budget(pager: Pager, settings: Writeback, *, new: bool) -> None:
@@ -109,6 +118,7 @@ async def run(pager: Pager, settings: Writeback) -> None:
     if pager.backing() is None:
         return
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(_watch, pager)
         if pager.budget:
             nursery.start_soon(_keep_to_budget, pager, pager.budget)
         if settings.idle_after:
@@ -136,13 +146,44 @@ async def _keep_to_budget(pager: Pager, budget: wear.Budget) -> None:
             complaint.over()
 
 
+async def _watch(pager: Pager) -> None:
+    """Says in the log what becomes of the disk: that it has failed, and is well again; what could not be read."""
+    stats = pager.stats()
+    failed, used_up, errors = False, False, stats["errors"]
+    while True:
+        disk = stats["writeback"]
+        if failed != (failed := disk["state"] == "failed"):
+            if failed:
+                log.error(
+                    "the backing disk has failed, nothing more is written to it: a full pool refuses stores. What is "
+                    "there is still read. It is tried every 30 s; zswapctl writeback resume does not wait for that"
+                )
+            else:
+                log.warning("the backing disk is written to again")
+        if used_up != (used_up := disk["budget_bytes"] == 0):
+            log.warning("the budget is %s", "used up: a full pool refuses stores" if used_up else "there again")
+        for kind, what in (("disk", "could not be read from the backing disk"), ("corrupt", "were corrupt")):
+            if new := stats["errors"][kind] - errors[kind]:
+                log.error("%d pages %s: the processes that needed them got an I/O error", new, what)
+        errors = stats["errors"]
+        await trio.sleep(WATCH_SECONDS)
+        stats = pager.stats()
+
+
 async def _by_pressure(pager: Pager, threshold: int) -> None:
     hysteresis, complaint = Hysteresis(threshold), _Complaint()
+    promoting = True
     while True:
         await trio.sleep(PRESSURE_SECONDS)
         stats = pager.stats()
-        now = pressure()
-        if now is not None and hysteresis.step(now, stats["writeback"]) and _may_write(pager):
+        now = pressure() if is_low() else 0
+        shrink = hysteresis.step(now or 0, stats["writeback"])
+        shrinking = hysteresis.shrinking and stats["writeback"]["state"] == "ok"
+        # What is read from the disk stays there meanwhile: or what leaves the pool would come back to it.
+        if promoting == shrinking and not swapdev.is_changing(pager.mount_point):
+            promoting = not shrinking
+            await _command(partial(pager.promote, promoting), complaint)
+        if shrink and _may_write(pager):
             size = max(SHRINK_LEAST_BYTES, stats["pool_bytes"] // SHRINK_SHARE)
             await _command(partial(pager.shrink, size), complaint)
 
@@ -152,8 +193,8 @@ async def _by_age(pager: Pager, seconds: int) -> None:
     while True:
         await trio.sleep(min(max(seconds / 4, AGE_LEAST_SECONDS), AGE_MOST_SECONDS))
         if _may_write(pager):
-            await _command(lambda: pager.mark_idle(seconds), complaint)
-            written = await _command(lambda: pager.write_back("idle"), complaint)
+            # Not by marks, which are the operator's.
+            written = await _command(lambda: pager.write_back(f"unused {seconds}"), complaint)
             if written and written.pages:
                 log.info("written back by age: %d pages, %s", written.pages, format_size(written.bytes))
 

@@ -271,6 +271,8 @@ def test_an_error_is_one_or_two_lines() -> None:
         (["budget_per_day=1GiB"], "without a disk", "writeback.backing"),
         (["idle_after=60"], "without a disk", "writeback.backing"),
         (["backing=/run/zswapd/mnt/swapfile"], "in zswapd's own file system", "on a disk"),
+        (["backing=/dev/x", "budget_per_hour=252KiB"], "less than a segment", "256KiB or more"),
+        (["backing=/dev/x", "budget_per_day=4096"], "less than a segment", "256KiB or more"),
         (["backing=/dev/x", "budget_per_hour=2GiB", "budget_per_day=1GiB"], "more than budget_per_day", "lower it"),
     ],
 )

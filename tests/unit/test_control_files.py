@@ -57,6 +57,7 @@ def read(engine: FakeEngine, name: str) -> str:
         ("writeback", "all", "all"),
         ("writeback", "idle", "idle"),
         ("writeback", "huge", "huge"),
+        ("writeback", "huge_idle", "huge_idle"),
         ("writeback", "page_index=012", "page 12"),
         ("writeback", "0", "page 0"),
         ("idle", "all", "idle 0"),

@@ -36,13 +36,17 @@ class FakePager:
         self.told: list[str] = []
         self.budget: wear.Budget | None = None
         self.refuses: int = 0
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, Any] = {}
+        self.errors = {"lost": 0, "corrupt": 3, "disk": 4}
+
+    def promote(self, on: bool) -> None:
+        self._tell(f"promote {on}")
 
     def backing(self) -> Path | None:
         return Path(self.path) if self.path else None
 
     def stats(self) -> Any:
-        return {"pool_bytes": 640 * MIB, "writeback": writeback(state=self.state, **self.counts)}
+        return {"pool_bytes": 640 * MIB, "errors": self.errors, "writeback": writeback(state=self.state, **self.counts)}
 
     def unused_budget(self) -> int | None:
         return self.unused
@@ -86,6 +90,7 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
     monkeypatch.setattr(swapdev, "is_changing", lambda mount_point: False)
+    monkeypatch.setattr(policy, "is_low", lambda: True)
     return tmp_path / "state"
 
 
@@ -138,8 +143,66 @@ async def test_under_pressure_the_pool_shrinks_by_a_share(
     monkeypatch.setattr(policy, "pressure", lambda: readings.pop(0) if len(readings) > 1 else readings[0])
     pager = FakePager()
     await run(pager, settings(), 10)
-    # The first reading was to see whether there are any.
-    assert pager.told == ["shrink 10485760"] * 2
+    # The first reading was to see whether there are any. What is read back stays on the disk meanwhile.
+    assert pager.told == ["promote False", *["shrink 10485760"] * 2, "promote True"]
+
+
+async def test_who_waits_while_memory_is_there_is_no_reason_to_shrink(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A memory cgroup at its limit."""
+    monkeypatch.setattr(policy, "pressure", lambda: 100.0)
+    monkeypatch.setattr(policy, "is_low", lambda: False)
+    pager = FakePager()
+    await run(pager, settings(), 10)
+    assert pager.told == []
+
+
+def test_memory_is_low_below_a_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(policy, "mem_total", lambda: 4 * GIB)
+    for available, low in ((GIB - 1, True), (GIB, False)):
+        monkeypatch.setattr(swapdev, "mem_available", lambda available=available: available)
+        assert policy.is_low() == low
+
+
+async def test_promotion_is_left_alone_while_somebody_detaches(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings, changing = [0.0, 20.0, 20.0, 3.0, 3.0, 3.0, 3.0], [False, False, True, True, False]
+    monkeypatch.setattr(policy, "pressure", lambda: readings.pop(0) if len(readings) > 1 else readings[0])
+    monkeypatch.setattr(
+        swapdev, "is_changing", lambda mount_point: changing.pop(0) if len(changing) > 1 else changing[0]
+    )
+    pager = FakePager()
+    await run(pager, settings(), 10)
+    assert [told for told in pager.told if told.startswith("promote")] == ["promote False", "promote True"]
+
+
+async def test_what_becomes_of_the_disk_is_in_the_log(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    pager = FakePager()
+    said: tuple[tuple[str, Callable[[], object]], ...] = (
+        ("the backing disk has failed", lambda: setattr(pager, "state", "failed")),
+        ("the backing disk is written to again", lambda: setattr(pager, "state", "ok")),
+        ("the budget is used up", lambda: pager.counts.update(budget_bytes=0)),
+        ("the budget is there again", lambda: pager.counts.update(budget_bytes=1)),
+        ("2 pages could not be read from the backing disk", lambda: pager.errors.update(disk=6)),
+        ("1 pages were corrupt", lambda: pager.errors.update(corrupt=4)),
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(policy.run, pager, settings(pressure=0))  # type: ignore[arg-type]
+        await trio.sleep(10)
+        assert caplog.text == ""
+        for text, change in said:
+            # The daemon's are new at each look.
+            pager.errors = dict(pager.errors)
+            change()
+            await trio.sleep(10)
+            assert caplog.text.count(text) == 1, text
+        assert len(caplog.records) == len(said)
+        nursery.cancel_scope.cancel()
 
 
 async def test_without_pressure_stall_information_it_is_said_once(
@@ -152,12 +215,12 @@ async def test_without_pressure_stall_information_it_is_said_once(
     assert caplog.text.count("no /proc/pressure/memory") == 1
 
 
-async def test_pages_that_are_old_are_marked_and_written(
+async def test_pages_that_are_old_are_written_and_marks_left_alone(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pager = FakePager()
     await run(pager, settings(idle_after=400, pressure=0), 250)
-    assert pager.told == ["idle 400", "writeback idle"] * 2
+    assert pager.told == ["writeback unused 400"] * 2
 
 
 @pytest.mark.parametrize("why", ["failed", "detaching"])
@@ -237,33 +300,33 @@ def test_without_its_state_nothing_starts(state_directory: Path) -> None:
     assert str(state_directory) in caught.value.hint
 
 
-async def test_what_is_used_up_is_granted_anew_while_there_is_some(
-    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture, state_directory: Path
+async def test_a_new_hour_is_granted_when_it_comes(
+    autojump_clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    state_directory: Path,
 ) -> None:
-    budget = settings(budget_per_day="4GiB", pressure=0)
+    now = 490_000 * 3600.0
+    monkeypatch.setattr("time.time", lambda: now)
+    monkeypatch.setattr(wear.Budget.__init__, "__defaults__", (lambda: now,))
+    budget = settings(budget_per_hour="1GiB", pressure=0)
     pager = FakePager()
-    start_budget(pager, new=True, budget_per_day="4GiB")
-    for _ in range(2):
-        pager.unused = 0
-        await run(pager, budget, 10)
-    assert pager.told == ["limit 0", *[f"grant {GIB}"] * 3]
+    start_budget(pager, new=True, budget_per_hour="1GiB")
+    pager.unused = 0
+    await run(pager, budget, 10)
+    assert pager.told == ["limit 0", f"grant {GIB}"]
 
     # No grant that is not on the disk.
     moved = state_directory.rename(state_directory.with_name("moved"))
     state_directory.write_text("in the way")
-    pager.unused = 0
+    now += 3600
     await run(pager, budget, 10)
-    assert len(pager.told) == 4
+    assert len(pager.told) == 2
     assert caplog.text.count("its budget cannot be counted") == 1
     state_directory.unlink()
     moved.rename(state_directory)
     await run(pager, budget, 10)
-    assert pager.told[4:] == [f"grant {GIB}"]
-    pager.unused = 0
-    await run(pager, budget, 10)
-    assert len(pager.told) == 5
-    assert pager.budget
-    assert pager.budget.left() == 0
+    assert pager.told[2:] == [f"grant {GIB}"]
 
 
 def test_what_a_pager_has_left_in_the_end_is_not_lost(state_directory: Path, caplog: pytest.LogCaptureFixture) -> None:

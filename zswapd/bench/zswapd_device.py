@@ -239,10 +239,7 @@ class Zswapd(Device):
         return pages["on_disk"] / max(1, stored) if self.pool_limit else None
 
     async def refused(self) -> int:
-        rejected = (await self.daemon.stats())["rejected_stores"]
-        return sum(
-            count for reason, count in rejected.items() if reason != "no_writeback"
-        )  # which says why it was full
+        return sum((await self.daemon.stats())["rejected_stores"].values())
 
     def cpu_seconds(self) -> dict[str, float]:
         return {name: _cpu_seconds(pid) for name, pid in self.daemon.processes().items()}
