@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import mmap
 import os
 import re
 import signal
@@ -309,3 +310,13 @@ class Daemon:
             if fields[4] == str(self.mount_point):
                 return Path("/sys/fs/fuse/connections", fields[2].split(":")[1])
         raise AssertionError("not mounted")
+
+
+@contextmanager
+def state_file(daemon: Daemon) -> Iterator[mmap.mmap]:
+    """The file of slot words and stored pages (native/core/src/state.rs), opened behind the daemon's back."""
+    # In a pager it is unlinked, on a tmpfs that is mounted nowhere; in a daemon of its own, a memory file.
+    name = re.compile(r"/memfd:zswapd-state.*|/#\d+ \(deleted\)")
+    path = next(path for path, target in descriptors(daemon.server_pid).items() if name.fullmatch(target))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as state:
+        yield state

@@ -9,16 +9,15 @@ import re
 import stat
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.daemon import CONTROLS, Daemon, descriptors, wait_until
+from tests.daemon import CONTROLS, Daemon, state_file, wait_until
 from tests.errnos import raises_errno
 from tests.machine import lacks
 from tests.pages import PAGE, noise
@@ -263,16 +262,6 @@ def test_a_punched_cluster_is_used_again_at_once(make_daemon: Callable[..., Daem
 @pytest.fixture
 def victim(make_daemon: Callable[..., Daemon], data_path: str) -> Daemon:
     return make_daemon(swap__data_path=data_path).start()
-
-
-@contextmanager
-def state_file(daemon: Daemon) -> Iterator[mmap.mmap]:
-    """The file of slot words and stored pages (native/core/src/state.rs), opened behind the daemon's back."""
-    # In a pager it is unlinked, on a tmpfs that is mounted nowhere; in a daemon of its own, a memory file.
-    name = re.compile(r"/memfd:zswapd-state.*|/#\d+ \(deleted\)")
-    path = next(path for path, target in descriptors(daemon.server_pid).items() if name.fullmatch(target))
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as state:
-        yield state
 
 
 def test_damaged_bytes_are_an_error_and_not_a_wrong_page(victim: Daemon) -> None:

@@ -129,9 +129,7 @@ def systemd(tmp_path: Path) -> Iterator[Systemd]:
 def keeper(daemon: Daemon, systemd: Systemd) -> Iterator[subprocess.Popen[bytes]]:
     """A keeper that was started with what is stored; it serves."""
     systemd.ready = False
-    words = [os.fspath(pager.KEEPER), "--pager", os.fspath(pager.PROGRAM)]
-    for name, value in pager._options(load(daemon.config, [], {})).items():
-        words += [f"--{name}", value]
+    words = pager.command(pager.options(load(daemon.config, [], {})))
     fds = list(systemd.stored.values())
     process = subprocess.Popen(
         [sys.executable, "-c", _STARTED, ",".join(map(str, fds)), *words],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon import DEADLINE_SECONDS, ENVIRONMENT, Daemon, wait_until
+from tests.daemon import DEADLINE_SECONDS, ENVIRONMENT, Daemon, state_file, wait_until
 from tests.errnos import raises_errno
 from tests.machine import lacks
 from tests.pages import PAGE, noise
@@ -201,6 +202,18 @@ def test_without_its_keeper_a_pager_serves_on_and_says_so(daemon: Daemon) -> Non
     assert not Path(f"{daemon.mount_point}.sock").exists()
 
 
+def test_keeper_and_standby_are_small(daemon: Daemon) -> None:
+    """In memory of their own, beside what the pager itself takes (test_pager.py)."""
+    now = with_standby(daemon)
+    sizes = {}
+    for who in ("keeper", "standby"):
+        fields = Path(f"/proc/{now[who]}/status").read_text()
+        sizes[who] = sum(int(kib) for kib in re.findall(r"^Rss(?:Anon|File):\s+(\d+) kB$", fields, re.MULTILINE))
+    print(f"resident: {sizes} KiB")
+    assert 0 < sizes["keeper"] < 4 << 10
+    assert 0 < sizes["standby"] < 8 << 10
+
+
 def test_at_the_end_nothing_is_left(daemon: Daemon) -> None:
     before = with_standby(daemon)
     kill_and_wait(daemon)
@@ -268,6 +281,26 @@ def test_an_upgrade_that_cannot_be_is_refused_and_all_goes_on(program: tuple[Dae
     install(path)
     Pager(daemon.mount_point).upgrade()
     wait_until(lambda: status(daemon)["pid"] not in (0, before["pid"]), "the new version serves")
+
+
+@pytest.mark.parametrize(("at", "reason"), [(8, "of version"), (0, "none of zswapd's"), (20, "header is damaged")])
+def test_a_state_that_the_new_version_does_not_know_is_refused_and_left_alone(
+    daemon: Daemon, at: int, reason: str
+) -> None:
+    before = with_standby(daemon)
+    with daemon.opened() as swapfile:
+        os.pwrite(swapfile, noise(1), 0)
+        with state_file(daemon) as state:
+            state[at] ^= 0xFF
+            try:
+                with pytest.raises(OSError, match=reason):
+                    Pager(daemon.mount_point).upgrade()
+            finally:
+                state[at] ^= 0xFF
+        assert status(daemon)["pid"] == before["pid"]
+        assert os.pread(swapfile, PAGE, 0) == noise(1)
+        Pager(daemon.mount_point).upgrade()
+        assert os.pread(swapfile, PAGE, 0) == noise(1)
 
 
 def test_while_no_successor_starts_the_pages_wait_for_one(program: tuple[Daemon, Path]) -> None:

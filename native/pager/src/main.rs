@@ -47,7 +47,7 @@ use zswapd_core::codec::Compression;
 use zswapd_core::engine::Engine;
 use zswapd_core::error;
 use zswapd_core::memory;
-use zswapd_core::metrics::Metrics;
+use zswapd_core::metrics::{Metrics, SharedMetrics};
 use zswapd_core::session::Session;
 use zswapd_core::state::State;
 use zswapd_core::store::{DiskOptions, Files};
@@ -126,6 +126,7 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
         // Looked at, and left as it is: who cannot go on with it does not say that all is set.
         let copy = state.try_clone().map_err(|error| failed("state file")(&error))?;
         State::open(copy, args.allocator.geometry()).map_err(|error| error.to_string())?;
+        SharedMetrics::open(counters.as_fd()).map_err(|error| error.to_string())?;
     }
     let (sweeper, orders) = shrinker::Sweeper::new();
     let start = Arc::new(Start::default());
