@@ -196,7 +196,7 @@ class Pager:
         """pid; keeper and standby: theirs, 0 without; device: the mount's st_dev; opens of the swap file; protected: 1
         if the kernel let it lock memory, serve reclaim and outlive the OOM killer; forgets: 1 if it stores nothing;
         footprint: bytes of its memory beside the pool and its tables; takeovers: how often a pager has taken over;
-        resend: 1 if the kernel sends again what one had not answered."""
+        resend: 1 if the kernel sends again what a pager that is gone had not answered."""
         return _numbers(self._ask("status")[0])
 
     # What every engine does (engine.Engine)

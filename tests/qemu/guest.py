@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,16 +74,10 @@ class Guest:
         self._kernel = next(kernel.glob("boot/vmlinuz-*"))
         self._initramfs = _initramfs(kernel, self._kernel.name.removeprefix("vmlinuz-"))
 
-    def run(
-        self,
-        script: Path,
-        environment: Mapping[str, str],
-        deadline_seconds: int,
-        watched: str = "",
-        parameters: Sequence[str] = (),
-    ) -> Outcome:
-        """Boots, with more kernel `parameters`, runs `script` as root, and switches the guest off; kills it at the
-        deadline. Or before that, once the task of the name `watched` hangs.
+    def run(self, script: Path, environment: Mapping[str, str], deadline_seconds: int, watched: str = "") -> Outcome:
+        """Boots, runs `script` as root, and switches the guest off; kills it at the deadline.
+
+        Or before that, once the task of the name `watched` hangs.
 
         With INSTALLED in `environment`, a directory, systemd is process 1, with what lies there over this machine's
         root, and `script` one of its services; who switches the guest off is the script.
@@ -103,7 +97,7 @@ class Guest:
                 "-device", "vhost-user-fs-pci,chardev=host,tag=host",
                 "-serial", f"file:{kernel_log}", "-serial", f"file:{output}",
                 "-kernel", str(self._kernel), "-initrd", str(self._initramfs),
-                "-append", " ".join([*KERNEL_PARAMETERS, *parameters, *variables]),
+                "-append", " ".join([*KERNEL_PARAMETERS, *variables]),
             ]
             # fmt: on
             with _virtiofsd(directory / "virtiofs"), _process(command) as qemu:

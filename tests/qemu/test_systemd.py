@@ -26,6 +26,7 @@ ExecStart={script}
 """
 #: Emulated, a process takes seconds to start.
 WATCHDOG = "[Service]\nWatchdogSec=40\n"
+JOURNAL = "[Journal]\nForwardToConsole=yes\nTTYPath=/dev/ttyS0\nMaxLevelConsole=info\n"
 SLEEP = """\
 [Service]
 ExecStart=
@@ -49,6 +50,7 @@ def installed() -> Path:
         "zswapd-test.service": TEST_UNIT.format(script=SCRIPT),
         "zswapd.service.d/watchdog.conf": WATCHDOG,
         "systemd-suspend.service.d/test.conf": SLEEP,
+        "../journald.conf.d/console.conf": JOURNAL,
     }.items():
         (units / name).parent.mkdir(parents=True, exist_ok=True)
         (units / name).write_text(text)
@@ -82,7 +84,6 @@ def test_the_units_keep_what_they_promise() -> None:
         SCRIPT,
         {"INSTALLED": os.fspath(installed())},
         DEADLINE_SECONDS,
-        parameters=("systemd.journald.forward_to_console=1", "systemd.show_status=0"),
     )
     print(outcome.output)
     assert outcome.status == 0, outcome.kernel_log[-20000:]

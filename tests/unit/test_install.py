@@ -115,3 +115,60 @@ def test_systemd_understands_the_units(installed: tuple[Path, str], tmp_path: Pa
     units = [str(tmp_path / unit) for unit in UNITS]
     result = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def settings(unit: str) -> dict[str, list[str]]:
+    """Values by name, in their order."""
+    found: dict[str, list[str]] = {}
+    for name, value in re.findall(r"^(\w+)=(.*)$", (REPOSITORY / "systemd" / unit).read_text(), re.MULTILINE):
+        found.setdefault(name, []).append(value)
+    return found
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_no_unit_is_stopped_because_another_fails(unit: str) -> None:
+    """Else the swap would be detached when the keeper dies, through the pager that is to be started then."""
+    assert not settings(unit).keys() & {"Requires", "Requisite", "BindsTo", "PartOf", "StopPropagatedFrom", "Upholds"}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_no_unit_waits_for_what_comes_after_the_swap(unit: str) -> None:
+    """/tmp may be in memory, and is then mounted after swap.target."""
+    found = settings(unit)
+    assert found["DefaultDependencies"] == ["no"]
+    assert "local-fs.target" not in " ".join(found.get("After", []))
+    assert "PrivateTmp" not in found
+
+
+@pytest.mark.parametrize("unit", ["zswapd-pager.service", "zswapd-swap.service", "zswapd-sleep.service"])
+def test_who_mounts_or_attaches_has_the_host_s_mounts(unit: str) -> None:
+    """All of these would give it a mount namespace of its own (systemd.exec(5))."""
+    spaces = "Private(Tmp|Devices|Mounts|IPC|Users)|Protect(System|Home|Proc|Hostname|Kernel.*|ControlGroups)|Root.*"
+    spaces += (
+        "|(ReadOnly|ReadWrite|Inaccessible|Exec|NoExec)Paths|Bind.*Paths|TemporaryFileSystem|MountFlags|DynamicUser"
+    )
+    assert [name for name in settings(unit) if re.fullmatch(spaces, name)] == []
+
+
+def test_pagers_are_not_killed_with_anybody() -> None:
+    found = settings("zswapd-pager.service")
+    expected = {
+        "KillMode": "process",
+        "SendSIGKILL": "no",
+        "TimeoutStopSec": "infinity",
+        "OOMPolicy": "continue",
+        "SystemCallErrorNumber": "EPERM",
+        "StartLimitIntervalSec": "0",
+        "MemorySwapMax": "0",
+    }
+    assert {name: found[name] for name in expected} == {name: [value] for name, value in expected.items()}
+
+
+@pytest.mark.parametrize(("unit", "most"), [("zswapd-pager.service", 40), ("zswapd.service", 20)])
+def test_units_are_as_confined_as_the_documents_say(unit: str, most: int) -> None:
+    if not shutil.which("systemd-analyze"):
+        lacks("systemd-analyze")
+    path = str(REPOSITORY / "systemd" / unit)
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", f"--threshold={most}", path]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
