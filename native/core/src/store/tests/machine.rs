@@ -187,7 +187,7 @@ fn read_all(store: &Store, expected: &Expected) -> Vec<Holds> {
     let mut holds = Vec::new();
     for slot in 0..SLOTS {
         let (before, after) = (expected.before[slot as usize], expected.after[slot as usize]);
-        let page = load(&store, slot, &mut scratch);
+        let page = load(store, slot, &mut scratch);
         let possible = [before, after, Holds::Lost];
         let possible = &possible[..if expected.full && before != after { 3 } else { 2 }];
         let found = possible.iter().find(|holds| holds.page(slot) == page);
