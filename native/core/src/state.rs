@@ -206,16 +206,23 @@ impl State {
     pub fn table<T: Zeroable>(&self, table: Table) -> Result<ZeroedTable<T>> {
         let (area, elements) = self.shape.area(table);
         assert!(elements * size_of::<T>() <= area.len(), "{table:?} with elements that are too long");
+        if self.found && table != Table::Links {
+            self.clear(area.clone())?;
+        }
+        ZeroedTable::over(elements, Backing::Part(self.file.as_fd(), area.start as u64))
+    }
+
+    /// Zeroes a part of the file, where it has memory.
+    fn clear(&self, area: Range<usize>) -> Result<()> {
         let mut from = area.start as u64;
-        while self.found && table != Table::Links {
-            let Some(data) = self.next_data(from)?.filter(|data| data.start < area.end as u64) else { break };
+        while let Some(data) = self.next_data(from)?.filter(|data| data.start < area.end as u64) {
             let bytes = data.start as usize..area.end.min(data.end as usize);
             self.mapping.map_resident(bytes.clone())?;
-            // SAFETY: inside the mapping, and the table is not made yet.
+            // SAFETY: inside the mapping, and nobody looks there yet.
             unsafe { self.mapping.start().as_ptr().add(bytes.start).write_bytes(0, bytes.len()) };
             from = bytes.end as u64;
         }
-        ZeroedTable::over(elements, Backing::Part(self.file.as_fd(), area.start as u64))
+        Ok(())
     }
 
     /// The next pages of the arena, from `page` on, that have memory, up to the first that has none.

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::backing::records_of;
+use crate::crash::with_hook;
 use crate::error::Error;
 use crate::memory::memory_file;
 use std::fs::File;
@@ -41,6 +42,11 @@ impl Machine {
 
     pub fn options(&self) -> DiskOptions {
         disk_of(SEGMENTS, self.disk.clone())
+    }
+
+    fn share(&self) -> Machine {
+        let state = self.state.try_clone().expect("descriptor");
+        Machine { allocator: self.allocator, state, disk: self.disk.clone() }
     }
 
     /// As it is now, holes and all.
@@ -174,28 +180,41 @@ pub fn gauges(store: &Store) -> Vec<u64> {
     single.into_iter().chain(classes).map(|gauge| gauge.get()).collect()
 }
 
-/// A successor goes on with what is left: every page is what it was, or what it was about to be, and the store is as good
-/// as one that nobody has killed.
-pub fn survive(machine: &Machine, expected: &Expected) {
-    let next_nonce = {
-        let file = machine.files().state.expect("a file");
-        let state = State::open(file, machine.allocator.geometry()).expect("whole");
-        let next = state.cipher().next_nonce.load(Relaxed);
-        next
-    };
-    assert!(machine.nonces().into_iter().all(|nonce| nonce < next_nonce), "a nonce would be used again");
-    let store = machine.recover();
+/// What all slots read, which must be as expected.
+fn read_all(store: &Store, expected: &Expected) -> Vec<Holds> {
     store.set_promoting(false);
     let mut scratch = Scratch::new().expect("scratch");
     let mut holds = Vec::new();
     for slot in 0..SLOTS {
         let (before, after) = (expected.before[slot as usize], expected.after[slot as usize]);
-        let page = load(&store, slot, &mut scratch);
+        let page = load(store, slot, &mut scratch);
         let possible = [before, after, Holds::Lost];
         let possible = &possible[..if expected.full && before != after { 3 } else { 2 }];
         let found = possible.iter().find(|holds| holds.page(slot) == page);
         holds.push(*found.unwrap_or_else(|| panic!("slot {slot} reads neither {before:?} nor {after:?}")));
     }
+    holds
+}
+
+/// A successor goes on with what is left: every page is what it was, or what it was about to be, and the store is as good
+/// as one that nobody has killed.
+pub fn survive(machine: &Machine, expected: &Expected) {
+    let state = State::open(machine.files().state.expect("a file"), machine.allocator.geometry()).expect("whole");
+    let next_nonce = state.cipher().next_nonce.load(Relaxed);
+    assert!(machine.nonces().into_iter().all(|nonce| nonce < next_nonce), "a nonce would be used again");
+    // The successor may be killed itself.
+    let (again, as_before) = (machine.share(), expected.clone());
+    let mut times = 0;
+    let hook = move |_| {
+        times += 1;
+        if times <= 2 {
+            let (copy, expected) = (again.copy(), as_before.clone());
+            std::thread::spawn(move || read_all(&copy.recover(), &expected)).join().expect("every page is there");
+        }
+    };
+    let store = with_hook(hook, || machine.recover());
+    let mut holds = read_all(&store, expected);
+    let mut scratch = Scratch::new().expect("scratch");
     let mut verifier = Verifier::default();
     while store.verify(&mut verifier) {}
     assert_eq!(store.metrics().objects_found_bad.get(), 0);
