@@ -1,5 +1,6 @@
 """Before there is a pager: what must be true for one to be started, and the ways to start it."""
 
+import itertools
 import json
 import logging
 import os
@@ -74,12 +75,14 @@ def end_left_over(mount_point: Path, proc: Path = Path("/proc")) -> None:
 
     From here on pages wait until one of those serves: nothing here may wait for a page, or for somebody who does.
     """
-    words = f"\0--control\0{socket_path(mount_point)}\0".encode(errors="surrogateescape")
+    wanted = [b"--control", os.fsencode(socket_path(mount_point))]
     for directory in proc.glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
-            command = (directory / "cmdline").read_bytes()
-            program, _, _ = command.partition(b"\0")
-            if not program.endswith(os.fsencode(f"/{pager.PROGRAM.name}")) or words not in command + b"\0":
+            # The name is the kernel's. A command line lies in the process's own memory: only a pager's is not in swap.
+            if (directory / "comm").read_text(errors="replace").rstrip("\n") != pager.PROGRAM.name:
+                continue
+            words = (directory / "cmdline").read_bytes().split(b"\0")
+            if wanted not in map(list, itertools.pairwise(words)):
                 continue
             process = os.pidfd_open(int(directory.name))
             try:

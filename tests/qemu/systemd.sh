@@ -2,7 +2,7 @@
 # In the guest, as a service: what the units promise. The first step that fails ends it, with what systemd says.
 set -eu
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
-TRIES=600
+TRIES=240
 
 finish() {
     status=$?

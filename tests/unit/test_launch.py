@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -12,7 +13,7 @@ from typing import NoReturn
 import pytest
 import trio
 
-from tests.daemon import descriptors
+from tests.daemon import DEADLINE_SECONDS, descriptors
 from zswapd import backing_file, launch, pager
 from zswapd.config import Config, load
 from zswapd.errors import ConfigError, DaemonError, InUseError, LostSwapError
@@ -142,7 +143,8 @@ def processes(tmp_path: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
         "keeper": ["/somewhere/zswapd-keeper", "--control", mine],
         "reader": ["/usr/bin/less", "--control", mine],
     }
-    program = "import sys; print(flush=True); sys.stdin.read()"
+    name_itself = "open('/proc/self/comm', 'w').write(sys.orig_argv[0].rpartition('/')[2])"
+    program = f"import sys; {name_itself}; print(flush=True); sys.stdin.read()"
     started = {}
     for name, line in lines.items():
         command = [line[0], "-c", program, *line[1:]]
@@ -165,6 +167,17 @@ def test_pagers_that_a_keeper_has_left_are_ended_and_nobody_else(
     launch.end_left_over(tmp_path / "mnt")
     ended = {name: process.poll() for name, process in processes.items()}
     assert ended == {name: -signal.SIGKILL if name.startswith("mine") else None for name in processes}
+
+
+def test_nobody_else_s_command_line_is_read(tmp_path: Path) -> None:
+    """It may lie in the swap that waits."""
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7/comm").write_text("zswapd-pages\n")
+    os.mkfifo(tmp_path / "7/cmdline")
+    asked = threading.Thread(target=launch.end_left_over, args=(tmp_path / "mnt", tmp_path), daemon=True)
+    asked.start()
+    asked.join(DEADLINE_SECONDS)
+    assert not asked.is_alive()
 
 
 async def test_a_start_may_be_given_up(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
