@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::locks::{Rank, Ranked};
 use crate::memory::{Zeroable, ZeroedTable};
 use crate::metrics::SharedMetrics;
+use crate::state::{State, Table};
 // Not those of `sync`: marks order nothing, and decide nothing but whose turn it is.
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
@@ -91,10 +92,10 @@ pub struct Pass {
 }
 
 impl Lru {
-    /// An empty list for `slots` pages of swap. Takes address space, and memory as it is used.
-    pub fn new(slots: u64, incompressible: Incompressible, metrics: SharedMetrics) -> Result<Lru> {
-        let rings = Rings { links: ZeroedTable::new(slots as usize)?, rings: [Ring::default(); 2] };
-        let notes = ZeroedTable::new(slots as usize)?;
+    /// An empty list for the slots of a state. Takes address space, and memory as it is used.
+    pub fn new(state: &State, incompressible: Incompressible, metrics: SharedMetrics) -> Result<Lru> {
+        let rings = Rings { links: state.table(Table::Links)?, rings: [Ring::default(); 2] };
+        let notes = state.table(Table::Notes)?;
         Ok(Lru { rings: Ranked::new(Rank::Lru, rings), notes, incompressible, metrics })
     }
 

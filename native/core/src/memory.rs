@@ -15,6 +15,8 @@ pub enum Backing<'a> {
     Private,
     /// A file, readable and writable.
     File(BorrowedFd<'a>),
+    /// A file from an offset on, which is a multiple of the page size, readable and writable.
+    Part(BorrowedFd<'a>, u64),
     /// A file that another process writes.
     ReadOnly(BorrowedFd<'a>),
 }
@@ -34,13 +36,14 @@ impl Mapping {
     /// Maps `length` bytes (more than 0) of `what`.
     pub fn new(length: usize, what: Backing<'_>) -> Result<Mapping> {
         let writable = libc::PROT_READ | libc::PROT_WRITE;
-        let (protection, flags, fd) = match what {
-            Backing::Private => (writable, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
-            Backing::File(file) => (writable, libc::MAP_SHARED, file.as_raw_fd()),
-            Backing::ReadOnly(file) => (libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd()),
+        let (protection, flags, fd, offset) = match what {
+            Backing::Private => (writable, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0),
+            Backing::File(file) => (writable, libc::MAP_SHARED, file.as_raw_fd(), 0),
+            Backing::Part(file, offset) => (writable, libc::MAP_SHARED, file.as_raw_fd(), offset as libc::off_t),
+            Backing::ReadOnly(file) => (libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd(), 0),
         };
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
-        let start = unsafe { libc::mmap(ptr::null_mut(), length, protection, flags | libc::MAP_NORESERVE, fd, 0) };
+        let start = unsafe { libc::mmap(ptr::null_mut(), length, protection, flags | libc::MAP_NORESERVE, fd, offset) };
         match NonNull::new(start.cast::<u8>()) {
             Some(start) if start.as_ptr() != libc::MAP_FAILED.cast() => Ok(Mapping { start, length }),
             _ => Err(Error::last_os("cannot map memory for the pool")),
@@ -154,7 +157,8 @@ impl<T: Zeroable> ZeroedTable<T> {
         self.mapping.populate(range.start * size_of::<T>()..range.end * size_of::<T>())
     }
 
-    /// A table over `what`: a file must be that large, and hold zeros or what was written as such a table.
+    /// A table over `what`: a file must be that large, and hold zeros, or what was written as such a table, or anything
+    /// where that is a valid element.
     pub fn over(length: usize, what: Backing<'_>) -> Result<Self> {
         let bytes = (length * size_of::<T>()).max(1);
         Ok(ZeroedTable { mapping: Mapping::new(bytes, what)?, length, elements: PhantomData })

@@ -4,32 +4,31 @@
 //! page 0      header: magic, version, sizes, checksum; key and next nonce of the backing disk; settings; the session
 //! then        slot words, 8 bytes per page of the swap file
 //! then        the page map, 2 bytes per page of the arena (`pool/page_map.rs`)
+//! then        tables that are made anew by whoever opens the state
 //! at 2 MiB·n  the arena: objects, each with its own header
 //! ```
 //!
-//! It is a memory file; everything else (free lists, fullness, counts, locks) is private memory that can be rebuilt
-//! from the slot words and the page map. The file is sparse: only pages that were touched take memory.
+//! It is a memory file; everything else (free lists, fullness, counts, locks) is rebuilt from the slot words and the page
+//! map. The large tables for that lie in the file too, only so that a successor finds memory for them when the machine has
+//! none: what stands there is not looked at. The file is sparse: only pages that were touched take memory.
 //!
 //! Numbers are in the machine's own order of bytes: a state does not leave its machine.
 
+mod shape;
+
 use crate::error::{Error, Result};
-use crate::memory::{length_of, memory_file, set_length, status_of, Backing, Mapping};
+use crate::memory::{length_of, memory_file, set_length, status_of, Backing, Mapping, Zeroable, ZeroedTable};
 use crate::page::PAGE_SIZE;
 use crate::session::{Session, Settings};
 use crate::sync::AtomicU64;
+use shape::{Shape, HEADER_BYTES};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::AtomicU16;
-use xxhash_rust::xxh3::xxh3_64;
-
-const MAGIC: [u8; 8] = *b"zswapd\0\x01";
-const VERSION: u32 = 3;
 
 /// The arena ends at 1 TiB: a location in a slot word counts 8 bytes, and has 45 bits.
 pub const MAX_ARENA_PAGES: u64 = 1 << 28;
 
-/// Of the part of the header that never changes, with its checksum at the end.
-const HEADER_BYTES: usize = 48;
 /// Where page 0 has what changes, behind what the checksum covers.
 const CIPHER_AT: usize = 64;
 const SETTINGS_AT: usize = 256;
@@ -48,76 +47,24 @@ pub struct CipherState {
     pub key: [AtomicU64; 4],
 }
 
-/// Regions of the arena are huge pages, if the system makes them so.
-const ARENA_ALIGNMENT: usize = 2 << 20;
-
-/// What a state is for. It never changes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Shape {
-    slots: u64,
-    arena_pages: u32,
-    /// Stands for how objects are laid out: whoever lays them out otherwise must leave them alone.
-    geometry: u64,
-}
-
-impl Shape {
-    fn page_map_start(self) -> usize {
-        PAGE_SIZE + (self.slots as usize * size_of::<AtomicU64>()).next_multiple_of(PAGE_SIZE)
-    }
-
-    fn arena_start(self) -> usize {
-        let map_bytes = self.arena_pages as usize * size_of::<AtomicU16>();
-        (self.page_map_start() + map_bytes).next_multiple_of(ARENA_ALIGNMENT)
-    }
-
-    /// Bytes of the file.
-    fn length(self) -> usize {
-        self.arena_start() + self.arena_pages as usize * PAGE_SIZE
-    }
-
-    fn to_header(self) -> [u8; HEADER_BYTES] {
-        let mut header = [0; HEADER_BYTES];
-        header[..8].copy_from_slice(&MAGIC);
-        header[8..12].copy_from_slice(&VERSION.to_ne_bytes());
-        header[12..16].copy_from_slice(&(PAGE_SIZE as u32).to_ne_bytes());
-        header[16..24].copy_from_slice(&self.slots.to_ne_bytes());
-        header[24..28].copy_from_slice(&self.arena_pages.to_ne_bytes());
-        header[32..40].copy_from_slice(&self.geometry.to_ne_bytes());
-        let checksum = xxh3_64(&header[..40]);
-        header[40..].copy_from_slice(&checksum.to_ne_bytes());
-        header
-    }
-
-    /// What a header says; or what is wrong with it.
-    fn of_header(header: &[u8; HEADER_BYTES]) -> std::result::Result<Shape, String> {
-        let u32_at = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
-        let u64_at = |at: usize| std::array::from_fn(|n| header[at + n]);
-        let u64_at = |at: usize| u64::from_ne_bytes(u64_at(at));
-        // The magic and the version stand at the same place in every version; nothing else need.
-        if header[..8] != MAGIC {
-            return Err("it is none of zswapd's".into());
-        }
-        if u32_at(8) != VERSION {
-            return Err(format!("it is of version {}, and this program knows version {VERSION}", u32_at(8)));
-        }
-        if u64_at(40) != xxh3_64(&header[..40]) {
-            return Err("its header is damaged".into());
-        }
-        if u32_at(12) != PAGE_SIZE as u32 {
-            return Err(format!("it is for pages of {} bytes", u32_at(12)));
-        }
-        let shape = Shape { slots: u64_at(16), arena_pages: u32_at(24), geometry: u64_at(32) };
-        let possible = (1..=1 << 32).contains(&shape.slots) && u64::from(shape.arena_pages) <= MAX_ARENA_PAGES;
-        possible.then_some(shape).ok_or_else(|| format!("it cannot be as large as it says: {shape:?}"))
-    }
-}
-
 /// The mapped state file.
 pub struct State {
     // Declared before `file`: unmapped before it is closed.
     mapping: Mapping,
     file: OwnedFd,
     shape: Shape,
+    /// Another process has made it.
+    found: bool,
+}
+
+/// A table that lies in the state file, but is none of what outlives a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    /// Of the pages of the arena, up to 24 bytes each.
+    Descriptors,
+    /// The list of cold pages: 4 bytes for each slot, and 8 bytes, which mean nothing until they are written.
+    Notes,
+    Links,
 }
 
 impl State {
@@ -132,7 +79,7 @@ impl State {
             Some(file) => set_length(file.as_fd(), length as u64).map(|()| file),
             None => memory_file(c"zswapd-state", length as u64),
         }?;
-        let state = State { mapping: Mapping::new(length, Backing::File(file.as_fd()))?, file, shape };
+        let state = State { mapping: Mapping::new(length, Backing::File(file.as_fd()))?, file, shape, found: false };
         let header = shape.to_header();
         // SAFETY: page 0 of the mapping is the header's, and nobody else has the mapping yet.
         unsafe { std::ptr::copy_nonoverlapping(header.as_ptr(), state.mapping.start().as_ptr(), header.len()) };
@@ -161,7 +108,8 @@ impl State {
         if length != expected {
             return Err(refused(format!("it has {length} bytes, and should have {expected}")));
         }
-        Ok(State { mapping: Mapping::new(shape.length(), Backing::File(file.as_fd()))?, file, shape })
+        let mapping = Mapping::new(shape.length(), Backing::File(file.as_fd()))?;
+        Ok(State { mapping, file, shape, found: true })
     }
 
     pub fn slots(&self) -> u64 {
@@ -251,11 +199,44 @@ impl State {
         start..start + pages as usize * size_of::<AtomicU16>()
     }
 
+    /// One of the tables, zeroed. In memory that the process before has taken for it, and else where it is touched. To be
+    /// made once.
+    ///
+    /// Errors: [`Error::System`].
+    pub fn table<T: Zeroable>(&self, table: Table) -> Result<ZeroedTable<T>> {
+        let (area, elements) = self.shape.area(table);
+        assert!(elements * size_of::<T>() <= area.len(), "{table:?} with elements that are too long");
+        if self.found && table != Table::Links {
+            self.clear(area.clone())?;
+        }
+        ZeroedTable::over(elements, Backing::Part(self.file.as_fd(), area.start as u64))
+    }
+
+    /// Zeroes a part of the file, where it has memory.
+    fn clear(&self, area: Range<usize>) -> Result<()> {
+        let mut from = area.start as u64;
+        while let Some(data) = self.next_data(from)?.filter(|data| data.start < area.end as u64) {
+            let bytes = data.start as usize..area.end.min(data.end as usize);
+            self.mapping.map_resident(bytes.clone())?;
+            // SAFETY: inside the mapping, and nobody looks there yet.
+            unsafe { self.mapping.start().as_ptr().add(bytes.start).write_bytes(0, bytes.len()) };
+            from = bytes.end as u64;
+        }
+        Ok(())
+    }
+
     /// The next pages of the arena, from `page` on, that have memory, up to the first that has none.
     ///
     /// Errors: [`Error::System`].
     pub fn next_resident(&self, page: u32) -> Result<Option<Range<u32>>> {
         let start = self.shape.arena_start() as u64;
+        let page_of = |offset: u64| ((offset - start) / PAGE_SIZE as u64) as u32;
+        let data = self.next_data(start + u64::from(page) * PAGE_SIZE as u64)?;
+        Ok(data.map(|data| page_of(data.start)..page_of(data.end)))
+    }
+
+    /// The next bytes of the file, from an offset on, that have memory, up to the first that have none.
+    fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
         let seek = |from: u64, whence| {
             // SAFETY: plain system call; the file's position is used for nothing else.
             let found = unsafe { libc::lseek(self.file.as_raw_fd(), from as libc::off_t, whence) };
@@ -265,11 +246,10 @@ impl State {
                 Err(_) => Err(Error::last_os("cannot find out where the state file has memory (lseek)")),
             }
         };
-        let page_of = |offset: u64| ((offset - start) / PAGE_SIZE as u64) as u32;
-        let Some(data) = seek(start + u64::from(page) * PAGE_SIZE as u64, libc::SEEK_DATA)? else { return Ok(None) };
+        let Some(data) = seek(from, libc::SEEK_DATA)? else { return Ok(None) };
         // There is a hole at the end of every file.
         let hole = seek(data, libc::SEEK_HOLE)?.unwrap_or(self.shape.length() as u64);
-        Ok(Some(page_of(data)..page_of(hole)))
+        Ok(Some(data..hole))
     }
 
     /// Takes memory for all slot words, as [`State::populate`] does for arena pages.

@@ -1,4 +1,5 @@
-//! Damage to the state file while it is in use: slot words and arena bytes that the engine has not written.
+//! Damage to the state file while it is in use, and when it is recovered: slot words, page map and arena bytes that the
+//! engine has not written.
 //!
 //! What was not damaged reads as it was written. What was reads so too, or EIO; only a slot word that was replaced by
 //! another one that checks may read something else, of its own slot alone.
@@ -21,6 +22,7 @@ use zswapd_fuzz::Contents;
 const PAGES: usize = 16;
 /// Where the state file has what: see `state.rs` of the core.
 const WORDS_START: u64 = PAGE_SIZE as u64;
+const MAP_START: u64 = 2 * WORDS_START;
 const ARENA_START: u64 = 2 << 20;
 /// Arena bytes that are damaged: more than the pages ever take.
 const ARENA_BYTES: u64 = 1 << 20;
@@ -58,6 +60,13 @@ enum Step<'a> {
         at: u32,
         bit: u8,
     },
+    /// An entry of the page map, which only a successor looks at.
+    SetMap {
+        page: u8,
+        entry: u16,
+    },
+    /// The process ends, and another goes on.
+    Recover,
 }
 
 /// What a page must read.
@@ -70,12 +79,15 @@ enum Expected {
 }
 
 struct Fixture {
-    engine: Engine,
+    allocator: Allocator,
+    /// None in between.
+    engine: Option<Engine>,
     scratch: Scratch,
     detached: Detached,
     state: File,
     expected: Vec<Expected>,
     words_replaced: bool,
+    map_damaged: bool,
     arena_flips: usize,
 }
 
@@ -88,7 +100,9 @@ fuzz_target!(|input: (bool, bool, Vec<Step<'_>>)| {
     // Whatever it was: written anew, a page is what was written.
     (0..PAGES).for_each(|page| fixture.write(page, vec![page as u8; PAGE_SIZE]));
     (0..PAGES).for_each(|page| fixture.read(page));
-    fixture.engine.reset();
+    fixture.recover();
+    (0..PAGES).for_each(|page| fixture.read(page));
+    fixture.engine().reset();
     fixture.expected.fill(Expected::Bytes(vec![0; PAGE_SIZE]));
     (0..PAGES).for_each(|page| fixture.read(page));
 });
@@ -98,15 +112,28 @@ impl Fixture {
         let state = memory_file(c"state", 0).expect("memory file");
         let compression = Compression::new(algorithm, 1).expect("in range");
         let files = Files { state: Some(state.try_clone().expect("descriptor")), counters: None };
+        let engine = Engine::new((PAGES * PAGE_SIZE) as u64, allocator, 1 << 30, compression, files);
         Fixture {
-            engine: Engine::new((PAGES * PAGE_SIZE) as u64, allocator, 1 << 30, compression, files).expect("engine"),
+            allocator,
+            engine: Some(engine.expect("engine")),
             scratch: Scratch::new().expect("scratch"),
             detached: Detached::with_capacity(3),
             state: state.into(),
             expected: vec![Expected::Bytes(vec![0; PAGE_SIZE]); PAGES],
             words_replaced: false,
+            map_damaged: false,
             arena_flips: 0,
         }
+    }
+
+    fn engine(&self) -> &Engine {
+        self.engine.as_ref().expect("one that goes on")
+    }
+
+    fn recover(&mut self) {
+        self.engine = None;
+        let files = Files { state: Some(self.state.try_clone().expect("descriptor").into()), counters: None };
+        self.engine = Some(Engine::recover(self.allocator, files, None).expect("its header is as it was"));
     }
 
     fn take(&mut self, step: Step<'_>) {
@@ -116,9 +143,10 @@ impl Fixture {
             Step::Read { page } => self.read(index(page)),
             Step::Discard { page } => {
                 let (offset, length) = ((index(page) * PAGE_SIZE) as u64, PAGE_SIZE as u64);
-                let discarded = self.engine.discard(offset, length, &mut self.detached, &mut self.scratch);
+                let engine = self.engine.as_ref().expect("one that goes on");
+                let discarded = engine.discard(offset, length, &mut self.detached, &mut self.scratch);
                 discarded.expect("whole pages");
-                self.engine.store().free_detached(&mut self.detached);
+                engine.store().free_detached(&mut self.detached);
                 self.expected[index(page)] = Expected::Bytes(vec![0; PAGE_SIZE]);
             }
             Step::FlipWord { page, bit, run } => {
@@ -142,26 +170,39 @@ impl Fixture {
                 byte[0] ^= 1 << (bit % 8);
                 self.state.write_all_at(&byte, at).expect("written");
                 self.arena_flips += 1;
-                for expected in &mut self.expected {
-                    if let Expected::Bytes(bytes) = expected {
-                        *expected = Expected::BytesOrLost(std::mem::take(bytes));
-                    }
-                }
+                self.may_be_lost();
             }
+            Step::SetMap { page, entry } => {
+                let entry = entry.to_ne_bytes();
+                self.state.write_all_at(&entry, MAP_START + u64::from(page) * 2).expect("written");
+                self.map_damaged = true;
+                self.may_be_lost();
+            }
+            Step::Recover => self.recover(),
             Step::CopyWord { .. } | Step::FlipArena { .. } => {}
         }
     }
 
+    fn may_be_lost(&mut self) {
+        for expected in &mut self.expected {
+            if let Expected::Bytes(bytes) = expected {
+                *expected = Expected::BytesOrLost(std::mem::take(bytes));
+            }
+        }
+    }
+
     fn write(&mut self, page: usize, bytes: Vec<u8>) {
-        self.engine.write((page * PAGE_SIZE) as u64, &bytes, &mut self.scratch).expect("room");
+        let engine = self.engine.as_ref().expect("one that goes on");
+        engine.write((page * PAGE_SIZE) as u64, &bytes, &mut self.scratch).expect("room");
         // With an object's header and a word both forged, two slots may have named one object.
-        let certain = !self.words_replaced || self.arena_flips == 0;
+        let certain = !self.map_damaged && (!self.words_replaced || self.arena_flips == 0);
         self.expected[page] = if certain { Expected::Bytes(bytes) } else { Expected::BytesOrLost(bytes) };
     }
 
     fn read(&mut self, page: usize) {
         let mut bytes = vec![0; PAGE_SIZE];
-        let read = self.engine.read((page * PAGE_SIZE) as u64, &mut bytes, &mut self.scratch);
+        let engine = self.engine.as_ref().expect("one that goes on");
+        let read = engine.read((page * PAGE_SIZE) as u64, &mut bytes, &mut self.scratch);
         let expected = &mut self.expected[page];
         match (read, &*expected) {
             (Ok(_), Expected::Bytes(right) | Expected::BytesOrLost(right)) => {

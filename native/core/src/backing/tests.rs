@@ -162,15 +162,14 @@ fn nothing_of_memory_can_be_read_from_the_disk() {
 }
 
 #[test]
-fn the_key_lives_as_long_as_the_state_is_used() {
+fn the_key_lives_until_it_is_wiped() {
     let mut first = Fixture::new(3, true, "");
     let record = first.write(&[object(1, 1000)]).expect("written")[0];
     let (disk, state) = (first.disk.clone(), first.state.clone());
-    // As after a crash: nothing is dropped.
-    std::mem::forget(first);
+    drop(first);
     let mut second = Fixture::over(disk.clone(), 3, true, "", state.clone());
     assert_eq!(second.read(record).expect("the same key"), object(1, 1000));
-    drop(second);
+    second.backing.wipe_key();
     assert!(state.cipher().key.iter().all(|word| word.load(Relaxed) == 0), "the key was not wiped");
     let mut third = Fixture::over(disk, 3, true, "", state);
     assert!(third.refuses(record));

@@ -5,7 +5,8 @@ use std::collections::VecDeque;
 const SLOTS: u64 = 8;
 
 fn lru(incompressible: Incompressible) -> Lru {
-    let lru = Lru::new(SLOTS, incompressible, SharedMetrics::new(None).expect("metrics")).expect("memory");
+    let state = State::create(SLOTS, 512, 0, None).expect("state");
+    let lru = Lru::new(&state, incompressible, SharedMetrics::new(None).expect("metrics")).expect("memory");
     lru.populate().expect("memory");
     lru
 }

@@ -33,8 +33,7 @@ impl Allocator {
 impl Pool {
     /// Finds the memory that the pool has, before the first [`Pool::adopt`]. In a new pool, alone.
     ///
-    /// Takes descriptors of the regions that have memory (12 KiB for 2 MiB), and page tables for them (4 KiB). Errors:
-    /// [`crate::error::Error::System`].
+    /// Takes page tables for the regions that have memory (4 KiB for 2 MiB). Errors: [`crate::error::Error::System`].
     pub fn begin_recovery(&self) -> Result<()> {
         self.base.arena.find_backed(|pages| self.allocator.prepare(pages))
     }

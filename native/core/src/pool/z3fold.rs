@@ -27,6 +27,7 @@ use crate::memory::{Zeroable, ZeroedTable};
 use crate::metrics::ClassMetrics;
 use crate::object::{self, HEADER_SIZE};
 use crate::page::PAGE_SIZE;
+use crate::state::Table;
 use crate::sync::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use crate::sync::{AtomicU16, AtomicU32, AtomicU8};
 pub use layout::CHUNK;
@@ -143,7 +144,7 @@ impl Z3fold {
         }
         Ok(Z3fold {
             lists: Ranked::new(Rank::Class, Lists { heads: [NIL; MAX_CHUNKS + 1], half_free: 0 }),
-            descriptors: Descriptors::new(base.state.arena_pages() as usize)?,
+            descriptors: base.state.table(Table::Descriptors)?,
             base,
         })
     }

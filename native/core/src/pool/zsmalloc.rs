@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::locks::{Rank, Ranked};
 use crate::object::{self, HEADER_SIZE};
 use crate::page::PAGE_SIZE;
+use crate::state::Table;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -34,7 +35,7 @@ impl Zsmalloc {
             classes: (0..table.classes().len())
                 .map(|class| Ranked::new(Rank::Class, ClassLists::new(class, base.metrics.clone())))
                 .collect(),
-            descriptors: Descriptors::new(base.state.arena_pages() as usize)?,
+            descriptors: base.state.table(Table::Descriptors)?,
             table,
             base,
         })

@@ -48,7 +48,7 @@ impl Writeback {
         backing.set_budget(budget);
         Ok(Writeback {
             backing,
-            lru: Lru::new(store.slots(), incompressible, store.metrics.clone())?,
+            lru: Lru::new(&store.state, incompressible, store.metrics.clone())?,
             pressure: Pressure::new(percent.min(100) as u32),
             writebacks: Gate::new(),
             cleanings: Gate::new(),
@@ -75,6 +75,8 @@ impl Store {
         settings.promoting.store(1, Plain);
         settings.budget_bytes.store(u64::MAX, Plain);
         settings.disk_encrypted.store(encrypted, Plain);
+        // Half of one, if somebody was killed while he made it.
+        self.state.cipher().key.iter().for_each(|word| word.store(0, Relaxed));
         self.writeback = Some(Writeback::new(&self, options)?);
         // Only now that there is a key.
         self.settings().disk_bytes.store(bytes, std::sync::atomic::Ordering::Release);

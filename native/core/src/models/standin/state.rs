@@ -2,6 +2,7 @@
 //! to the bytes of the arena is noted.
 
 use crate::error::{Error, Result};
+use crate::memory::{Zeroable, ZeroedTable};
 use crate::page::PAGE_SIZE;
 use crate::session::{Session, Settings};
 use crate::sync::AtomicU64;
@@ -15,6 +16,13 @@ pub const MAX_ARENA_PAGES: u64 = 1 << 29;
 /// Bytes that one shadow stands for: the smallest size class of a model. Classes of which two objects would share one
 /// must not be used in models (2720 bytes).
 const SHADOWED: usize = PAGE_SIZE / 2;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    Descriptors,
+    Notes,
+    Links,
+}
 
 #[derive(Default)]
 pub struct CipherState {
@@ -78,6 +86,10 @@ impl State {
 
     pub fn page_map(&self) -> &[AtomicU16] {
         &self.page_map
+    }
+
+    pub fn table<T: Zeroable>(&self, table: Table) -> Result<ZeroedTable<T>> {
+        ZeroedTable::new(if table == Table::Descriptors { self.page_map.len() } else { self.words.len() })
     }
 
     pub fn next_resident(&self, _page: u32) -> Result<Option<Range<u32>>> {

@@ -1,6 +1,6 @@
 //! A state that is damaged when it is recovered: no page is ever wrong, and nothing else is lost than what was damaged.
 
-use super::recover::{load_or_lost, Machine, SLOTS};
+use super::machine::{load_or_lost, Machine, SLOTS};
 use super::*;
 use proptest::prelude::*;
 use std::fs::File;
@@ -82,7 +82,7 @@ fn set_word(file: &File, slot: u32, word: u64) {
 
 /// With the check of `slots.rs` right.
 fn checked(word: u64) -> u64 {
-    let word = word & (1 << 60) - 1;
+    let word = word & ((1 << 60) - 1);
     let fold = (0..16).fold(0, |fold, n| fold ^ (word >> (4 * n) & 0xf));
     word | fold << 60
 }
@@ -93,7 +93,7 @@ fn apply(file: &File, damage: &Damage) {
         Damage::FlipArena { at, bit } => xor(file, ARENA + at, 1 << bit),
         Damage::FlipMap { at, bit } => xor(file, MAP + at, 1 << bit),
         Damage::SetWord { slot, state, value } => {
-            set_word(file, slot, checked(state << 57 | 3 << 45 | value & (1 << 45) - 1))
+            set_word(file, slot, checked(state << 57 | 3 << 45 | (value & ((1 << 45) - 1))))
         }
         Damage::CopyWord { from, to } => set_word(file, to, word(file, from)),
         Damage::SetMap { page, entry } => file.write_all_at(&entry.to_ne_bytes(), MAP + page * 2).expect("written"),

@@ -2,8 +2,12 @@
 
 mod concurrent;
 #[cfg(not(any(loom, shuttle, miri)))]
+mod crash;
+#[cfg(not(any(loom, shuttle, miri)))]
 mod damage;
 mod during_the_write;
+#[cfg(not(any(loom, shuttle, miri)))]
+mod machine;
 mod model;
 mod policy;
 #[cfg(not(any(loom, shuttle, miri)))]
@@ -14,6 +18,7 @@ use crate::backing::{Disk, MemoryDisk, SEGMENT_BYTES};
 use crate::codec::Algorithm;
 use crate::lru::Incompressible;
 use crate::page::PAGE_SIZE;
+use crate::sync::Ordering;
 use std::time::Duration;
 
 const LZ4: Compression = Compression { algorithm: Algorithm::Lz4, zstd_level: 1 };
@@ -57,6 +62,7 @@ fn memory_disk(segments: u64) -> DiskOptions {
 fn end(store: &Store) {
     store.discard(0..store.slots(), &mut Detached::with_capacity(0));
     assert_eq!(store.destroy(Duration::ZERO).expect("nobody is at work"), vec![]);
+    assert!(store.state.cipher().key.iter().all(|word| word.load(Ordering::Relaxed) == 0), "the key was not wiped");
     let metrics = store.metrics();
     for (name, gauge) in [
         ("pages_lz4", &metrics.pages_lz4),
