@@ -71,7 +71,7 @@ def main(path: str, first: int, count: int, seed: int) -> None:
         try:
             operation(at, pages)
         except OSError as error:
-            print(f"{operation.__name__} of {pages} pages at {first + at}: {error}", file=sys.stderr)
+            print(f"{operation.__name__} of {pages} pages at {first + at}: {error}", file=sys.stderr, flush=True)
             result["failed"] += 1
             if operation is not read:
                 versions[at : at + pages] = [None] * pages
