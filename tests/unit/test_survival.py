@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from zswapd import stuck, survival
 from zswapd.health import Health
@@ -51,6 +51,7 @@ async def test_takeovers_are_said_at_once_and_the_rest_soon(
     async def said() -> str:
         caplog.clear()
         await trio.sleep(survival.ASK_SECONDS + survival.POLL_SECONDS)
+        await wait_all_tasks_blocked()
         assert health.status == pager.now
         return caplog.text
 
@@ -60,6 +61,7 @@ async def test_takeovers_are_said_at_once_and_the_rest_soon(
 
         pager.takeovers, pager.now = 6, {"pid": 43, "keeper": 40, "standby": 44}
         await trio.sleep(survival.POLL_SECONDS)
+        await wait_all_tasks_blocked()
         assert "another pager has taken over: pid 43 instead of 42, after 34.5 ms without (takeover 6)" in caplog.text
         assert "a standby is ready, pid 44" in caplog.text
         assert await said() == ""
@@ -87,6 +89,7 @@ async def test_one_that_does_not_answer_is_said_once(
         await trio.sleep(0.5)
         pager.takeovers, pager.answers, pager.now["pid"] = 6, False, 43
         await trio.sleep(survival.POLL_SECONDS * 5)
+        await wait_all_tasks_blocked()
         assert caplog.text.count("the pager does not answer: Connection refused; what 42 is about") == 1
         assert health.status == STATUS
         pager.answers = True
