@@ -80,14 +80,24 @@ async def _run_pager(config: Config, signals: AsyncIterator[int], apart: bool) -
                     log.info("%s: stopped; the pager goes on", signal.Signals(number).name)
                     return
                 with suppress(*GONE):
-                    leaked = pager.stop()
-                    policy.end_budget(pager)
+                    leaked = await _stop(pager)
     if leaked is None:
         _refuse_unasked(config, health.status["device"])
         log.info("%s has been unmounted, and the pager has ended", config.swap.mount_point)
     else:
         report_leaked(leaked)
     log.info("stopped: nothing is attached or mounted any more")
+
+
+async def _stop(pager: Pager) -> dict[str, int]:
+    """Ends the pager, and returns what leaked. stats.json is served meanwhile: the pager waits for its own threads."""
+
+    def stop() -> dict[str, int]:
+        leaked = pager.stop()
+        policy.end_budget(pager)
+        return leaked
+
+    return await trio.to_thread.run_sync(stop)
 
 
 def _refuse_unasked(config: Config, device: int) -> None:

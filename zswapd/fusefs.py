@@ -338,6 +338,8 @@ async def _served(fs: SwapFs, mount_point: str, options: set[str], *, unmount: b
 
             nursery.start_soon(serve)
             yield
-            pyfuse3.terminate()
+            # Unless it has ended by itself, as a pager that was told to stop does.
+            if not nursery.cancel_scope.cancel_called:
+                pyfuse3.terminate()
     finally:
         pyfuse3.close(unmount=unmount)

@@ -82,7 +82,8 @@ async def give_back(config: Config, drained: Callable[[], bool]) -> bool:
                 return False
             log.info("detaching the swap first: %s", remaining(config))
             await swapdev.detach(mount_point, progress=_log_progress())
-        if not drained():
+        # In a thread: the requests that it waits for may be ours to answer.
+        if not await trio.to_thread.run_sync(drained):
             log.error("not stopping: somebody has the swap file open (fuser -v %s/swapfile)", mount_point)
             return False
     except ZswapdError as error:
