@@ -330,7 +330,10 @@ def _writeback(config: Config, root: Path) -> list[Check]:
     detail = str(settings.backing)
     try:
         if counted["state"] == "failed":
-            remedy = "see dmesg; detach brings back what can be read, then name another: writeback.backing"
+            remedy = (
+                "see dmesg; if it is well again: zswapctl writeback resume. Else detach, which ends at a page that "
+                "cannot be read (--force loses such pages for ever), then name another: writeback.backing"
+            )
             return [Check(name, "fail", f"{detail} has failed: nothing more is written to it", remedy)]
         if counted["state"] == "ok":  # in use, by us
             number, rotational = backing.number_of(settings.backing, root)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zswapd._native import Counters
-from zswapd.config import Config
+from zswapd.config import SEGMENT_BYTES, Config
 from zswapd.engine import EngineStats, Written
 from zswapd.errors import DaemonError
 from zswapd.pager_socket import ask, socket_path
@@ -145,8 +145,14 @@ class Pager:
             self.set_compression(config.compression.algorithm, config.compression.zstd_level)
         if "accept-threshold" in changed and "backing" in old.keys() & new.keys():
             self._ask(f"accept-threshold {config.writeback.accept_threshold_percent}")
-        waiting = changed - {"mem-limit", "algorithm", "zstd-level", "accept-threshold"}
-        return sorted(_KEYS.get(name, name) for name in waiting)
+        waiting = {
+            _KEYS.get(name, name) for name in changed - {"mem-limit", "algorithm", "zstd-level", "accept-threshold"}
+        }
+        # A file has been given its size before the pager was started.
+        size = config.writeback.size // SEGMENT_BYTES * SEGMENT_BYTES
+        if size and "backing" not in changed and size != self._counters.stats()["writeback"]["backing_bytes"]:
+            waiting.add("writeback.size")
+        return sorted(waiting)
 
     def _started_with(self) -> dict[str, str]:
         """The options on the command line of the pager's process."""

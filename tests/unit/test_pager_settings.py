@@ -5,6 +5,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -85,6 +87,17 @@ def test_what_can_be_is_applied_and_the_rest_is_named(started: list[subprocess.P
     )
     assert pager.apply(changed) == ["swap.size", "writeback.incompressible"]
     assert pager.told == ["mem-limit 8388608", "compression lz4 9", "accept-threshold 70"]
+
+
+def test_a_file_of_another_size_waits_for_the_next_pager(started: list[subprocess.Popen[bytes]]) -> None:
+    def sized(size: str) -> Config:
+        return config("writeback.backing=/backing", f"writeback.size={size}")
+
+    pager: Any = start(started, sized("16MiB"))
+    pager._counters = SimpleNamespace(stats=lambda: {"writeback": {"backing_bytes": 16 << 20}})
+    assert pager.apply(sized("16MiB")) == []
+    assert pager.apply(sized("16388KiB")) == []  # less than a segment more
+    assert pager.apply(sized("32MiB")) == ["writeback.size"]
 
 
 def test_a_disk_that_comes_or_goes_waits_for_the_next_pager(started: list[subprocess.Popen[bytes]]) -> None:

@@ -160,7 +160,7 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
         device,
         counters,
         under_way: AtomicI64::new(0),
-        trouble: trouble::Trouble::new("cannot read from /dev/fuse"),
+        trouble: trouble::Trouble::new("cannot read from /dev/fuse, trying again"),
         disk_trouble: trouble::Trouble::new(
             "cannot write to the backing disk, and keep in memory what was to go there",
         ),

@@ -39,7 +39,7 @@ impl Trouble {
         let is_news = self.said.swap(errno, Relaxed) != errno;
         if is_news {
             let error = io::Error::from_raw_os_error(errno);
-            eprintln!("zswapd-pager: {}: {error}; trying again, and saying this once", self.what);
+            eprintln!("zswapd-pager: {}: {error} (said once)", self.what);
         }
         is_news
     }
