@@ -13,6 +13,7 @@ import stat
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,8 @@ _WHY_NOT = {
     "is served by a process, which may wait for memory": "fuse fuseblk",
     "lies in memory itself": "tmpfs ramfs rootfs devtmpfs hugetlbfs",
 }
+#: How the ids that LVM gives mapped devices end, of those that take space as they are written.
+_TAKES_SPACE = {"-tpool": "thinly provisioned", "-cow": "a snapshot", "-vpool": "deduplicated (VDO)"}
 _IN_MEMORY, _ON_NETWORK = re.compile(r"(zram|ram)\d+"), re.compile(r"(nbd|rbd|drbd|e\d+\.)\d+")
 
 
@@ -143,7 +146,7 @@ def _look_at_device(path: Path, wanted: Writeback, root: Path) -> Disk:
     finally:
         os.close(fd)
     rotational = is_rotational(number, root)
-    return Disk(path, False, size, number, rotational, _remarks(size, rotational))
+    return Disk(path, False, size, number, rotational, (*_remarks(size, rotational), *loop_remarks(number, root)))
 
 
 def _look_at_file(path: Path, wanted: Writeback, root: Path) -> Disk:
@@ -165,7 +168,8 @@ def _look_at_file(path: Path, wanted: Writeback, root: Path) -> Disk:
         raise BackingError(f"{path}: the file system journals data (data=journal)", "mount it with data=ordered")
     backing_file.look(path, wanted.size)
     rotational = is_rotational(number, root)
-    return Disk(path, True, wanted.size, number, rotational, _remarks(wanted.size, rotational))
+    remarks = (*_remarks(wanted.size, rotational), *loop_remarks(number, root))
+    return Disk(path, True, wanted.size, number, rotational, remarks)
 
 
 def _remarks(size: int, rotational: bool) -> tuple[str, ...]:
@@ -175,6 +179,23 @@ def _remarks(size: int, rotational: bool) -> tuple[str, ...]:
     if rotational:
         remarks.append("on a rotating disk, or on one that says so: every page read back takes milliseconds there")
     return tuple(remarks)
+
+
+def loop_remarks(number: int, root: Path = ROOT) -> list[str]:
+    """What to know of the loop devices that a block device is, or lies on: those that take memory or space."""
+    remarks = []
+    for device in _stack(number, root):
+        if not (file := _loop_file(device)):
+            continue
+        if (device / "loop/dio").read_text().strip() != "1":
+            remarks.append(f"{device.name} has no direct I/O, so that writing takes memory: losetup --direct-io=on")
+        with suppress(OSError):
+            info = os.stat(file)
+            if stat.S_ISREG(info.st_mode) and info.st_blocks * 512 < info.st_size:
+                remarks.append(
+                    f"{device.name} is over {file}, which has holes, so that writing takes space: write it first"
+                )
+    return remarks
 
 
 def refuse_size(path: Path, size: int) -> None:
@@ -193,12 +214,15 @@ def refuse_file_system(mount: Mount, path: str) -> None:
 
 def refuse_stack(number: int, path: str, root: Path = ROOT) -> None:
     """Raises BackingError if a block device, or one below it, lies in memory, on a network or in a file system that is
-    refused."""
+    refused, or takes space as it is written."""
     for device in _stack(number, root):
         if _IN_MEMORY.fullmatch(device.name):
             raise BackingError(f"{path} lies in memory itself ({device.name})", _ANOTHER)
-        if _ON_NETWORK.fullmatch(device.name):
-            raise BackingError(f"{path} is reached over a network ({device.name}), which takes memory", _ANOTHER)
+        if network := _network(device):
+            raise BackingError(f"{path} is reached over a network ({network}), which takes memory", _ANOTHER)
+        uuid = (device / "dm/uuid").read_text().strip() if (device / "dm/uuid").exists() else ""
+        if what := next((what for end, what in _TAKES_SPACE.items() if uuid.endswith(end)), None):
+            raise BackingError(f"{path} is {what} ({device.name}), and takes space as it is written", _ANOTHER)
         if file := _loop_file(device):
             try:
                 fd = os.open(file, os.O_PATH | os.O_CLOEXEC)
@@ -313,6 +337,19 @@ def _stack(number: int, root: Path) -> Iterator[Path]:
             yield from _stack(os.stat(file).st_dev, root)
         except OSError:
             return
+
+
+def _network(device: Path) -> str | None:
+    """What of a device's directory in /sys says that it is behind a network."""
+    if _ON_NETWORK.fullmatch(device.name):
+        return device.name
+    if any(re.fullmatch(r"session\d+", part) for part in device.parts):
+        return f"{device.name}, iSCSI"
+    # Of the controller above, or of those of the subsystem (multipath).
+    for transport in (device.parent / "transport", *device.parent.glob("nvme*/transport")):
+        if transport.exists() and (kind := transport.read_text().strip()) in ("tcp", "rdma"):
+            return f"{device.name}, NVMe over {kind}"
+    return None
 
 
 def _loop_file(directory: Path) -> str | None:

@@ -346,6 +346,10 @@ def _writeback(config: Config, root: Path) -> list[Check]:
     if rotational:
         slow = f"{detail} is on a rotating disk, or on one that says so: each page read back takes milliseconds there"
         checks.append(Check(name, "warn", slow, "name an SSD, if there is one"))
+    checks += [
+        Check(name, "warn", f"{detail}: {remark}", "a block device of its own is the safe choice")
+        for remark in backing.loop_remarks(number, root)
+    ]
     others = [area.path for area in swapdev.read_swaps(root) if backing.is_on(area.path, number, root)]
     if others:
         detail = f"{detail} is on the same disk as the swap area {others[0]}: both are written at the same time"

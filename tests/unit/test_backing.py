@@ -404,6 +404,48 @@ def test_devices_are_followed_down_to_the_disk(tmp_path: Path) -> None:
         backing.refuse_stack(zram, "/dev/zram0", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("directory", "files", "why"),
+    [
+        ("platform/host3/session1/target3:0:0/3:0:0:0/block/sdb", {}, r"over a network \(sdb, iSCSI\)"),
+        ("nvme-fabrics/ctl/nvme0/nvme0n1", {"../transport": "tcp"}, r"\(nvme0n1, NVMe over tcp\)"),
+        ("nvme-subsystem/nvme-subsys0/nvme0n1", {"../nvme1/transport": "rdma"}, "NVMe over rdma"),
+        ("pci0/nvme0/nvme0n1", {"../transport": "pcie"}, None),
+        ("virtual/block/dm-1", {"dm/uuid": "LVM-abc-tpool"}, r"thinly provisioned \(dm-1\)"),
+        ("virtual/block/dm-1", {"dm/uuid": "LVM-abc-cow"}, "a snapshot"),
+        ("virtual/block/dm-1", {"dm/uuid": "CRYPT-LUKS2-abc-x"}, None),
+    ],
+)
+def test_a_network_and_what_takes_space_are_told_by_sysfs(
+    tmp_path: Path, directory: str, files: dict[str, str], why: str | None
+) -> None:
+    device = tmp_path / "sys/devices" / directory
+    device.mkdir(parents=True)
+    for name, text in files.items():
+        write(tmp_path, os.path.normpath(f"sys/devices/{directory}/{name}"), f"{text}\n")
+    write(tmp_path, f"sys/devices/{directory}/dev", "259:0\n")
+    (tmp_path / "sys/dev/block").mkdir(parents=True)
+    (tmp_path / "sys/dev/block/259:0").symlink_to(device)
+    if why is None:
+        backing.refuse_stack(os.makedev(259, 0), "/dev/x", tmp_path)
+    else:
+        with pytest.raises(BackingError, match=why):
+            backing.refuse_stack(os.makedev(259, 0), "/dev/x", tmp_path)
+
+
+def test_a_loop_device_that_takes_memory_or_space_is_remarked_on(loop: Path, disk: Path) -> None:
+    name = loop.name
+    assert any(
+        f"{name} is over {disk}/image, which has holes" in remark for remark in backing.look(settings(loop)).remarks
+    )
+    (disk / "image").write_bytes(bytes(2 * SIZE))
+    for direct, expected in (("off", 1), ("on", 0)):
+        subprocess.run(["losetup", f"--direct-io={direct}", loop], check=True)
+        remarks = [remark for remark in backing.look(settings(loop)).remarks if name in remark]
+        assert len(remarks) == expected, remarks
+        assert all("no direct I/O" in remark for remark in remarks)
+
+
 def test_who_has_a_device_is_named(tmp_path: Path) -> None:
     sda = add_device(tmp_path, "sda", "8:0")
     add_device(tmp_path, "sda1", "8:1", parent="sda/")
