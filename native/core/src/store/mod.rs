@@ -313,7 +313,7 @@ impl Store {
             self.pool.insert(HEADER_SIZE + payload.len(), |object| object::write(object, index, codec, payload))
         };
         let object = match insert(slot.index()) {
-            Err(_) if self.waits_for_room() => return Err(Error::NoRoomYet),
+            Err(error) if self.waits_for_room(&error) => return Err(Error::NoRoomYet),
             // The old page is out of date, whether or not the new one finds room. Give it up: its room may do.
             Err(_) => {
                 self.replace(slot, Entry::Lost);

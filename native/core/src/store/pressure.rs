@@ -14,12 +14,15 @@ use super::disk::Writeback;
 use super::writeback::{Job, Shrinker, What};
 use super::Store;
 use crate::backing::SEGMENT_BYTES;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::metrics::Metrics;
 use crate::sync::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::OnceLock;
 use std::thread::Thread;
 
+/// So often a store that finds no region is only told to come again, before pages are evicted for it: some milliseconds,
+/// in which the refill thread adds one, if the system has memory.
+const REGION_RETRIES: u32 = 20;
 /// Until somebody sets another one.
 pub const ACCEPT_THRESHOLD_PERCENT: u32 = 90;
 
@@ -49,6 +52,8 @@ pub struct Pressure {
     shrinking: AtomicBool,
     /// A store has found no room since a shrinker last looked.
     starved: AtomicBool,
+    /// How often stores have found no region since one found room. Orders nothing, and is none of `sync`'s for that.
+    region_retries: std::sync::atomic::AtomicU32,
     /// Segments that are being filled or written with pages of the pool.
     pub writing: AtomicU32,
     pub shrinkers: Wakers,
@@ -70,6 +75,7 @@ impl Pressure {
             accept_threshold_percent: AtomicU32::new(accept_threshold_percent),
             shrinking: AtomicBool::new(false),
             starved: AtomicBool::new(false),
+            region_retries: Default::default(),
             writing: AtomicU32::new(0),
             shrinkers: Wakers::default(),
             cleaners: Wakers::default(),
@@ -161,20 +167,25 @@ impl Store {
         })
     }
 
-    /// For a store that has found no room: whether it is to be tried again. Then the shrinkers have been woken.
-    pub(super) fn waits_for_room(&self) -> bool {
+    /// For a store that has found no room, for this reason: whether it is to be tried again. Then the shrinkers have been
+    /// woken; but for lack of a region, which the refill thread may be about to add, only after some tries.
+    pub(super) fn waits_for_room(&self, why: &Error) -> bool {
         let Some(Writeback { pressure, .. }) = &self.writeback else { return false };
         if !self.can_make_room() {
             return false;
+        }
+        if matches!(why, Error::NoRegion) && pressure.region_retries.fetch_add(1, Relaxed) < REGION_RETRIES {
+            return true;
         }
         pressure.starved.store(true, Relaxed);
         pressure.shrinkers.wake();
         true
     }
 
-    /// After a store: wakes the shrinkers if the pool has come near its limit.
+    /// After a store that has found room: wakes the shrinkers if the pool has come near its limit.
     pub(super) fn look_at_pressure(&self) {
         let Some(Writeback { pressure, .. }) = &self.writeback else { return };
+        pressure.region_retries.store(0, Relaxed);
         let marks = pressure.marks(&self.metrics);
         if marks.used > marks.start && !pressure.shrinking.load(Relaxed) {
             self.ask_for_shrinking();

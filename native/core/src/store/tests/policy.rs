@@ -65,6 +65,27 @@ fn shrinking_begins_before_the_limit_and_ends_at_the_accept_threshold() {
     end(&fixture.store);
 }
 
+/// The pool is far from its limit, and the system may have memory: evicting is for when it has none.
+#[test]
+fn an_empty_reserve_is_waited_for_before_pages_are_evicted() {
+    let mut fixture = Fixture::new(1 << 20, memory_disk(40));
+    let pool = fixture.store.pool();
+    // Nobody adds a region by himself then.
+    pool.become_adjuster();
+    while pool.adjust().expect("memory") {}
+    let full = (0..4096).find(|&slot| fixture.put(slot..slot + 1, true).is_err()).expect("the reserve is used up");
+    let mut retries = 0;
+    while !fixture.store.wants_shrinking() {
+        assert!(matches!(fixture.put(full..full + 1, true), Err(Error::NoRoomYet)));
+        retries += 1;
+        assert!(retries < 1000, "it would wait for ever");
+    }
+    assert!(retries > 10);
+    while fixture.store.pool().adjust().expect("memory") {}
+    fixture.put(full..full + 1, true).expect("room");
+    end(&fixture.store);
+}
+
 /// However much the pool is to shrink in the end.
 #[test]
 fn who_waits_for_room_is_given_what_compaction_frees_at_once() {
