@@ -9,11 +9,11 @@
 //! It is a memory file; everything else (free lists, fullness, counts, locks) is private memory that can be rebuilt
 //! from the slot words. The file is sparse: only pages that were touched take memory.
 
-use crate::error::{Error, Result};
-use crate::memory::{memory_file, set_length, status_of, Backing, Mapping};
+use crate::error::Result;
+use crate::memory::{memory_file, punch, set_length, status_of, Backing, Mapping};
 use crate::page::PAGE_SIZE;
 use crate::sync::AtomicU64;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use xxhash_rust::xxh3::xxh3_64;
 
 const MAGIC: [u8; 8] = *b"zswapd\0\x01";
@@ -138,13 +138,7 @@ impl State {
     /// Errors: [`Error::System`]; the pages then stay resident, with their contents.
     pub fn punch(&self, page: u32, pages: u32) -> Result<()> {
         let offset = self.arena_start + page as usize * PAGE_SIZE;
-        let length = pages as usize * PAGE_SIZE;
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: plain system call on our descriptor; the caller owns these pages, and they stay mapped.
-        match unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset as _, length as _) } {
-            0 => Ok(()),
-            _ => Err(Error::last_os("cannot give arena memory back (fallocate)")),
-        }
+        punch(self.file.as_fd(), offset..offset + pages as usize * PAGE_SIZE)
     }
 }
 

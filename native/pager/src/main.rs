@@ -7,6 +7,7 @@
 //! | workers | one leads: reads requests from /dev/fuse, answers those on the swap file; others wait for the disk | never, but for the disk (a file: in the kernel) |
 //! | relay-out, relay-in | carry all other requests to pyfuse3, and its replies back | in the kernel's socket code |
 //! | refill | keeps the pool's reserve of memory filled | yes |
+//! | ballast | gives memory back when the machine's reclaim is stuck | yes, to take it anew |
 //! | compactor | moves objects together when the pool is fragmented; says what workers have to say | in the log |
 //! | shrinkers, sweeper | write pages to the backing disk: when the pool is full, and when somebody asks | in the block layer |
 //! | cleaner | moves what lives in sparse segments of the disk together | in the block layer |
@@ -14,6 +15,7 @@
 
 mod args;
 mod backing;
+mod ballast;
 mod channel;
 mod compactor;
 mod control;
@@ -23,6 +25,7 @@ mod idle;
 mod inbox;
 mod no_alloc;
 mod process;
+mod refill;
 mod relay;
 mod shrinker;
 mod socket;
@@ -30,9 +33,12 @@ mod state_file;
 #[cfg(test)]
 mod testing;
 mod trouble;
+mod watermark;
 
+use ballast::Ballast;
 use std::process::ExitCode;
 use std::sync::Arc;
+use watermark::Watermark;
 use zswapd_core::codec::Compression;
 use zswapd_core::engine::Engine;
 use zswapd_core::metrics::SharedMetrics;
@@ -91,6 +97,9 @@ fn run() -> Result<(), String> {
     // The first write finds a reserve: it may come before the refill thread runs.
     while engine.store().pool().adjust().map_err(|error| error.to_string())? {}
 
+    let watermark = Watermark::read().map_err(|error| failed("/proc/zoneinfo")(&error))?;
+    let mut ballast = Ballast::new().map_err(|error| error.to_string())?;
+
     let device = mount::mount(&args.mount_point).map_err(|error| failed("cannot mount")(&error))?;
     let device_number = mount::device_number(&args.mount_point).map_err(|error| failed("cannot mount")(&error))?;
     let device = Arc::new(device);
@@ -113,7 +122,11 @@ fn run() -> Result<(), String> {
 
     let spawned = process::spawn("refill", {
         let shared = shared.clone();
-        move || refill(&shared)
+        move || refill::run(shared.engine.store().pool(), watermark)
+    })
+    .and_then(|()| {
+        let shared = shared.clone();
+        process::spawn("ballast", move || ballast.run(shared.engine.store().metrics(), &watermark))
     })
     .and_then(|()| {
         let shared = shared.clone();
@@ -130,21 +143,4 @@ fn run() -> Result<(), String> {
         let _gone_already = mount::unmount(&args.mount_point);
     }
     result
-}
-
-/// Keeps the reserve filled, for ever.
-fn refill(shared: &Shared) {
-    let pool = shared.engine.store().pool();
-    process::hurry();
-    pool.become_adjuster();
-    loop {
-        match pool.adjust() {
-            Ok(true) => {}
-            Ok(false) => std::thread::park(),
-            Err(error) => {
-                eprintln!("zswapd-pager: {error}; trying again");
-                std::thread::park_timeout(std::time::Duration::from_millis(100));
-            }
-        }
-    }
 }
