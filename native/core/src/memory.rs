@@ -115,6 +115,18 @@ pub fn set_length(file: BorrowedFd<'_>, length: u64) -> Result<()> {
     Ok(())
 }
 
+/// Gives the memory of a range of bytes of a memory file back to the system; it reads zeros afterwards.
+///
+/// Waits for nobody who is taking memory. Errors: [`Error::System`]; the range then stays resident, with its contents.
+pub fn punch(file: BorrowedFd<'_>, range: Range<usize>) -> Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: plain system call on an open descriptor; what is mapped there stays mapped.
+    match unsafe { libc::fallocate(file.as_raw_fd(), mode, range.start as _, range.len() as _) } {
+        0 => Ok(()),
+        _ => Err(Error::last_os("cannot give memory back (fallocate)")),
+    }
+}
+
 /// The length of a file in bytes.
 pub fn length_of(file: BorrowedFd<'_>) -> Result<u64> {
     Ok(status_of(file)?.st_size as u64)

@@ -17,7 +17,7 @@
 mod shape;
 
 use crate::error::{Error, Result};
-use crate::memory::{length_of, memory_file, set_length, status_of, Backing, Mapping, Zeroable, ZeroedTable};
+use crate::memory::{length_of, memory_file, punch, set_length, status_of, Backing, Mapping, Zeroable, ZeroedTable};
 use crate::page::PAGE_SIZE;
 use crate::session::{Session, Settings};
 use crate::sync::AtomicU64;
@@ -262,12 +262,7 @@ impl State {
     /// Errors: [`Error::System`]; the pages then stay resident, with their contents.
     pub fn punch(&self, page: u32, pages: u32) -> Result<()> {
         let Range { start, end } = self.arena_range(page, pages);
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: plain system call on our descriptor; the caller owns these pages, and they stay mapped.
-        match unsafe { libc::fallocate(self.file.as_raw_fd(), mode, start as _, (end - start) as _) } {
-            0 => Ok(()),
-            _ => Err(Error::last_os("cannot give arena memory back (fallocate)")),
-        }
+        punch(self.file.as_fd(), start..end)
     }
 }
 

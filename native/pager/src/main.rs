@@ -8,6 +8,7 @@
 //! | workers | one leads: reads requests from /dev/fuse, answers those on the swap file; others wait for the disk | never, but for the disk (a file: in the kernel) |
 //! | relay-out, relay-in | carry all other requests to pyfuse3, and its replies back | in the kernel's socket code |
 //! | refill | keeps the pool's reserve of memory filled | yes |
+//! | ballast | gives memory back when the machine's reclaim is stuck | yes, to take it anew |
 //! | compactor | moves objects together when the pool is fragmented; says what workers have to say | in the log |
 //! | shrinkers, sweeper | write pages to the backing disk: when the pool is full, and when somebody asks | in the block layer |
 //! | cleaner | moves what lives in sparse segments of the disk together | in the block layer |
@@ -16,6 +17,7 @@
 
 mod args;
 mod backing;
+mod ballast;
 mod channel;
 mod compactor;
 mod control;
@@ -26,14 +28,17 @@ mod inbox;
 mod keeper;
 mod no_alloc;
 mod process;
+mod refill;
 mod relay;
 mod shrinker;
 mod socket;
 #[cfg(test)]
 mod testing;
 mod trouble;
+mod watermark;
 
 use args::Args;
+use ballast::Ballast;
 use gate::Gate;
 use keeper::Keeper;
 use process::Start;
@@ -43,6 +48,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::atomic::AtomicI64;
 use std::sync::Arc;
+use watermark::Watermark;
 use zswapd_core::codec::Compression;
 use zswapd_core::engine::Engine;
 use zswapd_core::error;
@@ -128,9 +134,10 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
         State::open(copy, args.allocator.geometry()).map_err(|error| error.to_string())?;
         SharedMetrics::open(counters.as_fd()).map_err(|error| error.to_string())?;
     }
+    let watermark = Watermark::read().map_err(|error| failed("/proc/zoneinfo")(&error))?;
     let (sweeper, orders) = shrinker::Sweeper::new();
     let start = Arc::new(Start::default());
-    spawn(args, &start, orders).map_err(|error| failed("cannot start a thread")(&error))?;
+    spawn(args, &start, orders, watermark).map_err(|error| failed("cannot start a thread")(&error))?;
 
     let Some(go) = keeper.wait_for_go() else { return Ok(()) };
     if go.gone.is_none() {
@@ -190,8 +197,10 @@ fn take_back(args: &Args, device_number: u64) {
 }
 
 /// Makes all threads. They begin at the start.
-fn spawn(args: &Args, start: &Arc<Start>, orders: shrinker::Orders) -> io::Result<()> {
-    process::spawn("refill", start, |shared| refill(&shared))?;
+fn spawn(args: &Args, start: &Arc<Start>, orders: shrinker::Orders, watermark: Watermark) -> io::Result<()> {
+    let mut ballast = Ballast::new().map_err(io::Error::other)?;
+    process::spawn("refill", start, move |shared| refill::run(shared.engine.store().pool(), watermark))?;
+    process::spawn("ballast", start, move |shared| ballast.run(shared.engine.store().metrics(), &watermark))?;
     process::spawn("compactor", start, |shared| compactor::run(&shared))?;
     process::spawn("keeper", start, |shared| shared.keeper.listen())?;
     if let Some(backing) = &args.backing {
@@ -235,30 +244,14 @@ fn new_engine(args: &Args, files: Files, disk: Option<DiskOptions>) -> error::Re
     if let Some(backing) = &args.backing {
         engine.store().set_accept_threshold(backing.accept_threshold_percent);
     }
-    Ok(engine)
-}
-
-/// With all that a worker touches in memory.
-fn prepared(engine: Engine) -> error::Result<Engine> {
-    engine.store().populate_slots()?;
     // The first write finds a reserve: it may come before the refill thread runs.
     while engine.store().pool().adjust()? {}
     Ok(engine)
 }
 
-/// Keeps the reserve filled, for ever.
-fn refill(shared: &Shared) {
-    let pool = shared.engine.store().pool();
-    process::hurry();
-    pool.become_adjuster();
-    loop {
-        match pool.adjust() {
-            Ok(true) => {}
-            Ok(false) => std::thread::park(),
-            Err(error) => {
-                eprintln!("zswapd-pager: {error}; trying again");
-                std::thread::park_timeout(std::time::Duration::from_millis(100));
-            }
-        }
-    }
+/// With all that a worker touches in memory. Of a successor most of it is there; a reserve it does not wait for, since the
+/// machine may have no memory before it serves.
+fn prepared(engine: Engine) -> error::Result<Engine> {
+    engine.store().populate_slots()?;
+    Ok(engine)
 }

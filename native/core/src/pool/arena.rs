@@ -2,7 +2,8 @@
 //!
 //! Memory comes from the system, and goes back to it, by the region. A page is only handed out from a region that is
 //! backed by memory, so that neither handing it out nor touching it waits for the system. A few wholly free regions
-//! are kept in reserve; [`Arena::adjust`] restores the reserve, and is the only thing here that may wait for memory.
+//! are kept in reserve; [`Arena::adjust`] restores the reserve, and is the only thing here that may wait for memory. It
+//! takes a region in pieces, so that who calls it can look at what the machine has left.
 
 mod recover;
 
@@ -21,12 +22,17 @@ use std::thread::Thread;
 
 /// Pages of a region.
 pub const REGION_PAGES: u32 = if MODEL { 8 } else { 512 };
+/// Pages that are taken from the system at a time.
+const PIECE_PAGES: u32 = if MODEL { REGION_PAGES } else { 16 };
+/// The same in bytes.
+pub const PIECE_BYTES: u64 = PIECE_PAGES as u64 * PAGE_SIZE as u64;
 /// Free regions are added below this many: at full speed a fill uses one up in about 8 ms, and the thread that adds
 /// them may have to wait for a processor.
 const RESERVE_LOW: u64 = if MODEL { 1 } else { 4 };
 /// They are given back above this many.
 pub const RESERVE_HIGH: u64 = if MODEL { 1 } else { 6 };
 
+const REGION_BYTES: u64 = REGION_PAGES as u64 * PAGE_SIZE as u64;
 const WORDS: usize = REGION_PAGES.div_ceil(64) as usize;
 /// The bits of a word that stand for pages.
 const PAGE_BITS: u64 = if REGION_PAGES < 64 { (1 << REGION_PAGES) - 1 } else { u64::MAX };
@@ -68,6 +74,15 @@ impl Inner {
         // Less than a region would not empty one; and as free pages lie in runs of some length, it takes some more.
         idle.saturating_sub(u64::from(REGION_PAGES + REGION_PAGES / 4))
     }
+
+    /// A region that is backed, and of which nothing is in use, can be handed out from now on.
+    fn add_free(&mut self, index: usize) {
+        self.regions[index].backed = true;
+        self.room[index] = MAX_CHAIN as u8;
+        self.free_regions += 1;
+        self.touched = self.touched.max(index + 1);
+        self.first_with.iter_mut().for_each(|lowest| *lowest = index.min(*lowest));
+    }
 }
 
 /// The page allocator of the pool (lock rank `Arena`).
@@ -75,10 +90,22 @@ pub struct Arena {
     state: Arc<State>,
     metrics: SharedMetrics,
     inner: Ranked<Inner>,
-    /// Held to change which regions are backed.
-    adjusting: Ranked<()>,
+    /// Held to change which regions are backed. Of the region that is being backed, if there is one: the next page to be
+    /// taken. Those before it are, but none is handed out, or counted, before all are.
+    adjusting: Ranked<Option<u32>>,
     /// The thread that calls [`Arena::adjust`] in the background; without one, who needs a region calls it.
     adjuster: OnceLock<Thread>,
+}
+
+/// What the reserve needs of the system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Nothing, or has something to give back.
+    None,
+    /// Memory, but not at once: there is a free region.
+    Memory,
+    /// Memory: there is no free region left.
+    Urgent,
 }
 
 /// What [`Arena::adjust`] is about to do with a region.
@@ -105,7 +132,7 @@ impl Arena {
             state,
             metrics,
             inner: Ranked::new(Rank::Arena, inner),
-            adjusting: Ranked::new(Rank::Adjust, ()),
+            adjusting: Ranked::new(Rank::Adjust, None),
             adjuster: OnceLock::new(),
         };
         arena.set_limit(limit_pages);
@@ -195,46 +222,53 @@ impl Arena {
         Ok(true)
     }
 
-    /// Backs one region with memory, or gives one back, if the reserve needs it. Returns whether it did.
+    /// What the reserve needs.
+    pub fn need(&self) -> Need {
+        let inner = self.inner.lock();
+        match self.choose(&inner) {
+            Some(Change::Back(_)) if inner.free_regions == 0 => Need::Urgent,
+            Some(Change::Back(_)) => Need::Memory,
+            _ => Need::None,
+        }
+    }
+
+    /// Takes the next piece of a region from the system, or gives a region back, if the reserve needs it. Returns whether
+    /// it did.
     ///
-    /// `prepare` is called with the pages of a region before they can be handed out for the first time.
+    /// `prepare` is called with pages before they can be handed out for the first time.
     /// May wait for memory (under `Adjust` alone), and for others who are here. Errors: [`Error::System`] if the
     /// system gives none; the arena is unchanged then.
     pub fn adjust(&self, prepare: impl Fn(Range<u32>) -> Result<()>) -> Result<bool> {
-        let _adjusting = self.adjusting.lock();
+        let mut begun = self.adjusting.lock();
         let mut inner = self.inner.lock();
         let Some(change) = self.choose(&inner) else { return Ok(false) };
-        if let Change::GiveBack(index) = change {
-            inner.room[index] = 0;
-            inner.free_regions -= 1;
-        }
-        drop(inner);
-        let first = |index: usize| index as u32 * REGION_PAGES;
-        let result = match change {
-            Change::Back(index) => prepare(first(index)..first(index) + REGION_PAGES)
-                .and_then(|()| self.state.populate(first(index), REGION_PAGES)),
-            Change::GiveBack(index) => self.state.punch(first(index), REGION_PAGES),
-        };
-        let mut inner = self.inner.lock();
-        let (index, backed) = match change {
-            Change::Back(index) => (index, result.is_ok()),
-            Change::GiveBack(index) => (index, result.is_err()),
-        };
-        inner.regions[index].backed = backed;
-        if backed {
-            inner.room[index] = MAX_CHAIN as u8;
-            inner.free_regions += 1;
-            inner.touched = inner.touched.max(index + 1);
-            inner.first_with.iter_mut().for_each(|lowest| *lowest = index.min(*lowest));
-        }
-        if result.is_ok() {
-            let bytes = u64::from(REGION_PAGES) * PAGE_SIZE as u64;
-            match change {
-                Change::Back(_) => self.metrics.backed_bytes.add(bytes),
-                Change::GiveBack(_) => self.metrics.backed_bytes.sub(bytes),
+        match change {
+            Change::Back(next) => {
+                drop(inner);
+                let first = begun.unwrap_or(next as u32 * REGION_PAGES);
+                let end = first + PIECE_PAGES;
+                prepare(first..end)?;
+                self.state.populate(first, PIECE_PAGES)?;
+                *begun = (end % REGION_PAGES > 0).then_some(end);
+                if begun.is_none() {
+                    let mut inner = self.inner.lock();
+                    inner.add_free((first / REGION_PAGES) as usize);
+                    self.metrics.backed_bytes.add(REGION_BYTES);
+                }
+            }
+            Change::GiveBack(index) => {
+                inner.room[index] = 0;
+                inner.free_regions -= 1;
+                inner.regions[index].backed = false;
+                drop(inner);
+                if let Err(error) = self.state.punch(index as u32 * REGION_PAGES, REGION_PAGES) {
+                    self.inner.lock().add_free(index);
+                    return Err(error);
+                }
+                self.metrics.backed_bytes.sub(REGION_BYTES);
             }
         }
-        result.map(|()| true)
+        Ok(true)
     }
 
     /// Pages of regions in use that other regions have room for: what emptying the sparsest ones would give back.
@@ -459,8 +493,10 @@ mod tests {
     #[test]
     fn pages_are_handed_out_only_from_backed_regions() {
         let arena = arena(2, 1024);
-        assert!(matches!(arena.alloc(1), Err(Error::NoRegion)));
-        assert!(arena.adjust(no_preparation).expect("memory"));
+        for piece in 0..REGION_PAGES / PIECE_PAGES {
+            assert!(matches!(arena.alloc(1), Err(Error::NoRegion)), "after {piece} pieces");
+            assert!(arena.adjust(no_preparation).expect("memory"));
+        }
         arena.alloc(8).expect("backed");
     }
 }

@@ -23,6 +23,7 @@ use crate::page::PAGE_SIZE;
 use crate::state::{State, MAX_ARENA_PAGES};
 use crate::sync::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use arena::{Arena, REGION_PAGES};
+pub use arena::{Need, PIECE_BYTES};
 pub use class::LENGTHS;
 use class::{ClassTable, MAX_CHAIN, UNIT};
 use compact::Left;
@@ -241,7 +242,13 @@ impl Pool {
         self.base.arena.set_adjuster(std::thread::current());
     }
 
-    /// Takes a region of memory from the system, or gives one back, if the reserve needs it: see [`Arena::adjust`].
+    /// What the reserve of memory needs: [`Pool::adjust`] takes it.
+    pub fn need(&self) -> Need {
+        self.base.arena.need()
+    }
+
+    /// Takes some memory from the system ([`PIECE_BYTES`]), or gives some back, if the reserve needs it: see
+    /// [`Arena::adjust`].
     pub fn adjust(&self) -> Result<bool> {
         self.base.arena.adjust(|pages| self.allocator.prepare(pages))
     }
