@@ -9,13 +9,15 @@
 
 use std::os::fd::OwnedFd;
 use std::time::Duration;
+use zswapd_core::backing::FileDisk;
 use zswapd_core::codec::{Algorithm, Compression};
 use zswapd_core::engine::Engine;
+use zswapd_core::lru::Incompressible;
 use zswapd_core::memory::memory_file;
 use zswapd_core::page::{Page, PAGE_SIZE};
 use zswapd_core::pool::{Allocator, LENGTHS};
 use zswapd_core::scratch::Scratch;
-use zswapd_core::store::{Files, Verifier};
+use zswapd_core::store::{DiskOptions, Files, Verifier};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut words = std::env::args().skip(1);
@@ -28,7 +30,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let mut times = [Duration::MAX; 3];
         for _ in 0..5 {
             let start = processor_time();
-            let engine = Engine::recover(allocator, files(&state)?, None)?;
+            let engine = Engine::recover(allocator, files(&state)?, Some(disk()?))?;
             let recovered = processor_time() - start;
             engine.store().populate_slots()?;
             let populated = processor_time() - start - recovered;
@@ -56,12 +58,18 @@ fn files(state: &OwnedFd) -> std::io::Result<Files> {
     Ok(Files { state: Some(state.try_clone()?), counters: None })
 }
 
+/// Nothing is ever written to it: but with a disk there is a list of cold pages.
+fn disk() -> Result<DiskOptions, Box<dyn std::error::Error>> {
+    let disk = Box::new(FileDisk::new(memory_file(c"disk", 0)?));
+    Ok(DiskOptions { disk, bytes: 1 << 30, encryption: true, incompressible: Incompressible::Keep })
+}
+
 /// Fills a pool up to so many bytes. Returns how many pages that are.
 fn fill(allocator: Allocator, pool_bytes: u64, state: OwnedFd) -> Result<u64, Box<dyn std::error::Error>> {
     let with = Compression::new(Algorithm::Lz4, 1)?;
     let slots = pool_bytes / 1024;
     let files = Files { state: Some(state), counters: None };
-    let engine = Engine::new(slots * PAGE_SIZE as u64, allocator, pool_bytes * 2, with, files)?;
+    let engine = Engine::new(slots * PAGE_SIZE as u64, allocator, pool_bytes * 2, with, files)?.with_disk(disk()?)?;
     engine.store().populate_slots()?;
     let mut scratch = Scratch::new()?;
     let mut x = 1u64;

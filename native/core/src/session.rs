@@ -39,8 +39,6 @@ pub struct Session {
     pub negotiated: AtomicU64,
     /// How often the swap file is open: whoever counts says how.
     pub opens: AtomicU64,
-    /// How often a process has taken over.
-    pub takeovers: AtomicU64,
     /// 1: the gate is closed, and the swap file cannot be opened any more.
     pub closed: AtomicU64,
 }
@@ -56,10 +54,10 @@ impl Session {
         for (word, bytes) in self.init.iter().zip(request.chunks(8)) {
             let mut padded = [0; 8];
             padded[..bytes.len()].copy_from_slice(bytes);
-            word.store(u64::from_ne_bytes(padded), Relaxed);
+            word.store(u64::from_ne_bytes(padded), Release);
         }
-        // Behind the bytes also for the compiler: a process may end at any instruction.
-        self.init_bytes.store(request.len() as u64, std::sync::atomic::Ordering::Release);
+        // Each store stays behind those before it, also for the compiler: a process may end at any instruction.
+        self.init_bytes.store(request.len() as u64, Release);
         true
     }
 
