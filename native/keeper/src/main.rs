@@ -216,7 +216,10 @@ impl Keeper {
             }
             (ACTIVE, Kind::Relay) => self.relay = message.descriptor,
             (ACTIVE, Kind::Upgrade) => self.upgrade(),
-            (CANDIDATE, Kind::Failed) => self.tell(Kind::Refused, 0, message.text),
+            (CANDIDATE, Kind::Failed) => {
+                pager.said_why = true;
+                self.tell(Kind::Refused, 0, message.text);
+            }
             _ => {}
         }
     }
@@ -271,7 +274,9 @@ impl Keeper {
             (_, Ended::Signalled(_)) if !self.has_served => return Some(1),
             (CANDIDATE, _) => {
                 say!("the new version is gone before it was ready ({ended}): the old one goes on");
-                self.tell(Kind::Refused, 0, "the new version has ended before it was ready: see the log");
+                if !pager.said_why {
+                    self.tell(Kind::Refused, 0, "the new version has ended before it was ready: see the log");
+                }
             }
             (STANDBY, _) => {
                 say!("the standby, {}, is gone ({ended})", pager.pid);
