@@ -123,13 +123,14 @@ impl Keeper {
 
     /// There is always to be an active pager and, when it serves, a standby. Returns after which pause to look again.
     fn start_and_let_go(&mut self) -> Option<Duration> {
-        if self.pause().is_none() {
-            match &self.pagers {
-                [None, Some(standby), _] if standby.ready => self.let_go(),
-                [None, None, _] => self.start(STANDBY),
-                [Some(active), None, None] if active.serving => self.start(STANDBY),
-                _ => {}
-            }
+        if let Some(left) = self.pause() {
+            return Some(left);
+        }
+        match &self.pagers {
+            [None, Some(standby), _] if standby.ready => self.let_go(),
+            [None, None, _] => self.start(STANDBY),
+            [Some(active), None, None] if active.serving => self.start(STANDBY),
+            _ => {}
         }
         self.pause()
     }
