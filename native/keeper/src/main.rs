@@ -123,13 +123,14 @@ impl Keeper {
 
     /// There is always to be an active pager and, when it serves, a standby. Returns after which pause to look again.
     fn start_and_let_go(&mut self) -> Option<Duration> {
-        if self.pause().is_none() {
-            match &self.pagers {
-                [None, Some(standby), _] if standby.ready => self.let_go(),
-                [None, None, _] => self.start(STANDBY),
-                [Some(active), None, None] if active.serving => self.start(STANDBY),
-                _ => {}
-            }
+        if let Some(left) = self.pause() {
+            return Some(left);
+        }
+        match &self.pagers {
+            [None, Some(standby), _] if standby.ready => self.let_go(),
+            [None, None, _] => self.start(STANDBY),
+            [Some(active), None, None] if active.serving => self.start(STANDBY),
+            _ => {}
         }
         self.pause()
     }
@@ -216,7 +217,10 @@ impl Keeper {
             }
             (ACTIVE, Kind::Relay) => self.relay = message.descriptor,
             (ACTIVE, Kind::Upgrade) => self.upgrade(),
-            (CANDIDATE, Kind::Failed) => self.tell(Kind::Refused, 0, message.text),
+            (CANDIDATE, Kind::Failed) => {
+                pager.said_why = true;
+                self.tell(Kind::Refused, 0, message.text);
+            }
             _ => {}
         }
     }
@@ -271,7 +275,9 @@ impl Keeper {
             (_, Ended::Signalled(_)) if !self.has_served => return Some(1),
             (CANDIDATE, _) => {
                 say!("the new version is gone before it was ready ({ended}): the old one goes on");
-                self.tell(Kind::Refused, 0, "the new version has ended before it was ready: see the log");
+                if !pager.said_why {
+                    self.tell(Kind::Refused, 0, "the new version has ended before it was ready: see the log");
+                }
             }
             (STANDBY, _) => {
                 say!("the standby, {}, is gone ({ended})", pager.pid);

@@ -29,6 +29,8 @@ pub struct Pager {
     pub ready: bool,
     /// It has said that it serves.
     pub serving: bool,
+    /// It has said why it cannot.
+    pub said_why: bool,
 }
 
 /// How a process has ended.
@@ -73,7 +75,7 @@ impl Program {
             libc::fcntl(ours.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK);
             OwnedFd::from_raw_fd(process)
         };
-        Ok(Pager { pid, process, channel: Some(Channel::new(ours)), ready: false, serving: false })
+        Ok(Pager { pid, process, channel: Some(Channel::new(ours)), ready: false, serving: false, said_why: false })
     }
 
     fn become_pager(&self, channel: &OwnedFd) -> ! {
