@@ -393,7 +393,12 @@ async def _promote(pager: Pager | None, on: bool) -> None:
 
 
 async def _free_loop(mount_point: Path, device: str) -> None:
-    await _run("losetup", "--detach", device)
+    try:
+        await _run("losetup", "--detach", device)
+    except SwapError as error:
+        # Somebody else has detached it: it was freed when swapoff let go of it.
+        if "No such device or address" not in error.message:
+            raise
     # The kernel frees the device when the last process that has it open closes it, udev for one.
     with trio.move_on_after(SETTLE_SECONDS):
         while (attached := discover(mount_point)) and attached.loop_device == device:
