@@ -1,9 +1,11 @@
 """The control files of writeback, over an engine that notes what it is told."""
 
 import errno
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyfuse3
@@ -123,6 +125,25 @@ def test_columns_are_zram_s_in_pages() -> None:
     assert read(engine, "writeback_limit") == "none\n"
     engine.counts["budget_bytes"] = 3 * 4096 - 1
     assert read(engine, "writeback_limit") == "2\n"
+
+
+async def test_others_do_not_lock_root_out() -> None:
+    fs = SwapFs(FakeEngine())  # type: ignore[arg-type]
+    root: Any = SimpleNamespace(uid=0)
+    other: Any = SimpleNamespace(uid=1000)
+    inode = (await fs.lookup(pyfuse3.ROOT_INODE, b"backing_dev", root)).st_ino
+    opened = [(await fs.open(inode, os.O_RDONLY, other)).fh for _ in range(256)]
+    with pytest.raises(pyfuse3.FUSEError, match="Too many open files"):
+        await fs.open(inode, os.O_RDONLY, other)
+    for _ in range(256):
+        await fs.open(inode, os.O_RDONLY, root)
+    # Nor does root open without end.
+    with pytest.raises(pyfuse3.FUSEError, match="Too many open files"):
+        await fs.open(inode, os.O_RDONLY, root)
+    for fh in opened:
+        await fs.release(fh)
+    with pytest.raises(pyfuse3.FUSEError, match="Too many open files"):
+        await fs.open(inode, os.O_RDONLY, other)
 
 
 async def test_a_writeback_that_takes_long_holds_up_no_other_request() -> None:
