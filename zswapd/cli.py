@@ -16,7 +16,7 @@ from zswapd.errors import ZswapdError
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
     """Compressed swap for Linux, served from userspace. zswapctl attaches it, detaches it and shows how it does."""

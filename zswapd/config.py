@@ -22,12 +22,15 @@ DEFAULT_PATH = Path("/etc/zswapd/zswapd.toml")
 ENV_PREFIX = "ZSWAPD_"
 PAGE_SIZE = 4096
 MAX_SIZE = 16 << 40
+#: Where the locations of slot words end: the pool does not grow beyond.
+MAX_POOL = 1 << 40
 
 #: What is written to the backing disk at a time, at most: no budget is of use that does not allow it.
 SEGMENT_BYTES = 256 << 10
 _SIZE = re.compile(r"([0-9]{1,20})\s?(?:([KMGT])(?:iB)?)?", re.IGNORECASE)
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-_SIZE_HELP = "bytes, or a number with KiB, MiB, GiB or TiB; whole pages of 4096 bytes, above 0, at most 16TiB"
+_SIZE_FORM = "bytes, or a number with KiB, MiB, GiB or TiB; whole pages of 4096 bytes, above 0, at most"
+_SIZE_HELP = f"{_SIZE_FORM} 16TiB"
 
 
 def parse_size(value: object) -> int:
@@ -60,10 +63,10 @@ def mem_total() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _whole_pages(value: object) -> int:
+def _whole_pages(value: object, *, most: int = MAX_SIZE) -> int:
     size = parse_size(value)
-    if not 0 < size <= MAX_SIZE:
-        raise ValueError("not above 0 and at most 16TiB")
+    if not 0 < size <= most:
+        raise ValueError(f"not above 0 and at most {most >> 40}TiB")
     if size % PAGE_SIZE:
         raise ValueError("not a whole number of 4096-byte pages")
     return size
@@ -78,7 +81,7 @@ def _share_or_size(value: object) -> int | str:
         if re.fullmatch("[0-9]{1,3}", percent) is None or not 1 <= int(percent) <= 100:
             raise ValueError("not a percentage from 1% to 100%")
         return f"{int(percent)}%"
-    return _whole_pages(value)
+    return _whole_pages(value, most=MAX_POOL)
 
 
 def _absolute(value: object) -> Path:
@@ -134,15 +137,15 @@ class Pool(_Section):
     mem_limit: Annotated[
         int | str,
         BeforeValidator(_share_or_size),
-        Field(description=f"a share of RAM from 1% to 100%, or {_SIZE_HELP}"),
+        Field(description=f"a share of RAM from 1% to 100%, or {_SIZE_FORM} 1TiB"),
     ] = "50%"
 
     @property
     def mem_limit_bytes(self) -> int:
-        """The limit in bytes, whole pages; a percentage is of this machine's RAM (MemTotal)."""
+        """The limit in bytes, whole pages; a percentage is of this machine's RAM (MemTotal), and 1 TiB at most."""
         if isinstance(self.mem_limit, int):
             return self.mem_limit
-        return mem_total() * int(self.mem_limit.rstrip("%")) // 100 // PAGE_SIZE * PAGE_SIZE
+        return min(mem_total() * int(self.mem_limit.rstrip("%")) // 100 // PAGE_SIZE * PAGE_SIZE, MAX_POOL)
 
 
 class Pager(_Section):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from zswapd import __version__
-from zswapd.config import MAX_SIZE, PAGE_SIZE, parse_size
+from zswapd.config import MAX_POOL, PAGE_SIZE, parse_size
 from zswapd.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -61,9 +61,9 @@ def control_files(engine: Engine) -> dict[str, ControlFile]:
 
     def set_mem_limit(command: str) -> None:
         size = parse_size(command)
-        if not PAGE_SIZE <= size <= MAX_SIZE:
-            raise ValueError(f"a limit of {size} bytes: use at least a page, and at most 16 TiB")
-        engine.set_mem_limit(size)
+        if not PAGE_SIZE <= size <= MAX_POOL:
+            raise ValueError(f"a limit of {size} bytes: use at least a page, and at most 1 TiB")
+        _logged(lambda: engine.set_mem_limit(size), "mem_limit")
 
     return {
         "stats.json": ControlFile(read=lambda: stats_json(engine)),
@@ -143,7 +143,9 @@ def _comp_algorithm(engine: Engine) -> str:
 
 def _set_comp_algorithm(engine: Engine, command: str) -> None:
     """Takes "lz4", "zstd", or "zstd level=N"."""
-    algorithm, *parameters = command.split()
+    algorithm, *parameters = command.split() or [""]
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"not lz4, zstd or zstd level=N: {command!r}")
     level = engine.stats()["zstd_level"]
     for parameter in parameters:
         name, _, value = parameter.partition("=")
@@ -152,7 +154,7 @@ def _set_comp_algorithm(engine: Engine, command: str) -> None:
         if not value.isdecimal():
             raise ValueError(f"not a level: {value!r}")
         level = int(value)
-    engine.set_compression(algorithm, level)
+    _logged(lambda: engine.set_compression(algorithm, level), "comp_algorithm")
 
 
 def _mark_idle(engine: Engine, command: str) -> None:

@@ -7,8 +7,6 @@ from zswapd.errors import ConfigError
 SLOT_BYTES, LRU_BYTES = 8, 12
 #: Per page of the pool, taken as it grows: its descriptor (zsmalloc's, the larger one).
 DESCRIPTOR_BYTES = 24
-#: Where the locations of slot words end: the pool does not grow beyond, whatever pool.mem_limit is.
-ARENA_END = 1 << 40
 #: A page takes two pages of the pool at worst: itself, and a header.
 _WORST = 2
 #: The tables may take one part in this many of RAM: there have to be pages, and others, too.
@@ -18,7 +16,7 @@ _SHARE = 2
 def tables_bytes(size: int, mem_limit: int, *, slot: int = SLOT_BYTES) -> int:
     """Bytes of the tables of a full swap file of `size` bytes whose pool may take `mem_limit`, with `slot` for each of
     its pages."""
-    pool = min(mem_limit, ARENA_END, _WORST * size)
+    pool = min(mem_limit, _WORST * size)
     return size // PAGE_SIZE * slot + pool // PAGE_SIZE * DESCRIPTOR_BYTES
 
 
@@ -33,7 +31,7 @@ def refuse_huge(config: Config, ram: int | None = None) -> None:
     if (tables := tables_bytes(size, limit, slot=slot)) <= most:
         return
     # With as much of the pool as there can be, or with the worst pages, whichever leaves more.
-    beside_pool = (most - min(limit, ARENA_END) // PAGE_SIZE * DESCRIPTOR_BYTES) // slot
+    beside_pool = (most - limit // PAGE_SIZE * DESCRIPTOR_BYTES) // slot
     fits = max(beside_pool, most // (slot + _WORST * DESCRIPTOR_BYTES)) * PAGE_SIZE
     raise ConfigError(
         f"swap.size = {format_size(size)}: its tables, which are locked in memory, would take {format_size(tables)} of "

@@ -36,7 +36,7 @@ _SWAP_INODE = InodeT(pyfuse3.ROOT_INODE + 1)
 # Names, sizes and modes never change while mounted.
 _CACHE_SECONDS = 3600.0
 _RELAY_SECONDS = 10
-# Anyone may open what anyone may read, and each opening keeps its contents.
+# Anyone may open what anyone may read, and each opening keeps its contents. As many more are root's alone.
 _MAX_OPENS = 256
 _MAX_COMMAND = 256
 
@@ -132,7 +132,7 @@ class SwapFs(pyfuse3.Operations):
     # Contents
 
     async def open(self, inode: InodeT, flags: int, ctx: pyfuse3.RequestContext) -> FileInfo:
-        if len(self._control_opens) >= _MAX_OPENS:
+        if len(self._control_opens) >= (_MAX_OPENS if ctx.uid else 2 * _MAX_OPENS):
             raise FUSEError(errno.EMFILE)
         fh = next(self._handles)
         self._control_opens[fh] = self._open_control(self._control(inode), flags & os.O_ACCMODE)

@@ -15,7 +15,7 @@ from zswapd import __version__
 from zswapd.config import PAGE_SIZE, format_size
 from zswapd.errors import DaemonError
 from zswapd.pager import Pager
-from zswapd.swapdev import START_HINT, Attachment, is_mounted
+from zswapd.swapdev import START_HINT, Attachment, is_mounted, not_serving
 
 DEADLINE_SECONDS = 5
 
@@ -48,10 +48,7 @@ def read_stats(mount_point: Path) -> dict[str, Any]:
         ) from None
     if child.returncode:
         reason = stderr.decode(errors="replace").strip().rpartition(": ")[2]
-        raise DaemonError(
-            f"the daemon does not serve {mount_point}: {reason}",
-            f"unmount what it left: umount {mount_point}; then {START_HINT}",
-        )
+        raise not_serving(mount_point, reason)
     try:
         stats: dict[str, Any] = json.loads(stdout)
     except ValueError:

@@ -393,7 +393,12 @@ async def _promote(pager: Pager | None, on: bool) -> None:
 
 
 async def _free_loop(mount_point: Path, device: str) -> None:
-    await _run("losetup", "--detach", device)
+    try:
+        await _run("losetup", "--detach", device)
+    except SwapError as error:
+        # Somebody else has detached it: it was freed when swapoff let go of it.
+        if "No such device or address" not in error.message:
+            raise
     # The kernel frees the device when the last process that has it open closes it, udev for one.
     with trio.move_on_after(SETTLE_SECONDS):
         while (attached := discover(mount_point)) and attached.loop_device == device:
@@ -466,6 +471,17 @@ def _require_root() -> None:
         raise SwapError("only root may attach or detach swap", "run it with sudo")
 
 
+def not_serving(mount_point: Path, reason: str | None) -> DaemonError:
+    """What is wrong where a file system is mounted and does not answer as it should, and what to do about it."""
+    hint = f"unmount what it left: umount {mount_point}; then {START_HINT}"
+    if attached := discover(mount_point):
+        hint = (
+            f"if it has died, what is in {attached.loop_device} is lost: end what has pages there, then "
+            f"zswapctl detach --force; then {START_HINT}"
+        )
+    return DaemonError(f"the daemon does not serve {mount_point}: {reason}", hint)
+
+
 async def _require_serving(mount_point: Path) -> None:
     if not is_mounted(mount_point) and not await trio.to_thread.run_sync(_find_pager, mount_point):
         raise DaemonError(f"the daemon does not run: nothing is mounted at {mount_point}", START_HINT)
@@ -475,10 +491,7 @@ async def _require_serving(mount_point: Path) -> None:
                 await trio.to_thread.run_sync(_open_and_close, mount_point / "swapfile", abandon_on_cancel=True)
             return
         except OSError as error:
-            raise DaemonError(
-                f"the daemon does not serve {mount_point}: {error.strerror}",
-                f"unmount what it left: umount {mount_point}; then {START_HINT}",
-            ) from None
+            raise not_serving(mount_point, error.strerror) from None
     raise DaemonError(f"the daemon at {mount_point} does not answer", "it is stopped or stuck: see its log")
 
 

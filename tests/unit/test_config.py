@@ -110,6 +110,7 @@ def test_the_file_comes_from_the_option_then_the_environment_then_the_system(
         "pool.mem_limit=1.5%",
         "pool.mem_limit=%",
         "pool.mem_limit=0",
+        "pool.mem_limit=1025GiB",
         "pool.allocator=zbud",
         "compression.algorithm=lzo",
         "compression.algorithm=1",
@@ -218,7 +219,7 @@ def test_listen(listen: str, address: tuple[str, int] | None) -> None:
     assert load(None, [f"metrics.listen={listen}"], {}).metrics.address == address
 
 
-def test_pool_limit_is_a_share_of_memory_or_a_size() -> None:
+def test_pool_limit_is_a_share_of_memory_or_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = Path("/proc/meminfo").read_text().splitlines()
     total = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemTotal"))
     assert mem_total() == total
@@ -227,6 +228,9 @@ def test_pool_limit_is_a_share_of_memory_or_a_size() -> None:
     assert half % 4096 == 0
     assert total // 2 - 4096 < half <= total // 2
     assert load(None, ["pool.mem_limit=8MiB"], {}).pool.mem_limit_bytes == 8 << 20
+    assert load(None, ["pool.mem_limit=1TiB"], {}).pool.mem_limit_bytes == 1 << 40
+    monkeypatch.setattr(config, "mem_total", lambda: 3 << 40)
+    assert load(None, ["pool.mem_limit=50%"], {}).pool.mem_limit_bytes == 1 << 40
 
 
 def test_mount_point_is_written_as_the_kernel_does() -> None:

@@ -1,9 +1,11 @@
 """The control files of writeback, over an engine that notes what it is told."""
 
 import errno
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyfuse3
@@ -25,7 +27,14 @@ class FakeEngine:
         self.wait: Callable[[], object] = lambda: None
 
     def stats(self) -> Any:
-        return {"swap_size_bytes": 4096, "pages": {"on_disk": 3}, "writeback": writeback(**self.counts)}
+        counts = {"swap_size_bytes": 4096, "zstd_level": 3, "pages": {"on_disk": 3}}
+        return {**counts, "writeback": writeback(**self.counts)}
+
+    def set_mem_limit(self, size_bytes: int) -> None:
+        self.told.append(f"limit {size_bytes}")
+
+    def set_compression(self, algorithm: str, zstd_level: int) -> None:
+        raise OSError(errno.EINVAL, f"zstd level: {zstd_level} is not from 1 to 22")
 
     def backing(self) -> Path | None:
         return Path("/dev/x y")
@@ -88,6 +97,26 @@ def test_an_early_end_is_an_error_with_a_line_in_the_log(
     assert "after 5 pages" in caplog.text
 
 
+def test_the_pool_may_have_no_more_than_a_pager_takes() -> None:
+    engine = FakeEngine()
+    write(engine, "mem_limit", "1T")
+    assert engine.told == [f"limit {1 << 40}"]
+    with pytest.raises(ValueError, match="at most 1 TiB"):
+        write(engine, "mem_limit", str((1 << 40) + 1))
+
+
+def test_what_the_pager_refuses_is_said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with raises_errno(errno.EINVAL):
+        write(FakeEngine(), "comp_algorithm", "zstd level=0")
+    assert "control file comp_algorithm: zstd level: 0 is not from 1 to 22" in caplog.text
+
+
+@pytest.mark.parametrize("command", ["", "lzo", "level=3"])
+def test_no_algorithm_is_named_as_such(command: str) -> None:
+    with pytest.raises(ValueError, match=f"not lz4, zstd or zstd level=N: {command!r}"):
+        write(FakeEngine(), "comp_algorithm", command)
+
+
 def test_columns_are_zram_s_in_pages() -> None:
     engine = FakeEngine()
     engine.counts |= {"read_bytes": 4 * 4096, "written_bytes": 5 * 4096, "cleaning_bytes": 6 * 4096}
@@ -96,6 +125,25 @@ def test_columns_are_zram_s_in_pages() -> None:
     assert read(engine, "writeback_limit") == "none\n"
     engine.counts["budget_bytes"] = 3 * 4096 - 1
     assert read(engine, "writeback_limit") == "2\n"
+
+
+async def test_others_do_not_lock_root_out() -> None:
+    fs = SwapFs(FakeEngine())  # type: ignore[arg-type]
+    root: Any = SimpleNamespace(uid=0)
+    other: Any = SimpleNamespace(uid=1000)
+    inode = (await fs.lookup(pyfuse3.ROOT_INODE, b"backing_dev", root)).st_ino
+    opened = [(await fs.open(inode, os.O_RDONLY, other)).fh for _ in range(256)]
+    with pytest.raises(pyfuse3.FUSEError, match="Too many open files"):
+        await fs.open(inode, os.O_RDONLY, other)
+    for _ in range(256):
+        await fs.open(inode, os.O_RDONLY, root)
+    # Nor does root open without end.
+    with pytest.raises(pyfuse3.FUSEError, match="Too many open files"):
+        await fs.open(inode, os.O_RDONLY, root)
+    for fh in opened:
+        await fs.release(fh)
+    with pytest.raises(pyfuse3.FUSEError, match="Too many open files"):
+        await fs.open(inode, os.O_RDONLY, other)
 
 
 async def test_a_writeback_that_takes_long_holds_up_no_other_request() -> None:

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import trio
 from click.testing import CliRunner, Result
 
 from tests.daemon import DEADLINE_SECONDS
 from tests.writeback import writeback
-from zswapd import backing, ctl, doctor, status, swapdev, wear
+from zswapd import backing, cli, ctl, doctor, status, swapdev, wear
 from zswapd import writeback as command
 from zswapd.config import Config
 from zswapd.engine import Written
@@ -185,6 +186,21 @@ ctl._run(operation, lambda: "")
             assert child.wait(DEADLINE_SECONDS) == -signal.SIGINT
         finally:
             child.kill()
+
+
+def test_nothing_that_takes_long_is_imported_before_ctrl_c_is_seen_to() -> None:
+    code = "import sys; before = set(sys.modules); import zswapd.entry; print(*(set(sys.modules) - before))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(result.stdout.split())
+    assert "zswapd.entry" in imported
+    assert not imported & {"importlib.metadata", "click", "trio"}
+
+
+@pytest.mark.parametrize("group", [cli.cli, ctl.cli])
+def test_both_programs_have_help(group: click.Group) -> None:
+    for option in ("-h", "--help"):
+        result = CliRunner().invoke(group, [option])
+        assert (result.exit_code, result.stdout.split()[0]) == (0, "Usage:")
 
 
 def test_an_error_is_shown_with_its_hint(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from tests.writeback import BOUNDS, writeback
-from zswapd import status
+from zswapd import status, swapdev
 from zswapd.errors import DaemonError
 from zswapd.swapdev import Attachment
 
@@ -193,13 +193,26 @@ def test_a_daemon_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: 
 
 def test_what_is_read_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "is_mounted", lambda mount_point: True)
-    with pytest.raises(DaemonError, match=r"does not serve .*: No such file or directory"):
+    with pytest.raises(DaemonError, match=r"does not serve .*: No such file or directory") as caught:
         status.read_stats(tmp_path)
+    assert f"umount {tmp_path}" in caught.value.hint
     (tmp_path / "stats.json").write_text("{")
     with pytest.raises(DaemonError, match="not JSON"):
         status.read_stats(tmp_path)
     (tmp_path / "stats.json").write_text('{"pid": 1}')
     assert status.read_stats(tmp_path) == {"pid": 1}
+
+
+def test_what_died_under_attached_swap_is_not_to_be_unmounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """umount would be refused: the loop device has the swap file open."""
+    attached = Attachment("/dev/loop3", True, True, MIB, MIB, 100)
+    monkeypatch.setattr(status, "is_mounted", lambda mount_point: True)
+    monkeypatch.setattr(swapdev, "discover", lambda mount_point: attached)
+    with pytest.raises(DaemonError, match="does not serve") as caught:
+        status.read_stats(tmp_path)
+    assert "/dev/loop3 is lost" in caught.value.hint
+    assert "zswapctl detach --force" in caught.value.hint
+    assert "umount" not in caught.value.hint
 
 
 PAGER = {"pid": 7, "keeper": 8, "standby": 9, "resend": 1, "protected": 1, "footprint": MIB}

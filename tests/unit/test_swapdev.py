@@ -410,6 +410,22 @@ async def test_a_page_that_cannot_be_read_ends_swapoff_and_is_counted(
     assert pager.told == [False, True]
 
 
+@pytest.mark.parametrize("reason", ["No such device or address", "Permission denied"])
+async def test_a_loop_device_that_somebody_else_detached_is_detached(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reason: str
+) -> None:
+    losetup = tmp_path / "losetup"
+    losetup.write_text(f"#!/bin/sh\necho 'losetup: /dev/loop3: detach failed: {reason}' >&2\nexit 1\n")
+    losetup.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(swapdev, "discover", lambda mount_point: None)
+    if reason == "Permission denied":
+        with pytest.raises(SwapError, match=reason):
+            await swapdev._free_loop(MOUNT_POINT, "/dev/loop3")
+    else:
+        await swapdev._free_loop(MOUNT_POINT, "/dev/loop3")
+
+
 async def test_a_detach_that_has_lost_pages_is_no_success(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def nothing(*_: object) -> None:
         pass
