@@ -4,7 +4,7 @@
 //! and is read by a successor, or by who has set it.
 
 // Not those of `sync`: nothing is ordered by them.
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::Release};
 
 /// The longest INIT request that is kept.
 pub const MAX_INIT: usize = 128;

@@ -13,6 +13,7 @@ use crate::idle::Idle;
 use crate::inbox::{self, Inbox, ROOM};
 use crate::process::{spawn as spawn_thread, touch, Start};
 use crate::{no_alloc, Shared};
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -43,7 +44,7 @@ const RETRY_MS: libc::c_int = 1;
 
 /// Makes the workers. Errors: there is no memory, or a thread cannot be started.
 pub fn spawn(start: &Arc<Start>, args: &Args) -> io::Result<()> {
-    let crew = Arc::new(Crew::new(LEFT));
+    let crew = Arc::new(Crew::new(room_for_reads()));
     let (workers, room) = if args.backing.is_some() { (args.workers, inbox::MANY) } else { (1, inbox::FEW) };
     let spin = spin_here(args.spin);
     let mut first = Some(Inbox::new(room));
@@ -58,6 +59,13 @@ pub fn spawn(start: &Arc<Start>, args: &Args) -> io::Result<()> {
         })?;
     }
     Ok(())
+}
+
+fn room_for_reads() -> VecDeque<Read> {
+    // Written, and so resident, before it is empty.
+    let mut room = VecDeque::from(vec![Read { unique: 1, offset: 1, size: 1 }; LEFT]);
+    room.clear();
+    room
 }
 
 /// How long to look for a request before sleeping: on the only processor there is, who looks keeps away who would make
@@ -146,6 +154,7 @@ impl Lead {
 }
 
 /// A READ of the swap file.
+#[derive(Clone)]
 struct Read {
     unique: u64,
     offset: u64,

@@ -40,9 +40,10 @@ pub enum Next<Lead, Task> {
 pub struct Pocket<Lead>(Mutex<Option<Box<Lead>>>);
 
 impl<Lead, Task> Crew<Lead, Task> {
-    /// Nobody leads before somebody resigns for the first time. Up to so many tasks can be left.
-    pub fn new(tasks: usize) -> Crew<Lead, Task> {
-        let state = State { lead: None, free: 0, tasks: VecDeque::with_capacity(tasks) };
+    /// Nobody leads before somebody resigns for the first time. Of `tasks` as many can be left as it has
+    /// room for; it is empty, and its memory resident.
+    pub fn new(tasks: VecDeque<Task>) -> Crew<Lead, Task> {
+        let state = State { lead: None, free: 0, tasks };
         Crew { state: Mutex::new(state), given: Condvar::new() }
     }
 
@@ -113,7 +114,7 @@ mod tests {
     #[test]
     fn one_leads_at_a_time_and_every_task_that_is_left_is_done_once() {
         const TURNS: usize = 10_000;
-        let (crew, leaders, done) = (Crew::new(2), AtomicUsize::new(0), AtomicUsize::new(0));
+        let (crew, leaders, done) = (Crew::new(VecDeque::with_capacity(2)), AtomicUsize::new(0), AtomicUsize::new(0));
         crew.resign(Box::new(0));
         let follow = || loop {
             let mut turns = match crew.next() {
@@ -149,7 +150,7 @@ mod tests {
 
     #[test]
     fn the_lead_goes_to_who_is_free_and_a_task_to_who_is_not() {
-        let crew = Crew::new(1);
+        let crew = Crew::new(VecDeque::with_capacity(1));
         let lead = crew.give(Box::new(())).expect_err("nobody is there");
         assert_eq!(crew.leave(1), Ok(()));
         assert_eq!(crew.leave(2), Err(2), "there is no room");

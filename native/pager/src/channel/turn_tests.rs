@@ -27,7 +27,7 @@ fn workers(disk: Option<DiskOptions>) -> ([Worker; 2], File) {
     let (device, listener) = (Arc::new(device), Listener::new(zswapd_keeper::socket::listen(&path).expect("socket")));
     std::fs::remove_file(&path).expect("it is there");
     let shared = Arc::new(testing::shared(&device, &listener, 64 << 20, disk).0);
-    let crew = Arc::new(Crew::new(LEFT));
+    let crew = Arc::new(Crew::new(room_for_reads()));
     crew.resign(Box::new(Lead::new(shared.clone(), Duration::ZERO, Inbox::new(room))));
     let worker = || Worker { shared: shared.clone(), crew: crew.clone(), mine: Mine::new(&crew, 2).expect("worker") };
     ([worker(), worker()], kernel)
