@@ -16,7 +16,7 @@ use crate::lru::Incompressible;
 use crate::page::{Page, PAGE_SIZE};
 use crate::pool::Allocator;
 use crate::scratch::Scratch;
-use crate::store::{Cleaner, Detached, DiskOptions, Files, Job, Shrinker, Store, What};
+use crate::store::{Detached, DiskOptions, Files, Store};
 use std::cell::RefCell;
 use std::ops::Deref;
 use std::time::Duration;
@@ -71,17 +71,6 @@ impl Swap {
         let incompressible = Incompressible::Writeback;
         let options = DiskOptions { disk: Box::new(disk), bytes, encryption: false, incompressible };
         Swap(Swap::new(Allocator::Zsmalloc, pages, limit_pages).0.with_disk(options).expect("a disk"))
-    }
-
-    /// Writes pages back, all in one segment if they fit.
-    fn evict(&self, what: What) {
-        let (mut shrinker, mut job) = (Shrinker::new().expect("a shrinker"), Job::new(what));
-        while let Ok(true) = self.write_back(&mut shrinker, &mut job) {}
-    }
-
-    fn clean_up(&self) {
-        let mut cleaner = Cleaner::new().expect("a cleaner");
-        while let Ok(true) = self.clean(&mut cleaner) {}
     }
 
     /// Empties and ends the store, and checks that nothing was lost, left or counted twice.

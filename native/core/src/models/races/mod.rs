@@ -7,6 +7,8 @@ mod writeback;
 mod z3fold;
 mod zspage_lock;
 
+use super::Swap;
+use crate::store::{Cleaner, Job, Shrinker, What};
 use crate::sync::AtomicU32;
 use loom::thread::{Builder, JoinHandle};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -17,6 +19,19 @@ const STACK: usize = 1 << 15;
 
 /// LOOM_MAX_PREEMPTIONS asks for more. With 3 the models take seconds, with 5 minutes.
 const PREEMPTIONS: usize = 3;
+
+impl Swap {
+    /// Writes pages back, all in one segment if they fit.
+    fn evict(&self, what: What) {
+        let (mut shrinker, mut job) = (Shrinker::new().expect("a shrinker"), Job::new(what));
+        while let Ok(true) = self.write_back(&mut shrinker, &mut job) {}
+    }
+
+    fn clean_up(&self) {
+        let mut cleaner = Cleaner::new().expect("a cleaner");
+        while let Ok(true) = self.clean(&mut cleaner) {}
+    }
+}
 
 /// Runs a model through all schedules with at most so many preemptions, and says how many they were.
 fn explore(model: impl Fn() + Send + Sync + 'static) {
