@@ -70,6 +70,7 @@ def scribbling(daemon: Daemon, failures: Path | None = None) -> Iterator[Callabl
         assert failures or failed == 0
 
     try:
+        wait_until(lambda: status(daemon)["opens"] == SCRIBBLERS, "all of them have it open")
         yield end
     finally:
         for process in processes:
