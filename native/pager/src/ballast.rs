@@ -62,6 +62,8 @@ impl Ballast {
         }
     }
 
+    /// Gives a part if no page moves and memory is short, or takes one if there is enough: `leaves` says whether, so many
+    /// bytes taken.
     fn step(&mut self, moves: bool, leaves: impl Fn(u64) -> bool) -> Result<()> {
         if !moves && !leaves(0) && self.taken > 0 {
             punch(self.file.as_fd(), (self.taken - 1) * PART..self.taken * PART)?;
