@@ -77,6 +77,14 @@ def surviving(daemon: Daemon, corpus: int, limit: int = LIMIT_BYTES) -> Iterator
     assert daemon.stop() == 0
 
 
+def all_out(daemon: Daemon, workload: Workload) -> None:
+    """Out of the swap cache too, where pages stay that were written while nothing else needed the memory."""
+    workload.page_out()
+    settled(daemon)
+    workload.group.set_limit(LIMIT_BYTES)
+    workload.group.set_limit(ENOUGH)
+
+
 def test_segments_that_cannot_be_written_stay_in_the_pool(faulty: MakeFaulty, corpus: int) -> None:
     daemon = faulty("write:3:eio,write:9:enospc,write:15:short")
     with surviving(daemon, corpus) as workload:
@@ -145,8 +153,7 @@ def test_a_slow_disk_only_takes_time(faulty: MakeFaulty, corpus: int) -> None:
 def test_detach_can_be_interrupted_while_it_waits_for_the_disk(faulty: MakeFaulty, corpus: int) -> None:
     daemon = faulty("read:1-60:slow")
     with surviving(daemon, corpus, ENOUGH) as workload:
-        workload.page_out()
-        settled(daemon)
+        all_out(daemon, workload)
         before = swap_area(daemon).used_bytes
         command = [sys.executable, "-m", "zswapd.ctl", "--config", str(daemon.config), "detach"]
         pipe = subprocess.PIPE
@@ -166,8 +173,7 @@ def test_a_detach_that_loses_pages_says_so(faulty: MakeFaulty, corpus: int) -> N
     """There is one process: swapoff looks at nothing else before it is through with that."""
     daemon = faulty("read:20-27:eio")
     with surviving(daemon, corpus, ENOUGH) as workload:
-        workload.page_out()
-        settled(daemon)
+        all_out(daemon, workload)
         detached = daemon.ctl("detach")
         assert detached.returncode == 1
         assert "reads of pages failed" in detached.stderr
