@@ -8,7 +8,7 @@ use zswapd_fuse::init::MAX_WRITE;
 /// What the kernel wants to find for any request: room for the largest, with its header.
 pub const ROOM: usize = MAX_WRITE + 4096;
 /// A few WRITEs of the usual size. It is most of the pager's own memory, which is to stay below 8 MiB.
-pub const FEW: usize = 5 * ROOM / 2;
+pub const FEW: usize = 9 * ROOM / 4;
 /// Where WRITEs may wait for room in a full pool: with less, they keep READs out that come behind them.
 pub const MANY: usize = 8 * ROOM;
 const REQUESTS: usize = 128;

@@ -49,10 +49,10 @@ pub fn spawn(name: &str, start: &Arc<Start>, work: impl FnOnce(Arc<Shared>) + Se
     Ok(())
 }
 
-/// Touches most of the stack below us, a page at a time.
+/// Touches as much of the stack below us as any thread uses, and then some, a page at a time.
 #[inline(never)]
 fn touch_stack() {
-    let mut room = [0u8; STACK - (32 << 10)];
+    let mut room = [0u8; STACK / 2];
     touch(&mut room);
 }
 
