@@ -17,11 +17,13 @@ use aes_gcm::aead::AeadInOut;
 use aes_gcm::{Aes256Gcm, KeyInit, Nonce, Tag};
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
-use xxhash_rust::xxh3::{xxh3_128_with_seed, xxh3_64};
+use xxhash_rust::xxh3::{xxh3_128_with_seed, xxh3_64, xxh3_64_with_seed};
 use zeroize::Zeroizing;
 
 pub struct Cipher {
     state: Arc<State>,
+    /// Of the checksums, and of this state alone: what the disk still has from before, or from somebody else, does not open.
+    seed: u64,
     /// None inside: it is wiped, as it is when dropped. In a box: moved, it would leave a copy behind. The lock is taken
     /// for writing once, at the end, so that nobody waits for it.
     encryption: Option<RwLock<Option<Box<Aes256Gcm>>>>,
@@ -30,11 +32,10 @@ pub struct Cipher {
 impl Cipher {
     /// With the state's key, or a new one, from the system's randomness. Errors: [`Error::System`] without any.
     pub fn new(encryption: bool, state: Arc<State>) -> Result<Cipher> {
-        let gcm = |key: Zeroizing<[[u8; 8]; 4]>| {
-            RwLock::new(Some(Box::new(Aes256Gcm::new_from_slice(key.as_flattened()).expect("a key of 32 bytes"))))
-        };
-        let encryption = encryption.then(|| key(&state)).transpose()?.map(gcm);
-        Ok(Cipher { state, encryption })
+        let key = key(&state)?;
+        let gcm = || Box::new(Aes256Gcm::new_from_slice(key.as_flattened()).expect("a key of 32 bytes"));
+        let encryption = encryption.then(|| RwLock::new(Some(gcm())));
+        Ok(Cipher { seed: xxh3_64(key.as_flattened()), state, encryption })
     }
 
     /// Makes a record of an object: `record` is as long as it has to be, and lies at `at`.
@@ -53,7 +54,7 @@ impl Cipher {
         padding.fill(0);
         let associated = associated(header, at);
         tag.copy_from_slice(&match &self.encryption {
-            None => checksum(&associated, object),
+            None => self.checksum(&associated, object),
             Some(gcm) => match &*gcm.read().unwrap_or_else(PoisonError::into_inner) {
                 Some(gcm) => {
                     let tag = gcm.encrypt_inout_detached(&nonce_of(header), &associated, sealed.into());
@@ -89,7 +90,7 @@ impl Cipher {
         let (tag, _) = rest.split_first_chunk::<TAG>()?;
         let associated = associated(header, at);
         match &self.encryption {
-            None => (checksum(&associated, object) == *tag).then_some(object),
+            None => (self.checksum(&associated, object) == *tag).then_some(object),
             Some(gcm) => {
                 let gcm = gcm.read().unwrap_or_else(PoisonError::into_inner);
                 let (nonce, tag) = (nonce_of(header), Tag::from(*tag));
@@ -97,6 +98,10 @@ impl Cipher {
                 opened.ok().map(|()| &*object)
             }
         }
+    }
+
+    fn checksum(&self, associated: &[u8], object: &[u8]) -> [u8; TAG] {
+        xxh3_128_with_seed(object, xxh3_64_with_seed(associated, self.seed)).to_le_bytes()
     }
 
     /// Forgets the key, for this process and for who opens the state: what was encrypted with it opens no more, and
@@ -137,8 +142,4 @@ fn associated(header: Header, at: DiskLocation) -> [u8; RECORD_HEADER + 8] {
     associated[..RECORD_HEADER].copy_from_slice(&header.to_bytes());
     associated[RECORD_HEADER..].copy_from_slice(&at.to_bits().to_le_bytes());
     associated
-}
-
-fn checksum(associated: &[u8], object: &[u8]) -> [u8; TAG] {
-    xxh3_128_with_seed(object, xxh3_64(associated)).to_le_bytes()
 }

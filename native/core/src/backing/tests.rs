@@ -175,6 +175,17 @@ fn the_key_lives_until_it_is_wiped() {
     assert!(third.refuses(record));
 }
 
+#[test]
+fn what_the_disk_has_from_before_is_not_what_was_written() {
+    for encryption in BOTH {
+        let mut before = Fixture::new(3, encryption, "");
+        let record = before.write(&[object(1, 1000)]).expect("written")[0];
+        // The same slot, generation and location, and a write that the disk has lost.
+        let mut now = Fixture::over(before.disk.clone(), 3, encryption, "", new_state());
+        assert!(now.refuses(record), "encryption {encryption}");
+    }
+}
+
 /// Notes all that it is given to write, and takes none of it.
 struct Notes(Arc<Mutex<Vec<u8>>>);
 
