@@ -191,6 +191,10 @@ def upgrade(config: Config, as_json: bool) -> None:
     """Put the installed version of the pager in the place of the one that serves, with its pages."""
     try:
         upgraded = Pager(config.swap.mount_point).upgrade()
+    except BrokenPipeError:  # how the pager says so, and none of GONE
+        raise DaemonError(
+            "not upgraded, the old pager goes on: its keeper is gone", "stop zswapd and start it again"
+        ) from None
     except GONE:
         raise DaemonError(f"no pager serves {config.swap.mount_point}", swapdev.START_HINT) from None
     except TimeoutError as error:

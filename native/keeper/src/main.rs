@@ -291,17 +291,20 @@ impl Keeper {
 
     fn take_over(&mut self, pid: libc::pid_t, ended: Ended) {
         self.gone_at = self.gone_at.or(Some(Instant::now()));
+        let mut other = None;
         if let Some(candidate) = self.pagers[CANDIDATE].take() {
             // It takes over from one that has handed over to it, and not otherwise.
-            let (next, other) = match ended == Ended::Exited(HAND_OVER) && candidate.ready {
+            let next;
+            (next, other) = match ended == Ended::Exited(HAND_OVER) && candidate.ready {
                 true => (Some(candidate), self.pagers[STANDBY].take()),
                 false => (self.pagers[STANDBY].take(), Some(candidate)),
             };
             self.pagers[STANDBY] = next;
-            other.into_iter().for_each(Pager::end);
         }
         self.failed();
         self.start_and_let_go();
+        // Not before: it may hang, and so would all pages.
+        other.into_iter().for_each(Pager::end);
         say!("pager {pid} is gone ({ended}): the standby takes over");
     }
 }
