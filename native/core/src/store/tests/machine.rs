@@ -131,17 +131,22 @@ pub fn load_or_lost(store: &Store, slot: u32, scratch: &mut Scratch) -> Option<P
     store.load(slot, &mut page, scratch).is_ok().then_some(page)
 }
 
+/// Makes room where a store waits for it, as the shrinkers and the cleaner would: it may never wait for ever.
 pub fn put(store: &Store, slot: u32, page: &Page, scratch: &mut Scratch) -> Result<()> {
-    let mut shrinker = None;
-    loop {
+    let mut threads = None;
+    for _ in 0..2000 {
         match store.store(slot, page, LZ4, scratch) {
             Err(Error::NoRoomYet) => {
-                let shrinker = shrinker.get_or_insert_with(|| Shrinker::new().expect("memory"));
-                let _full_perhaps = store.shrink(shrinker);
+                let (shrinker, cleaner) = threads
+                    .get_or_insert_with(|| (Shrinker::new().expect("memory"), Cleaner::new().expect("memory")));
+                if store.shrink(shrinker).is_err() {
+                    let _full_perhaps = store.clean(cleaner);
+                }
             }
             result => return result,
         }
     }
+    panic!("a store waits for ever: {:?}", store.backing().map(|backing| backing.has_room()));
 }
 
 pub fn evict(store: &Store, what: What) {
