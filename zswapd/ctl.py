@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from zswapd import backing, swapdev, wear
+from zswapd import attaching, backing, detaching, swapdev, wear
 from zswapd import doctor as checks
 from zswapd import status as stats_view
 from zswapd.config import Config, format_size, load
@@ -76,7 +76,7 @@ def attach(config: Config, unsafe: bool, forgetting: bool, as_json: bool) -> Non
     """Make the daemon's swapfile a swap area of this machine."""
     swap = config.swap
     attached = _run(
-        lambda: swapdev.attach(
+        lambda: attaching.attach(
             swap.mount_point,
             priority=swap.priority,
             discard=swap.discard,
@@ -106,7 +106,7 @@ def detach(config: Config, force: bool, as_json: bool) -> None:
     dead = force and _is_dead(config.swap.mount_point)
     with _DetachProgress(quiet=as_json) as progress:
         detached = _run(
-            lambda: swapdev.detach(config.swap.mount_point, force=force, progress=progress.update),
+            lambda: detaching.detach(config.swap.mount_point, force=force, progress=progress.update),
             lambda: _still_there(config.swap.mount_point),
         )
     if as_json:
@@ -312,7 +312,7 @@ class _DetachProgress:
         if not self._bar.disable:
             self._bar.stop()
 
-    def update(self, remaining: swapdev.Remaining) -> None:
+    def update(self, remaining: detaching.Remaining) -> None:
         used = remaining.used_bytes
         self._total = max(self._total, used)
         done = self._total - used

@@ -15,13 +15,14 @@ from click.testing import CliRunner, Result
 
 from tests.daemon import DEADLINE_SECONDS
 from tests.writeback import writeback
-from zswapd import backing, cli, ctl, doctor, status, swapdev, wear
+from zswapd import attaching, backing, cli, ctl, detaching, doctor, status, swapdev, wear
 from zswapd import writeback as command
 from zswapd.config import Config
+from zswapd.detaching import Remaining
 from zswapd.engine import Written
 from zswapd.errors import SwapError
 from zswapd.pager import Upgraded
-from zswapd.swapdev import Attachment, Remaining
+from zswapd.swapdev import Attachment
 
 ATTACHED = Attachment("/dev/loop9", True, True, 1 << 30, 1 << 20, 100)
 
@@ -69,7 +70,7 @@ def test_attach_passes_the_configuration_on(monkeypatch: pytest.MonkeyPatch) -> 
         seen.update(options, mount_point=mount_point)
         return ATTACHED
 
-    monkeypatch.setattr(swapdev, "attach", attach)
+    monkeypatch.setattr(attaching, "attach", attach)
     result = run("--set", "swap.priority=7", "--set", "swap.discard=false", "attach", "--unsafe")
     assert seen == {
         "mount_point": Path("/run/zswapd-test/mnt"),
@@ -89,7 +90,7 @@ def test_force_on_a_dead_daemon_does_not_call_its_pages_saved(monkeypatch: pytes
         assert force
         return ATTACHED
 
-    monkeypatch.setattr(swapdev, "detach", detach)
+    monkeypatch.setattr(detaching, "detach", detach)
     assert "what was in swap is lost" in run("detach", "--force").stdout
 
 
@@ -100,7 +101,7 @@ def test_progress_without_a_terminal_is_a_few_lines(monkeypatch: pytest.MonkeyPa
             progress(Remaining(remaining))
         return ATTACHED
 
-    monkeypatch.setattr(swapdev, "detach", detach)
+    monkeypatch.setattr(detaching, "detach", detach)
     result = run("detach")
     assert result.stdout == "detached: /dev/loop9, 1.0 MiB back in memory\n"
     lines = result.stderr.splitlines()
@@ -134,7 +135,7 @@ def test_an_interruption_says_how_things_were_left(
         os.kill(os.getpid(), signal.SIGINT)
         await trio.sleep_forever()
 
-    monkeypatch.setattr(swapdev, "detach", detach)
+    monkeypatch.setattr(detaching, "detach", detach)
     monkeypatch.setattr(swapdev, "discover", lambda mount_point: left)
     assert text in run("detach").stderr
 
@@ -152,7 +153,7 @@ def test_a_signal_interrupts_in_good_order(number: signal.Signals, monkeypatch: 
                 await trio.lowlevel.checkpoint()
                 tidied.append(mount_point)
 
-    monkeypatch.setattr(swapdev, "detach", detach)
+    monkeypatch.setattr(detaching, "detach", detach)
     before = signal.getsignal(number)
     result = run("detach")
     assert result.exit_code == 1
@@ -207,7 +208,7 @@ def test_an_error_is_shown_with_its_hint(monkeypatch: pytest.MonkeyPatch) -> Non
     async def detach(mount_point: Path, *, force: bool, progress: Any) -> None:
         raise SwapError("what", "remedy")
 
-    monkeypatch.setattr(swapdev, "detach", detach)
+    monkeypatch.setattr(detaching, "detach", detach)
     result = run("detach")
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", "zswapctl: what\nremedy\n")
 
