@@ -1,5 +1,6 @@
 """A swap area as /proc and /sys show it, and a pager with a backing disk, for the tests of what looks at them."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,18 @@ class DiskPager:
     def __init__(self, state: str) -> None:
         self.state = state
         self.told: list[bool] = []
+        self.unreadable = False
+        self.on_disk = 7
         self.errors = {"lost": 5, "corrupt": 0, "disk": 1}
 
     def stats(self) -> Any:
         disk = writeback(state=self.state, writebacks_in_flight=2, cleanings_in_flight=1)
-        return {"pages": {"on_disk": 7}, "errors": self.errors, "writeback": disk}
+        return {"pages": {"on_disk": self.on_disk}, "errors": self.errors, "writeback": disk}
 
     def promote(self, on: bool) -> None:
         self.told.append(on)
+
+    def sample(self, pages: int) -> int:
+        if self.unreadable:
+            raise OSError(errno.EIO, "page 7 cannot be read from the backing disk: Input/output error")
+        return 7

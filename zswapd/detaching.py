@@ -6,8 +6,8 @@ that would wait for an answer from the very loop that has to give it.
 
 import errno
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -21,12 +21,15 @@ from zswapd.pager import Pager
 from zswapd.swapdev import ROOT, Attachment
 
 MARGIN_BYTES = 128 << 20  # memory that must be left over when every page is back
+SAMPLE_PAGES = 512  # of those on the backing disk, read before any is given up
+PAGE_CLUSTER = Path("/proc/sys/vm/page-cluster")
+_UNREADABLE = "swapoff gives up such pages for ever"
 
 
 @dataclass(frozen=True)
 class Remaining:
-    """What is left while the swap is taken away: bytes in swap; of those, pages on the backing disk; and what the pager
-    still does with that disk: segments that it writes, and that it cleans."""
+    """What is left while the swap is taken away: bytes in swap; pages on the backing disk, some of which the kernel may
+    have freed already; and what the pager still does with that disk: segments that it writes, and that it cleans."""
 
     used_bytes: int
     pages_on_disk: int = 0
@@ -36,7 +39,8 @@ class Remaining:
     def __str__(self) -> str:
         text = format_size(self.used_bytes)
         if self.pages_on_disk:
-            text += f", {format_size(self.pages_on_disk * PAGE_SIZE)} of it on the backing disk"
+            most = min(self.used_bytes, self.pages_on_disk * PAGE_SIZE)
+            text += f", at most {format_size(most)} of it on the backing disk"
         if self.writebacks or self.cleanings:
             text += f" ({self.writebacks} segments being written, {self.cleanings} cleaned)"
         return text
@@ -76,8 +80,10 @@ async def detach(
     """Brings every page back into memory, frees the loop device and empties the daemon's pool.
 
     Returns what was attached; None: nothing was. A half attached loop device is cleaned up. Unless `force`, refuses
-    if memory or a memory cgroup cannot take the pages back, those on the backing disk too, or if the daemon does not
-    answer. `progress` is called with what remains. Takes as long as reading every page back does.
+    if memory or a memory cgroup cannot take the pages back, those on the backing disk too, if that disk cannot be
+    read, as far as a sample of its pages tells, or if the daemon does not answer. `progress` is called with what
+    remains. Takes as long as reading every page back does. While pages lie on the disk vm.page-cluster, a setting of
+    the whole machine, is 0.
 
     Raises SwapError or DaemonError. On failure or cancellation the swap stays in use and everything goes on
     serving; cancelling waits for the kernel to leave swapoff, which it does between two processes' pages. It is
@@ -100,11 +106,12 @@ async def detach(
     async with swapdev.exclusive(mount_point):
         if not force and (attached := swapdev.discover(mount_point)):
             await trio.to_thread.run_sync(refuse_full, attached, abandon_on_cancel=True)
+            await _refuse_unreadable(mount_point)
         unread = await dismantle(mount_point, progress, force=force)
     await _reset(mount_point)
     if unread:
         raise SwapError(
-            f"detached: {detached.loop_device}, but {unread} reads of pages failed: those pages are lost",
+            f"detached: {detached.loop_device}, but at least {unread} pages could not be read: they are lost",
             "what they belong to gets SIGBUS when it needs them; see the log of zswapd, and dmesg",
         )
     return detached
@@ -147,7 +154,7 @@ async def _swapoff(mount_point: Path, device: str, progress: Callable[[Remaining
         nursery.start_soon(report)
         try:
             await promote(pager, False)
-            with reading:
+            with reading, _reading_no_neighbours(pager):
                 result = await commands.run("swapoff", device, check=False)
         except SwapError as error:  # not out of the nursery: it would come as a group
             failure = error
@@ -167,7 +174,7 @@ async def _swapoff(mount_point: Path, device: str, progress: Callable[[Remaining
     if result is None:
         unread = _failed_reads(pager)[1] - unreadable_before
         raise SwapError(
-            f"{unread} reads of pages failed, and swapoff gives up such pages for ever; {stays}",
+            f"at least {unread} pages could not be read, and {_UNREADABLE}; {stays}",
             "see dmesg and the backing disk, then detach again; --force gives up what cannot be read",
         )
     reason = result.stderr.decode(errors="replace").strip() or f"swapoff ended with status {result.returncode}"
@@ -180,6 +187,43 @@ async def _swapoff(mount_point: Path, device: str, progress: Callable[[Remaining
     elif "Invalid argument" in reason:
         hint = "another swapoff of it may be running: it ends by itself"
     raise SwapError(f"{reason}; {stays}", hint)
+
+
+async def _refuse_unreadable(mount_point: Path) -> None:
+    """Raises SwapError if pages on the backing disk cannot be read. Some are, from all over it, and stay there.
+
+    swapoff itself would only tell when it has given up the first ones. Waits for the disk.
+    """
+    pager = await trio.to_thread.run_sync(swapdev.find_pager, mount_point)
+    if pager is None or not pager.stats()["pages"]["on_disk"]:
+        return
+    try:
+        await trio.to_thread.run_sync(pager.sample, SAMPLE_PAGES, abandon_on_cancel=True)
+    except OSError as error:
+        raise SwapError(
+            f"the backing disk cannot give its pages back: {error.strerror}",
+            f"{_UNREADABLE}: see dmesg and the disk, then detach again; --force gives up what cannot be read",
+        ) from None
+
+
+@contextmanager
+def _reading_no_neighbours(pager: Pager | None) -> Iterator[None]:
+    """Has the kernel read from swap only the pages that it wants (vm.page-cluster), if some lie on the backing disk.
+
+    One that cannot be read takes along those that are read with it. A process that is killed meanwhile leaves it so.
+    """
+    before = PAGE_CLUSTER.read_text().strip()
+    if pager is None or before == "0" or not pager.stats()["pages"]["on_disk"]:
+        yield
+        return
+    with suppress(OSError):
+        PAGE_CLUSTER.write_text("0")
+    try:
+        yield
+    finally:
+        # Unless somebody has set it meanwhile.
+        if PAGE_CLUSTER.read_text().strip() == "0":
+            PAGE_CLUSTER.write_text(before)
 
 
 def _failed_reads(pager: Pager | None) -> tuple[int, int]:

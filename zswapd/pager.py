@@ -250,6 +250,13 @@ class Pager:
         """Whether pages that are read from the backing disk may move to the pool."""
         self._ask(f"promote {'on' if on else 'off'}")
 
+    def sample(self, pages: int) -> int:
+        """Reads so many pages on the backing disk, from all over the swap file, or all, and leaves them there.
+
+        Returns how many. Raises OSError (EIO) if one cannot be read, or is not what was written.
+        """
+        return _numbers(self._ask(f"sample {pages}")[0])["pages"]
+
     def limit_writing(self, size_bytes: int | None) -> None:
         """Sets what may still be written to the backing disk; None: there is no limit."""
         self._ask(f"writeback-limit {'none' if size_bytes is None else size_bytes}")

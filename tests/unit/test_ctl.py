@@ -116,7 +116,9 @@ def test_progress_without_a_terminal_is_a_few_lines(monkeypatch: pytest.MonkeyPa
 
 def test_what_is_left_says_what_is_on_the_disk() -> None:
     assert str(Remaining(5 << 20)) == "5.0 MiB"
-    assert str(Remaining(5 << 20, pages_on_disk=512)) == "5.0 MiB, 2.0 MiB of it on the backing disk"
+    assert str(Remaining(5 << 20, pages_on_disk=512)) == "5.0 MiB, at most 2.0 MiB of it on the backing disk"
+    # The kernel has freed some of them.
+    assert str(Remaining(1 << 20, pages_on_disk=512)) == "1.0 MiB, at most 1.0 MiB of it on the backing disk"
     assert str(Remaining(1 << 20, writebacks=2, cleanings=1)) == "1.0 MiB (2 segments being written, 1 cleaned)"
 
 

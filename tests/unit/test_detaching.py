@@ -160,6 +160,15 @@ def test_what_is_on_the_disk_must_fit_into_memory_too(tmp_path: Path) -> None:
         refuse_full(OURS, tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def page_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Not the machine's."""
+    file = tmp_path / "page-cluster"
+    file.write_text("3\n")
+    monkeypatch.setattr(detaching, "PAGE_CLUSTER", file)
+    return file
+
+
 @pytest.mark.parametrize("state", ["none", "ok", "failed"])
 async def test_while_pages_come_back_none_goes_from_the_disk_to_the_pool(
     monkeypatch: pytest.MonkeyPatch, state: str
@@ -217,7 +226,7 @@ async def test_a_page_that_cannot_be_read_ends_swapoff_and_is_counted(
     if force or kind == "lost":  # trying again would not bring it back
         assert await off == 2
     else:
-        with pytest.raises(SwapError, match=r"2 reads of pages failed.*stays in use"):
+        with pytest.raises(SwapError, match=r"at least 2 pages could not be read.*stays in use"):
             await off
     assert pager.told == [False, True]
 
@@ -249,5 +258,60 @@ async def test_a_detach_that_has_lost_pages_is_no_success(monkeypatch: pytest.Mo
     monkeypatch.setattr(swapdev, "discover", lambda mount_point: OURS)
     monkeypatch.setattr(detaching, "dismantle", dismantled)
     monkeypatch.setattr(detaching, "_reset", nothing)
-    with pytest.raises(SwapError, match="detached: /dev/loop3, but 3 reads of pages failed"):
+    with pytest.raises(SwapError, match="detached: /dev/loop3, but at least 3 pages could not be read"):
         await detaching.detach(tmp_path / "mnt", force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_a_disk_that_cannot_be_read_is_found_before_anything_is_lost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, force: bool
+) -> None:
+    pager, begun = DiskPager("ok"), []
+
+    async def dismantled(*_: object, force: bool) -> int:
+        begun.append(True)
+        return 0
+
+    async def nothing(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(swapdev, "discover", lambda mount_point: OURS)
+    monkeypatch.setattr(swapdev, "find_pager", lambda mount_point: pager)
+    monkeypatch.setattr(detaching, "refuse_full", lambda attachment: None)
+    monkeypatch.setattr(detaching, "dismantle", dismantled)
+    monkeypatch.setattr(detaching, "_reset", nothing)
+    pager.unreadable = True
+    if force:
+        await detaching.detach(tmp_path / "mnt", force=True)
+    else:
+        with pytest.raises(SwapError, match="cannot give its pages back: page 7 cannot be read") as caught:
+            await detaching.detach(tmp_path / "mnt")
+        assert "--force gives up" in caught.value.hint
+    assert begun == [True] * force
+    pager.unreadable = False
+    await detaching.detach(tmp_path / "mnt", force=force)
+
+
+@pytest.mark.parametrize(
+    ("state", "during", "after"), [("ok", "0", "3"), ("none", "3", "3"), ("ok, and set", "5", "5")]
+)
+async def test_nothing_is_read_beside_a_page_that_may_not_be_readable(
+    monkeypatch: pytest.MonkeyPatch, page_cluster: Path, state: str, during: str, after: str
+) -> None:
+    """Whatever ends it."""
+    seen = []
+
+    async def swapoff(*command: str, check: bool = True) -> CompletedProcess[bytes]:
+        if state == "ok, and set":
+            page_cluster.write_text("5")
+        seen.append(page_cluster.read_text().strip())
+        raise SwapError("it cannot be run")
+
+    pager = DiskPager(state)
+    pager.on_disk = 0 if state == "none" else 7
+    monkeypatch.setattr(swapdev, "find_pager", lambda mount_point: pager)
+    monkeypatch.setattr(commands, "run", swapoff)
+    with pytest.raises(SwapError, match="cannot be run"):
+        await detaching._swapoff(MOUNT_POINT, OURS.loop_device, lambda remaining: None)
+    assert (seen, page_cluster.read_text().strip()) == ([during], after)
