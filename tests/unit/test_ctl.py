@@ -268,12 +268,18 @@ def test_writeback_needs_a_pager() -> None:
 class WritingPager:
     """Says how far it is, and what became of it."""
 
-    def __init__(self, outcome: Written | OSError) -> None:
+    def __init__(self, outcome: Written | OSError, *, state: str = "ok", keeps: bool = False) -> None:
         self.outcome = outcome
+        self.state = state
+        self.keeps = keeps
         self.told: list[str] = []
 
     def stats(self) -> Any:
-        return {"writeback": writeback(pages_written=1234, written_bytes=5 << 20)}
+        disk = writeback(state=self.state, pages_written=1234, written_bytes=5 << 20)
+        return {"pages": {"incompressible": 77}, "writeback": disk}
+
+    def keeps_incompressible(self) -> bool:
+        return self.keeps
 
     def mark_idle(self, older: int) -> None:
         self.told.append(f"idle {older}")
@@ -362,9 +368,44 @@ def test_a_writeback_that_a_takeover_cut_off_is_not_done_twice_but_said(monkeypa
     assert "another pager has taken over" in str(command._explained(InterruptedError(errno.EINTR, "gone")))
 
 
-def test_a_disk_is_written_to_again_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    pager = WritingPager(Written(0, 0, "done"))
+@pytest.mark.parametrize(
+    ("state", "outcome", "code", "text"),
+    [
+        ("failed", Written(0, 0, "done"), 0, "the backing disk is written to again\n"),
+        ("ok", Written(0, 0, "done"), 0, "the backing disk had not failed\n"),
+        (
+            "failed",
+            OSError(errno.EIO, "it cannot"),
+            1,
+            "nothing is written to the backing disk yet: it cannot\nsee dmesg",
+        ),
+        ("failed", OSError(errno.ENOSPC, "the budget"), 1, "nothing is written to the backing disk yet: the budget\n"),
+        ("none", OSError(errno.ENODEV, "none"), 1, "there is no backing disk"),
+    ],
+)
+def test_a_disk_is_tried_when_told_and_what_came_of_it_said(
+    monkeypatch: pytest.MonkeyPatch, state: str, outcome: Written | OSError, code: int, text: str
+) -> None:
+    pager = WritingPager(outcome, state=state)
     monkeypatch.setattr(command, "Pager", lambda mount_point: pager)
     result = run("writeback", "resume")
-    assert (result.exit_code, result.stdout) == (0, "the backing disk is written to again\n")
+    assert (result.exit_code, text in result.stdout + result.stderr) == (code, True)
     assert pager.told == ["resume"]
+    if code == 0:
+        assert json.loads(run("writeback", "resume", "--json").stdout) == {"had_failed": state == "failed"}
+
+
+@pytest.mark.parametrize(("keeps", "what", "said"), [(True, "all", True), (True, "huge", False), (False, "all", False)])
+def test_what_stays_since_it_does_not_compress_is_said(
+    monkeypatch: pytest.MonkeyPatch, keeps: bool, what: str, said: bool
+) -> None:
+    pager = WritingPager(Written(5, 5, "done"), keeps=keeps)
+    monkeypatch.setattr(command, "Pager", lambda mount_point: pager)
+    shown = run("writeback", what).stdout
+    assert ("77 pages that do not compress stay in the pool (writeback.incompressible is keep)" in shown) == said
+
+
+def test_a_budget_of_another_configuration_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "Pager", lambda mount_point: WritingPager(Written(5, 5, "budget")))
+    shown = run("writeback", "all").stderr
+    assert "the budget is used up (writeback_limit, or another configuration's)\n" in shown
