@@ -42,7 +42,8 @@ CONTROLS = {
     "idle": 0o200,
     "bd_stat": 0o444,
     "backing_dev": 0o444,
-    "writeback_limit": 0o444,
+    "writeback_limit": 0o644,
+    "writeback_limit_enable": 0o644,
 }
 
 # Neither the machine's configuration nor the caller's environment decides what is tested.

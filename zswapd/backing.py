@@ -20,9 +20,10 @@ from pathlib import Path
 import trio
 
 from zswapd import backing_file
+from zswapd.commands import SBIN
 from zswapd.config import PAGE_SIZE, Writeback, format_size
 from zswapd.errors import BackingError
-from zswapd.swapdev import ROOT, SBIN, read_swaps
+from zswapd.swapdev import ROOT, read_swaps
 
 log = logging.getLogger(__name__)
 

@@ -79,7 +79,14 @@ def control_files(engine: Engine) -> dict[str, ControlFile]:
         "idle": ControlFile(write=lambda command: _mark_idle(engine, command), slow=True),
         "bd_stat": ControlFile(read=lambda: _bd_stat(engine)),
         "backing_dev": ControlFile(read=lambda: f"{engine.backing() or 'none'}\n"),
-        "writeback_limit": ControlFile(read=lambda: _writeback_limit(engine)),
+        "writeback_limit": ControlFile(
+            read=lambda: _writeback_limit(engine), write=lambda command: _limit_writing(engine, command), slow=True
+        ),
+        "writeback_limit_enable": ControlFile(
+            read=lambda: f"{int(engine.stats()['writeback']['budget_bytes'] is not None)}\n",
+            write=lambda command: _enable_limit(engine, command),
+            slow=True,
+        ),
     }
 
 
@@ -130,6 +137,23 @@ def _writeback_limit(engine: Engine) -> str:
     """What may still be written, in units of 4 KiB as in zram; none: there is no budget."""
     left = engine.stats()["writeback"]["budget_bytes"]
     return "none\n" if left is None else f"{left // PAGE_SIZE}\n"
+
+
+def _limit_writing(engine: Engine, command: str) -> None:
+    """Takes a number of 4 KiB, as zram does. Enables the limit, unlike zram."""
+    if not (command.isdecimal() and len(command) < 15):
+        raise ValueError(f"not a number, in units of 4 KiB: {command!r}")
+    _logged(lambda: engine.limit_writing(int(command) * PAGE_SIZE), "writeback_limit")
+
+
+def _enable_limit(engine: Engine, command: str) -> None:
+    """Takes 0, or 1: nothing may be written then until a limit is set, as with zram."""
+    if command not in ("0", "1"):
+        raise ValueError(f"neither 0 nor 1: {command!r}")
+    if command == "0":
+        _logged(lambda: engine.limit_writing(None), "writeback_limit_enable")
+    elif engine.stats()["writeback"]["budget_bytes"] is None:
+        _logged(lambda: engine.limit_writing(0), "writeback_limit_enable")
 
 
 def _columns(values: tuple[int, ...]) -> str:

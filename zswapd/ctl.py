@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from zswapd import backing, swapdev, wear
+from zswapd import attaching, backing, detaching, swapdev, wear
 from zswapd import doctor as checks
 from zswapd import status as stats_view
 from zswapd.config import Config, format_size, load
@@ -26,7 +26,7 @@ from zswapd.errors import DaemonError, SwapError, ZswapdError
 from zswapd.pager import Pager
 from zswapd.pager_socket import GONE
 from zswapd.stopping import end_pager
-from zswapd.writeback import WritebackProgress, why_ended, write_back
+from zswapd.writeback import WritebackProgress, resume, why_ended, write_back
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -76,7 +76,7 @@ def attach(config: Config, unsafe: bool, forgetting: bool, as_json: bool) -> Non
     """Make the daemon's swapfile a swap area of this machine."""
     swap = config.swap
     attached = _run(
-        lambda: swapdev.attach(
+        lambda: attaching.attach(
             swap.mount_point,
             priority=swap.priority,
             discard=swap.discard,
@@ -106,7 +106,7 @@ def detach(config: Config, force: bool, as_json: bool) -> None:
     dead = force and _is_dead(config.swap.mount_point)
     with _DetachProgress(quiet=as_json) as progress:
         detached = _run(
-            lambda: swapdev.detach(config.swap.mount_point, force=force, progress=progress.update),
+            lambda: detaching.detach(config.swap.mount_point, force=force, progress=progress.update),
             lambda: _still_there(config.swap.mount_point),
         )
     if as_json:
@@ -157,9 +157,10 @@ def status(config: Config, classes: bool, as_json: bool) -> None:
 @click.pass_obj
 def writeback(config: Config, what: str, number: int | None, older: int | None, as_json: bool) -> None:
     """Move pages to the backing disk: all, those marked idle, those that do not compress (huge), those that are both
-    (huge_idle), or page NUMBER.
+    (huge_idle), or page NUMBER. Where writeback.incompressible is keep, those that do not compress go only by the last
+    three.
 
-    resume: write again to a disk that has failed, without waiting for the pager to try it.
+    resume: try a disk that has failed now, without waiting for the pager to do so; exit status 1 if it is not well yet.
 
     Exit status 2 if the disk or the budget ended it early.
     """
@@ -167,21 +168,35 @@ def writeback(config: Config, what: str, number: int | None, older: int | None, 
         raise click.UsageError("page takes the number of a slot; the others take none")
     if older and what != "idle":
         raise click.UsageError("--older goes with idle")
+    if what == "resume":
+        _resume(config, as_json)
+        return
     order = what if number is None else f"page {number}"
     with WritebackProgress(quiet=as_json) as progress:
-        written = _run(
+        written, kept = _run(
             lambda: write_back(config.swap.mount_point, order, older, progress.update),
             lambda: "interrupted: the pager goes on writing back; zswapctl status shows it",
         )
     if as_json:
         _print_json(dataclasses.asdict(written))
-    elif what == "resume":
-        click.echo("the backing disk is written to again")
     else:
         click.echo(f"written back: {written.pages:,} pages, {format_size(written.bytes)} of the pool freed")
     if written.ended != "done":
         click.echo(f"zswapctl: ended early: {why_ended(config.writeback, written)}", err=True)
         sys.exit(2)
+    if kept and not as_json:
+        click.echo(
+            f"{kept:,} pages that do not compress stay in the pool (writeback.incompressible is keep); "
+            "zswapctl writeback huge moves them"
+        )
+
+
+def _resume(config: Config, as_json: bool) -> None:
+    had_failed = _run(lambda: resume(config.swap.mount_point), lambda: "interrupted: the pager goes on trying")
+    if as_json:
+        _print_json({"had_failed": had_failed})
+    else:
+        click.echo(f"the backing disk {'is written to again' if had_failed else 'had not failed'}")
 
 
 @cli.command()
@@ -312,7 +327,7 @@ class _DetachProgress:
         if not self._bar.disable:
             self._bar.stop()
 
-    def update(self, remaining: swapdev.Remaining) -> None:
+    def update(self, remaining: detaching.Remaining) -> None:
         used = remaining.used_bytes
         self._total = max(self._total, used)
         done = self._total - used

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from zswapd import backing, kernel, memcg, swapdev, wear
+from zswapd import backing, commands, kernel, memcg, swapdev, wear
 from zswapd.config import PAGE_SIZE, Config, format_size, mem_total
 from zswapd.errors import ZswapdError
 from zswapd.footprint import refuse_huge
@@ -135,7 +135,7 @@ def _loop(root: Path) -> Check:
 
 
 def _tools(_: Path) -> Check:
-    path = os.environ.get("PATH", "") + swapdev.SBIN
+    path = os.environ.get("PATH", "") + commands.SBIN
     missing = [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
     if missing:
         return Check("tools", "fail", f"not found: {', '.join(missing)}", "install util-linux (Debian: and mount)")

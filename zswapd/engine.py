@@ -95,6 +95,8 @@ class EngineStats(TypedDict):
     loads: int
     stores: int
     discards: int
+    #: Requests on the swap file that a pager is at; the end of paging waits for them.
+    page_operations: int
     pages_compacted: int
     movers_awaited: int
     #: How often a pager has taken over from another, and how long that took last.
@@ -153,6 +155,11 @@ class Engine(Protocol):
         does not compress), "huge_idle" (both), or "page N", one slot. Takes as long as the disk does. ENODEV without a
         backing disk."""
 
+    def limit_writing(self, size_bytes: int | None) -> None:
+        """Sets what may still be written to the backing disk; None: there is no limit. Of a budget in the configuration
+        it takes away what is more, which counts as written; EPERM for more than that leaves. ENODEV without a backing
+        disk."""
+
 
 class EmbeddedEngine(_native.Engine):
     """An engine in this process: the portable path, for tests, containers and comparison."""
@@ -172,6 +179,9 @@ class EmbeddedEngine(_native.Engine):
         raise OSError(errno.ENODEV, NO_BACKING)
 
     def write_back(self, what: str) -> Written:
+        raise OSError(errno.ENODEV, NO_BACKING)
+
+    def limit_writing(self, size_bytes: int | None) -> None:
         raise OSError(errno.ENODEV, NO_BACKING)
 
 

@@ -82,6 +82,11 @@ class EngineCollector(Collector):
             "zswapd_compacted_pages", "Pages of the pool that compaction has freed.", value=stats["pages_compacted"]
         )
         yield GaugeMetricFamily(
+            "zswapd_page_operations",
+            "Requests on the swap file that the pager is at, and that the end of paging waits for.",
+            value=stats["page_operations"],
+        )
+        yield GaugeMetricFamily(
             "zswapd_movers_awaited",
             "Threads that move objects, and that the end of the pool waits for.",
             value=stats["movers_awaited"],

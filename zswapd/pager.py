@@ -94,11 +94,12 @@ def command(options: Mapping[str, str]) -> list[str]:
 class Pager:
     """The pager of a mount point. A command waits for its answer, and raises OSError: see `pager_socket.ask`."""
 
+    #: What counts the bytes that are written to the backing disk, if they are to be counted.
+    budget: Budget | None = None
+
     def __init__(self, mount_point: Path) -> None:
         """Finds the pager that serves `mount_point`. Raises OSError if there is none."""
         self.mount_point = mount_point
-        #: What counts the bytes that are written to the backing disk, if they are to be counted.
-        self.budget: Budget | None = None
         self._path = socket_path(mount_point)
         _, fd = self._ask("counters")
         assert fd is not None, "the answer to counters"
@@ -234,6 +235,10 @@ class Pager:
         path = self._started_with().get("backing")
         return Path(path) if path else None
 
+    def keeps_incompressible(self) -> bool:
+        """Whether pages that do not compress stay in the pool unless they are named."""
+        return self._started_with().get("incompressible") == "keep"
+
     def mark_idle(self, older_seconds: int) -> None:
         self._ask(f"idle {older_seconds or 'all'}")
 
@@ -250,9 +255,22 @@ class Pager:
         """Whether pages that are read from the backing disk may move to the pool."""
         self._ask(f"promote {'on' if on else 'off'}")
 
+    def sample(self, pages: int) -> int:
+        """Reads so many pages on the backing disk, from all over the swap file, or all, and leaves them there.
+
+        Returns how many. Raises OSError (EIO) if one cannot be read, or is not what was written.
+        """
+        return _numbers(self._ask(f"sample {pages}")[0])["pages"]
+
     def limit_writing(self, size_bytes: int | None) -> None:
-        """Sets what may still be written to the backing disk; None: there is no limit."""
+        if self.budget:
+            self.budget.observe(self.unused_budget())
+            if size_bytes is None or size_bytes > self.budget.left():
+                raise PermissionError(errno.EPERM, "more than the budget leaves, which is set in the configuration")
         self._ask(f"writeback-limit {'none' if size_bytes is None else size_bytes}")
+        if self.budget:
+            # What is not allowed any more counts as written.
+            self.budget.observe(size_bytes)
 
     def grant(self, size_bytes: int) -> None:
         """Adds to what may still be written."""

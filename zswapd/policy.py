@@ -77,6 +77,8 @@ def start_budget(pager: Pager, settings: Writeback, *, new: bool) -> None:
     try:
         if not wear.has_budget(settings):
             if settings.backing:
+                if (left := pager.unused_budget()) is not None:
+                    log.info("no budget is configured: the limit of what may be written, %s, ends", format_size(left))
                 pager.limit_writing(None)
             return
         budget = wear.Budget(settings)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import trio
 
-from zswapd import policy, swapdev
+from zswapd import detaching, policy, swapdev
 from zswapd.config import Config, format_size
 from zswapd.errors import DaemonError, SwapError, ZswapdError
 from zswapd.pager import Pager
@@ -81,7 +81,7 @@ async def give_back(config: Config, drained: Callable[[], bool]) -> bool:
                 log.error("not stopping: the swap is attached (daemon.on_sigterm is refuse); run zswapctl detach first")
                 return False
             log.info("detaching the swap first: %s", remaining(config))
-            await swapdev.detach(mount_point, progress=_log_progress())
+            await detaching.detach(mount_point, progress=_log_progress())
         # In a thread: the requests that it waits for may be ours to answer.
         if not await trio.to_thread.run_sync(drained):
             log.error("not stopping: somebody has the swap file open (fuser -v %s/swapfile)", mount_point)
@@ -110,10 +110,10 @@ def report_leaked(left: dict[str, int]) -> None:
         log.warning("%(objects)d objects in %(pages)d pages of the pool belonged to no slot", left)
 
 
-def _log_progress() -> Callable[[swapdev.Remaining], None]:
+def _log_progress() -> Callable[[detaching.Remaining], None]:
     next_at = trio.current_time() + _PROGRESS_SECONDS
 
-    def report(remaining: swapdev.Remaining) -> None:
+    def report(remaining: detaching.Remaining) -> None:
         nonlocal next_at
         if trio.current_time() >= next_at:
             next_at = trio.current_time() + _PROGRESS_SECONDS

@@ -9,6 +9,7 @@ granted counts as written. So no more is ever written than the budget, but less 
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,8 @@ class Budget:
         self._ahead: dict[int, int] = {}
         #: What the pager has been granted and is not known to have written: all of it may be.
         self._granted = 0
+        #: For `observe`, which an operator's limit calls beside who keeps to the budget.
+        self._observing = threading.Lock()
         try:
             self._read(self._path.read_text())
         except FileNotFoundError:
@@ -69,9 +72,10 @@ class Budget:
     def observe(self, unused: int | None) -> None:
         """Counts what the pager has written: `unused` is what it has left of what it was granted; None: it is a pager
         that was not granted anything, and the one that was is gone."""
-        (hours, ahead), hour = self._day(), self._hour()
-        hours[hour] = hours.get(hour, 0) + max(0, self._granted - (unused or 0))
-        self._hours, self._ahead, self._granted = hours, ahead, unused or 0
+        with self._observing:
+            (hours, ahead), hour = self._day(), self._hour()
+            hours[hour] = hours.get(hour, 0) + max(0, self._granted - (unused or 0))
+            self._hours, self._ahead, self._granted = hours, ahead, unused or 0
 
     def top_up(self, grant: Callable[[int], None]) -> None:
         """Calls `grant`, which tells the pager of more bytes that it may write, if there are any.
@@ -153,9 +157,9 @@ def has_budget(settings: Writeback) -> bool:
 
 def left_of(settings: Writeback, unused: int | None) -> int | None:
     """What may still be written, as who is not the daemon sees it: from the state file, and what the pager has left.
-    None: there is no budget. 0 where the state file cannot be read."""
+    None: there is no limit. 0 where the state file cannot be read."""
     if not has_budget(settings):
-        return None
+        return unused
     try:
         budget = Budget(settings)
     except OSError:
@@ -165,6 +169,7 @@ def left_of(settings: Writeback, unused: int | None) -> int | None:
 
 
 def describe(settings: Writeback) -> str:
-    """The budget for people."""
+    """The budget for people. Without one in these settings it is somebody else's."""
     limits = ((settings.budget_per_hour, "hour"), (settings.budget_per_day, "day"))
-    return ", ".join(f"{format_size(limit)} per {unit}" for limit, unit in limits if limit)
+    text = ", ".join(f"{format_size(limit)} per {unit}" for limit, unit in limits if limit)
+    return text or "writeback_limit, or another configuration's"

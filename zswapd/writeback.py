@@ -1,4 +1,4 @@
-"""`zswapctl writeback`: has the pager write pages back, and shows how far it is."""
+"""`zswapctl writeback`: has the pager write pages back, and shows how far it is; or try a disk that has failed."""
 
 import errno
 from collections.abc import Callable
@@ -21,44 +21,63 @@ LINE_SECONDS = 2
 
 async def write_back(
     mount_point: Path, order: str, older: int | None, progress: Callable[[WritebackStats], None]
-) -> Written:
-    """Has the pager do `order`, after marking what nobody has used for `older` seconds as idle.
+) -> tuple[Written, int]:
+    """Has the pager do `order`, after marking what nobody has used for `older` seconds as idle. Returns what was done,
+    and how many pages have stayed since they do not compress (writeback.incompressible is keep).
 
     `progress` is called with what is counted meanwhile. Cancelled, it leaves the pager to it. Raises SwapError or
     DaemonError.
     """
 
-    def find() -> Pager:
-        try:
-            return Pager(mount_point)
-        except OSError:
-            hint = f'{START_HINT}; with swap.data_path = "pyfuse3" nothing is written back'
-            raise DaemonError(f"no pager serves {mount_point}", hint) from None
-
-    def command() -> Written:
+    def command() -> tuple[Written, int]:
         if older:
             pager.mark_idle(older)
-        return pager.write_back(order)
+        written = pager.write_back(order)
+        keeps = order in ("all", "idle") and pager.keeps_incompressible()
+        return written, pager.stats()["pages"]["incompressible"] if keeps else 0
 
     async def report() -> None:
         while True:
             await trio.sleep(POLL_SECONDS)
             progress(pager.stats()["writeback"])
 
-    pager = await trio.to_thread.run_sync(find, abandon_on_cancel=True)
+    pager = await trio.to_thread.run_sync(_find, mount_point, abandon_on_cancel=True)
     progress(pager.stats()["writeback"])
     failure: OSError | None = None
-    written = Written(0, 0, "failed")
+    outcome = Written(0, 0, "failed"), 0
     async with trio.open_nursery() as nursery:
         nursery.start_soon(report)
         try:
-            written = await trio.to_thread.run_sync(command, abandon_on_cancel=True)
+            outcome = await trio.to_thread.run_sync(command, abandon_on_cancel=True)
         except OSError as error:  # not out of the nursery: it would come as a group
             failure = error
         nursery.cancel_scope.cancel()
     if failure:
         raise _explained(failure)
-    return written
+    return outcome
+
+
+async def resume(mount_point: Path) -> bool:
+    """Has the pager try a disk that has failed, by writing a segment. True if that has gone well: the disk is in use
+    again; False: it had not failed. Waits for the disk. Raises SwapError, DaemonError."""
+    pager = await trio.to_thread.run_sync(_find, mount_point, abandon_on_cancel=True)
+    had_failed = pager.stats()["writeback"]["state"] == "failed"
+    try:
+        await trio.to_thread.run_sync(pager.write_back, "resume", abandon_on_cancel=True)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC):
+            hint = "see dmesg; the pager tries it every 30 s"
+            raise SwapError(f"nothing is written to the backing disk yet: {error.strerror}", hint) from None
+        raise _explained(error) from None
+    return had_failed
+
+
+def _find(mount_point: Path) -> Pager:
+    try:
+        return Pager(mount_point)
+    except OSError:
+        hint = f'{START_HINT}; with swap.data_path = "pyfuse3" nothing is written back'
+        raise DaemonError(f"no pager serves {mount_point}", hint) from None
 
 
 def _explained(error: OSError) -> SwapError:

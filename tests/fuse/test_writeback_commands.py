@@ -229,6 +229,51 @@ def test_the_budget_ends_it_early_and_outlives_everybody(make: MakeDaemon, disk:
     assert daemon.read("writeback_limit") == "0\n"
 
 
+def test_an_operator_limits_what_is_written_as_with_zram(make: MakeDaemon) -> None:
+    daemon = make().start()
+    assert (daemon.read("writeback_limit"), daemon.read("writeback_limit_enable")) == ("none\n", "0\n")
+    with daemon.opened() as fd:
+        fill(fd, 2000)
+        daemon.write("writeback_limit_enable", "1")
+        assert (daemon.read("writeback_limit"), daemon.read("writeback_limit_enable")) == ("0\n", "1\n")
+        with raises_errno(errno.EDQUOT):
+            daemon.write("writeback", "all")
+        done = daemon.ctl("writeback", "all")
+        assert "the budget is used up (writeback_limit, or another configuration's)" in done.stderr
+        daemon.write("writeback_limit", "64")
+        with raises_errno(errno.EDQUOT):
+            daemon.write("writeback", "all")
+        counted = daemon.stats()["writeback"]
+        assert 0 < counted["written_bytes"] <= 64 * PAGE
+        assert int(daemon.read("writeback_limit")) == 64 - counted["written_bytes"] // PAGE
+        daemon.write("writeback_limit_enable", "0")
+        daemon.write("writeback", "all")
+        assert on_disk(daemon) == 2000
+        check(fd, 2000)
+
+
+def test_of_the_configured_budget_an_operator_takes_away_alone(make: MakeDaemon) -> None:
+    daemon = make(writeback__budget_per_day="1MiB").start()
+    for name, command in (("writeback_limit", "257"), ("writeback_limit_enable", "0")):
+        with raises_errno(errno.EPERM):
+            daemon.write(name, command)
+    daemon.write("writeback_limit", "64")
+    assert daemon.read("writeback_limit") == "64\n"
+    assert json.loads(daemon.ctl("status", "--json").stdout)["writeback"]["budget_bytes"] == 64 * PAGE
+
+
+def test_what_does_not_compress_is_kept_unless_it_is_named(make: MakeDaemon) -> None:
+    daemon = make(writeback__incompressible="keep").start()
+    with daemon.opened() as fd:
+        fill(fd, 10)
+        for n in range(10, 30):
+            os.pwrite(fd, noise(n), n * PAGE)
+        assert "20 pages that do not compress stay in the pool" in daemon.ctl("writeback", "all").stdout
+        assert on_disk(daemon) == 10
+        assert "stay" not in daemon.ctl("writeback", "huge").stdout
+        assert on_disk(daemon) == 30
+
+
 def test_settings_that_have_changed_are_applied_or_said(make: MakeDaemon, disk: Path) -> None:
     daemon = make().start()
     daemon.signal(signal.SIGKILL)
@@ -341,6 +386,10 @@ def test_a_disk_that_fails_is_an_alert_and_costs_no_page(make: MakeDaemon) -> No
         assert "failed: nothing more is written to it" in daemon.ctl("status").stdout
         assert "has failed: nothing more is written to it" in daemon.ctl("doctor").stdout
         assert "ended early: the backing disk cannot be written" in daemon.ctl("writeback", "all").stderr
+        resumed = daemon.ctl("writeback", "resume")
+        assert (resumed.returncode, resumed.stdout) == (1, "")
+        assert "nothing is written to the backing disk yet: the backing disk cannot be written" in resumed.stderr
+        assert daemon.stats()["writeback"]["state"] == "failed"
         check(fd, 4000)
 
 

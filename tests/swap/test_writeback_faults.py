@@ -28,12 +28,13 @@ from tests.swap.backing import (
     with_faults,
 )
 from tests.swap.workload import ENOUGH, ROOT, Workload, swap_area
+from zswapd.detaching import PAGE_CLUSTER, SAMPLE_PAGES
 
 pytestmark = pytest.mark.usefixtures("_swap")
 
 MakeFaulty = Callable[..., Daemon]
 #: The kernel reads this many pages for a fault, in one request: with one that cannot be read, all of them fail.
-READ_AHEAD = 1 << int(Path("/proc/sys/vm/page-cluster").read_text())
+READ_AHEAD = 1 << int(PAGE_CLUSTER.read_text())
 
 
 @pytest.fixture
@@ -169,17 +170,33 @@ def test_detach_can_be_interrupted_while_it_waits_for_the_disk(faulty: MakeFault
         assert workload.unreadable() == 0
 
 
+def test_detach_loses_nothing_on_a_disk_that_cannot_be_read(faulty: MakeFaulty, corpus: int) -> None:
+    daemon = faulty("read:20:eio")
+    with surviving(daemon, corpus, ENOUGH) as workload:
+        all_out(daemon, workload)
+        before = swap_area(daemon).used_bytes
+        detached = daemon.ctl("detach")
+        assert detached.returncode == 1
+        assert "the backing disk cannot give its pages back: page " in detached.stderr
+        assert swap_area(daemon).used_bytes == before
+        assert not any(daemon.stats()["errors"].values())
+        # It is well again.
+        assert workload.unreadable() == 0
+
+
 def test_a_detach_that_loses_pages_says_so(faulty: MakeFaulty, corpus: int) -> None:
     """There is one process: swapoff looks at nothing else before it is through with that."""
-    daemon = faulty("read:20-27:eio")
+    daemon = faulty(f"read:{SAMPLE_PAGES + 50}-{SAMPLE_PAGES + 57}:eio")
     with surviving(daemon, corpus, ENOUGH) as workload:
         all_out(daemon, workload)
         detached = daemon.ctl("detach")
         assert detached.returncode == 1
-        assert "reads of pages failed" in detached.stderr
+        assert "at least 8 pages could not be read" in detached.stderr
         assert daemon.stats()["errors"]["disk"] == 8
         assert "stays in use" in detached.stderr or "detached: " in detached.stderr
-        assert 0 < workload.unreadable() <= 8 * READ_AHEAD
+        # None of those beside them.
+        assert 0 < workload.unreadable() <= 8
+        assert int(PAGE_CLUSTER.read_text()) == READ_AHEAD.bit_length() - 1
 
 
 def test_a_disk_that_fails_midway_is_not_written_any_more_and_still_read(faulty: MakeFaulty, corpus: int) -> None:

@@ -42,6 +42,9 @@ class FakeEngine:
     def mark_idle(self, older_seconds: int) -> None:
         self.told.append(f"idle {older_seconds}")
 
+    def limit_writing(self, size_bytes: int | None) -> None:
+        self.told.append(f"write {size_bytes}")
+
     def write_back(self, what: str) -> Written:
         self.wait()
         self.told.append(what)
@@ -71,6 +74,10 @@ def read(engine: FakeEngine, name: str) -> str:
         ("writeback", "0", "page 0"),
         ("idle", "all", "idle 0"),
         ("idle", "86400", "idle 86400"),
+        ("writeback_limit", "3", "write 12288"),
+        ("writeback_limit", "0", "write 0"),
+        ("writeback_limit_enable", "1", "write 0"),
+        ("writeback_limit_enable", "0", "write None"),
     ],
 )
 def test_commands_are_zram_s(name: str, command: str, told: str) -> None:
@@ -123,8 +130,21 @@ def test_columns_are_zram_s_in_pages() -> None:
     assert read(engine, "bd_stat").split() == ["3", "4", "11"]
     assert read(engine, "backing_dev") == "/dev/x y\n"
     assert read(engine, "writeback_limit") == "none\n"
+    assert read(engine, "writeback_limit_enable") == "0\n"
     engine.counts["budget_bytes"] = 3 * 4096 - 1
     assert read(engine, "writeback_limit") == "2\n"
+    assert read(engine, "writeback_limit_enable") == "1\n"
+    write(engine, "writeback_limit_enable", "1")
+    assert engine.told == [], "what is left stays"
+
+
+@pytest.mark.parametrize("name", ["writeback_limit", "writeback_limit_enable"])
+@pytest.mark.parametrize("command", ["", "-1", "1M", "none", "9" * 15])
+def test_what_is_no_limit_changes_nothing(name: str, command: str) -> None:
+    engine = FakeEngine()
+    with pytest.raises(ValueError, match=r"not a number|neither 0 nor 1"):
+        write(engine, name, command)
+    assert engine.told == []
 
 
 async def test_others_do_not_lock_root_out() -> None:

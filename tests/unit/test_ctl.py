@@ -15,13 +15,14 @@ from click.testing import CliRunner, Result
 
 from tests.daemon import DEADLINE_SECONDS
 from tests.writeback import writeback
-from zswapd import backing, cli, ctl, doctor, status, swapdev, wear
+from zswapd import attaching, backing, cli, ctl, detaching, doctor, status, swapdev, wear
 from zswapd import writeback as command
 from zswapd.config import Config
+from zswapd.detaching import Remaining
 from zswapd.engine import Written
 from zswapd.errors import SwapError
 from zswapd.pager import Upgraded
-from zswapd.swapdev import Attachment, Remaining
+from zswapd.swapdev import Attachment
 
 ATTACHED = Attachment("/dev/loop9", True, True, 1 << 30, 1 << 20, 100)
 
@@ -69,7 +70,7 @@ def test_attach_passes_the_configuration_on(monkeypatch: pytest.MonkeyPatch) -> 
         seen.update(options, mount_point=mount_point)
         return ATTACHED
 
-    monkeypatch.setattr(swapdev, "attach", attach)
+    monkeypatch.setattr(attaching, "attach", attach)
     result = run("--set", "swap.priority=7", "--set", "swap.discard=false", "attach", "--unsafe")
     assert seen == {
         "mount_point": Path("/run/zswapd-test/mnt"),
@@ -89,7 +90,7 @@ def test_force_on_a_dead_daemon_does_not_call_its_pages_saved(monkeypatch: pytes
         assert force
         return ATTACHED
 
-    monkeypatch.setattr(swapdev, "detach", detach)
+    monkeypatch.setattr(detaching, "detach", detach)
     assert "what was in swap is lost" in run("detach", "--force").stdout
 
 
@@ -100,7 +101,7 @@ def test_progress_without_a_terminal_is_a_few_lines(monkeypatch: pytest.MonkeyPa
             progress(Remaining(remaining))
         return ATTACHED
 
-    monkeypatch.setattr(swapdev, "detach", detach)
+    monkeypatch.setattr(detaching, "detach", detach)
     result = run("detach")
     assert result.stdout == "detached: /dev/loop9, 1.0 MiB back in memory\n"
     lines = result.stderr.splitlines()
@@ -115,7 +116,9 @@ def test_progress_without_a_terminal_is_a_few_lines(monkeypatch: pytest.MonkeyPa
 
 def test_what_is_left_says_what_is_on_the_disk() -> None:
     assert str(Remaining(5 << 20)) == "5.0 MiB"
-    assert str(Remaining(5 << 20, pages_on_disk=512)) == "5.0 MiB, 2.0 MiB of it on the backing disk"
+    assert str(Remaining(5 << 20, pages_on_disk=512)) == "5.0 MiB, at most 2.0 MiB of it on the backing disk"
+    # The kernel has freed some of them.
+    assert str(Remaining(1 << 20, pages_on_disk=512)) == "1.0 MiB, at most 1.0 MiB of it on the backing disk"
     assert str(Remaining(1 << 20, writebacks=2, cleanings=1)) == "1.0 MiB (2 segments being written, 1 cleaned)"
 
 
@@ -134,7 +137,7 @@ def test_an_interruption_says_how_things_were_left(
         os.kill(os.getpid(), signal.SIGINT)
         await trio.sleep_forever()
 
-    monkeypatch.setattr(swapdev, "detach", detach)
+    monkeypatch.setattr(detaching, "detach", detach)
     monkeypatch.setattr(swapdev, "discover", lambda mount_point: left)
     assert text in run("detach").stderr
 
@@ -152,7 +155,7 @@ def test_a_signal_interrupts_in_good_order(number: signal.Signals, monkeypatch: 
                 await trio.lowlevel.checkpoint()
                 tidied.append(mount_point)
 
-    monkeypatch.setattr(swapdev, "detach", detach)
+    monkeypatch.setattr(detaching, "detach", detach)
     before = signal.getsignal(number)
     result = run("detach")
     assert result.exit_code == 1
@@ -207,7 +210,7 @@ def test_an_error_is_shown_with_its_hint(monkeypatch: pytest.MonkeyPatch) -> Non
     async def detach(mount_point: Path, *, force: bool, progress: Any) -> None:
         raise SwapError("what", "remedy")
 
-    monkeypatch.setattr(swapdev, "detach", detach)
+    monkeypatch.setattr(detaching, "detach", detach)
     result = run("detach")
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", "zswapctl: what\nremedy\n")
 
@@ -265,12 +268,18 @@ def test_writeback_needs_a_pager() -> None:
 class WritingPager:
     """Says how far it is, and what became of it."""
 
-    def __init__(self, outcome: Written | OSError) -> None:
+    def __init__(self, outcome: Written | OSError, *, state: str = "ok", keeps: bool = False) -> None:
         self.outcome = outcome
+        self.state = state
+        self.keeps = keeps
         self.told: list[str] = []
 
     def stats(self) -> Any:
-        return {"writeback": writeback(pages_written=1234, written_bytes=5 << 20)}
+        disk = writeback(state=self.state, pages_written=1234, written_bytes=5 << 20)
+        return {"pages": {"incompressible": 77}, "writeback": disk}
+
+    def keeps_incompressible(self) -> bool:
+        return self.keeps
 
     def mark_idle(self, older: int) -> None:
         self.told.append(f"idle {older}")
@@ -359,9 +368,44 @@ def test_a_writeback_that_a_takeover_cut_off_is_not_done_twice_but_said(monkeypa
     assert "another pager has taken over" in str(command._explained(InterruptedError(errno.EINTR, "gone")))
 
 
-def test_a_disk_is_written_to_again_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    pager = WritingPager(Written(0, 0, "done"))
+@pytest.mark.parametrize(
+    ("state", "outcome", "code", "text"),
+    [
+        ("failed", Written(0, 0, "done"), 0, "the backing disk is written to again\n"),
+        ("ok", Written(0, 0, "done"), 0, "the backing disk had not failed\n"),
+        (
+            "failed",
+            OSError(errno.EIO, "it cannot"),
+            1,
+            "nothing is written to the backing disk yet: it cannot\nsee dmesg",
+        ),
+        ("failed", OSError(errno.ENOSPC, "the budget"), 1, "nothing is written to the backing disk yet: the budget\n"),
+        ("none", OSError(errno.ENODEV, "none"), 1, "there is no backing disk"),
+    ],
+)
+def test_a_disk_is_tried_when_told_and_what_came_of_it_said(
+    monkeypatch: pytest.MonkeyPatch, state: str, outcome: Written | OSError, code: int, text: str
+) -> None:
+    pager = WritingPager(outcome, state=state)
     monkeypatch.setattr(command, "Pager", lambda mount_point: pager)
     result = run("writeback", "resume")
-    assert (result.exit_code, result.stdout) == (0, "the backing disk is written to again\n")
+    assert (result.exit_code, text in result.stdout + result.stderr) == (code, True)
     assert pager.told == ["resume"]
+    if code == 0:
+        assert json.loads(run("writeback", "resume", "--json").stdout) == {"had_failed": state == "failed"}
+
+
+@pytest.mark.parametrize(("keeps", "what", "said"), [(True, "all", True), (True, "huge", False), (False, "all", False)])
+def test_what_stays_since_it_does_not_compress_is_said(
+    monkeypatch: pytest.MonkeyPatch, keeps: bool, what: str, said: bool
+) -> None:
+    pager = WritingPager(Written(5, 5, "done"), keeps=keeps)
+    monkeypatch.setattr(command, "Pager", lambda mount_point: pager)
+    shown = run("writeback", what).stdout
+    assert ("77 pages that do not compress stay in the pool (writeback.incompressible is keep)" in shown) == said
+
+
+def test_a_budget_of_another_configuration_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "Pager", lambda mount_point: WritingPager(Written(5, 5, "budget")))
+    shown = run("writeback", "all").stderr
+    assert "the budget is used up (writeback_limit, or another configuration's)\n" in shown

@@ -1,5 +1,6 @@
 """What a pager is started with, and what becomes of settings that have changed when it is found again."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.errnos import raises_errno
 from zswapd import pager as module
+from zswapd import wear
 from zswapd.config import Config, load
 from zswapd.pager import Pager
 
@@ -31,7 +34,7 @@ class Found(Pager):
 
     def _ask(self, command: str) -> tuple[str, int | None]:
         self.told.append(command)
-        return "pages=1 bytes=2 end=full", None
+        return "pages=1" if command.startswith("sample") else "pages=1 bytes=2 end=full", None
 
 
 @pytest.fixture
@@ -120,7 +123,41 @@ def test_commands_are_the_pager_s(started: list[subprocess.Popen[bytes]]) -> Non
     pager.limit_writing(0)
     pager.grant(5)
     pager.promote(False)
+    assert pager.sample(512) == 1
     assert pager.told == [
         *("idle all", "idle 60", "shrink 4096", "writeback page 7"),
         *("writeback-limit none", "writeback-limit 0", "writeback-limit +5", "promote off"),
+        "sample 512",
     ]
+
+
+def test_whether_what_does_not_compress_is_kept_is_as_the_pager_was_told(
+    started: list[subprocess.Popen[bytes]],
+) -> None:
+    assert start(started, config(DISK, "writeback.incompressible=keep")).keeps_incompressible()
+    assert not start(started, config(DISK)).keeps_incompressible()
+
+
+def test_of_a_budget_an_operator_can_only_take_away(
+    started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
+    settings = config(DISK, "writeback.budget_per_hour=1GiB")
+    pager, granted = start(started, settings), [0]
+    pager.budget = wear.Budget(settings.writeback, lambda: 1e9)
+    pager.budget.top_up(lambda more: granted.append(granted.pop() + more))
+    monkeypatch.setattr(pager, "unused_budget", lambda: granted[0])
+    for refused in (None, (1 << 30) + 1):
+        with raises_errno(errno.EPERM):
+            pager.limit_writing(refused)
+    assert pager.told == []
+    granted[0] -= 1 << 20  # written
+    pager.limit_writing(1 << 29)
+    granted[0] = 1 << 29
+    assert pager.told == [f"writeback-limit {1 << 29}"]
+    # It stays so: nothing is granted anew in this hour.
+    pager.budget.observe(granted[0])
+    pager.budget.top_up(lambda more: pytest.fail(f"granted: {more}"))
+    assert pager.budget.left() == 1 << 29
+    with raises_errno(errno.EPERM):
+        pager.limit_writing((1 << 29) + 1)

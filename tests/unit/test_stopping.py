@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 from trio.testing import MockClock
 
-from zswapd import policy, stopping, swapdev, wear
+from zswapd import detaching, policy, stopping, swapdev, wear
 from zswapd.config import Config, load
 from zswapd.errors import DaemonError, SwapError
 from zswapd.swapdev import Attachment
@@ -67,7 +67,7 @@ async def test_the_swap_goes_first_however_often_it_has_to_be_tried(
         attached.clear()
 
     monkeypatch.setattr(swapdev, "discover", lambda mount_point: attached[0] if attached else None)
-    monkeypatch.setattr(swapdev, "detach", detach)
+    monkeypatch.setattr(detaching, "detach", detach)
     pager.busy = 2
     assert await stopping.end_pager(config())
     assert pager.told == ["detach"] * 3 + ["drain"] * 3 + ["stop"]

@@ -34,6 +34,11 @@ impl Counter {
     pub fn get(&self) -> u64 {
         self.0.load(Relaxed)
     }
+
+    /// For who orders something by it.
+    pub fn atomic(&self) -> &AtomicU64 {
+        &self.0
+    }
 }
 
 /// Upper bounds of the latency buckets in nanoseconds, inclusive; one more bucket takes the rest.
@@ -159,6 +164,9 @@ pub struct Metrics {
     /// Bytes that may still be written; [`u64::MAX`]: no budget.
     pub writeback_budget_bytes: Counter,
 
+    /// Requests on the swap file that workers of a pager are at: the end of paging waits for them. Among what the same
+    /// worker counts for each page.
+    pub page_operations: Counter,
     pub loads: Counter,
     pub stores: Counter,
     pub discards: Counter,
@@ -181,7 +189,7 @@ pub struct Metrics {
     pub writeback_bytes: Counter,
     pub cleaning_bytes: Counter,
     pub cleaned_segments: Counter,
-    /// Reads of pages from the disk, and the whole blocks that they took.
+    /// Reads of pages from the disk that went well, and the whole blocks that they took.
     pub disk_reads: Counter,
     pub disk_read_bytes: Counter,
     /// Objects that were looked at behind a recovery, and those of them that were bad.
@@ -205,7 +213,7 @@ pub struct Metrics {
 }
 
 /// Changes with every change of [`Metrics`], so that nobody reads one layout as another.
-pub const LAYOUT: u64 = 7;
+pub const LAYOUT: u64 = 8;
 
 impl Metrics {
     /// Sets to zero what is as of now. The peak of the pool stays, and settings are set by who has them.
@@ -228,7 +236,8 @@ impl Metrics {
             &self.backing_free_bytes,
             &self.disk_live_bytes,
         ];
-        let at_work = [&self.movers_awaited, &self.writebacks_in_flight, &self.cleanings_in_flight];
+        let at_work =
+            [&self.page_operations, &self.movers_awaited, &self.writebacks_in_flight, &self.cleanings_in_flight];
         pages.iter().chain(&bytes).chain(&at_work).for_each(|gauge| gauge.set(0));
         for class in &self.classes {
             [&class.zspages, &class.objects].into_iter().chain(&class.groups).for_each(|gauge| gauge.set(0));
@@ -339,5 +348,15 @@ mod tests {
         assert!(SharedMetrics::open(file.as_fd()).is_err());
         let short = memory_file(c"short", 8).expect("file");
         assert!(SharedMetrics::open(short.as_fd()).is_err());
+    }
+
+    #[test]
+    fn a_successor_counts_on_and_begins_with_nothing_under_way() {
+        let file = SharedMetrics::file().expect("file");
+        let killed = SharedMetrics::new(Some(file.as_fd())).expect("map");
+        killed.loads.add(3);
+        killed.page_operations.add(2);
+        let successor = SharedMetrics::resume(Some(file.as_fd())).expect("same layout");
+        assert_eq!((successor.loads.get(), successor.page_operations.get()), (3, 0));
     }
 }

@@ -20,7 +20,8 @@
 //! | `idle all` | `ok pages=N`: so many pages of the pool are marked as idle now |
 //! | `idle SECONDS` | the same, after marking only those that nobody has used for so long |
 //! | `writeback all`, `idle`, `unused SECONDS`, `huge`, `huge_idle`, `page N` | `ok pages=N bytes=N end=...`: so many pages were written back, and so much of the pool freed; EBUSY while another writeback or `shrink` is under way |
-//! | `writeback resume` | the same, of no pages: a disk that has failed is written to again |
+//! | `writeback resume` | the same, of no pages: a disk that had failed has taken a segment, and is written to again; EIO: it has not |
+//! | `sample PAGES` | `ok pages=N`: so many of the pages on the disk, or all, were read and are good; EIO: one is not, or cannot be read |
 //! | `shrink BYTES` | the same, of the coldest pages, until so much of the pool is free |
 //! | `writeback-limit BYTES`, `none` | `ok`: so much may still be written to the disk |
 //! | `writeback-limit +BYTES` | `ok`: so much more, from 0 if there was no limit |
@@ -48,7 +49,7 @@ use std::io;
 use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::str::FromStr;
-use std::sync::mpsc::TryRecvError;
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 use zswapd_core::backing::Backing;
 use zswapd_core::codec::{Algorithm, Compression, ZSTD_LEVELS};
@@ -70,6 +71,8 @@ const PATIENCE: Duration = Duration::from_millis(100);
 const MAX_LIMIT_BYTES: u64 = MAX_ARENA_PAGES * PAGE_SIZE as u64;
 /// Of leaked objects. There should be none, and never are there few.
 const SHOWN: usize = 10;
+/// Pages that `sample` reads at most: seconds of a disk that turns.
+const MAX_SAMPLE: u64 = 4096;
 /// Between two looks at what others do.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -223,9 +226,13 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
             sweep(shared, What::Page(number(page, "page", 0..=last as u32)?))
         }
         ["writeback", "resume"] => {
-            backing(shared)?.resume();
-            shared.engine.store().ask_for_shrinking();
-            Ok(Reply::Text("pages=0 bytes=0 end=done".into()))
+            backing(shared)?;
+            Ok(received(shared.sweeper.resume(), |()| "pages=0 bytes=0 end=done".into()))
+        }
+        ["sample", pages] => {
+            backing(shared)?;
+            let sampled = shared.sweeper.sample(number(pages, "number of pages", 1..=MAX_SAMPLE)?);
+            Ok(received(sampled, |pages| format!("pages={pages}")))
         }
         ["shrink", bytes] => sweep(shared, What::Coldest { bytes: number(bytes, "size in bytes", 0..=u64::MAX)? }),
         ["writeback-limit", "none"] => {
@@ -324,7 +331,7 @@ fn stopping() -> impl FnMut(&Shared) -> Result<bool, Error> {
         let store = shared.engine.store();
         if !emptied {
             if !shared.gate().close()? {
-                say("stopping: waiting for page operations".into());
+                say(format!("stopping: waiting for {} page operations", shared.gate().under_way()));
                 return Ok(false);
             }
             let InFlight { writebacks, cleanings, .. } = store.stop_writeback(PATIENCE);
@@ -363,20 +370,25 @@ fn sweep(shared: &Shared, what: What) -> Result<Reply, Error> {
     let busy =
         || Error::System { what: "another writeback is under way", source: io::Error::from_raw_os_error(libc::EBUSY) };
     let swept = shared.sweeper.sweep(what).ok_or_else(busy)?;
-    Ok(Reply::Meanwhile(Box::new(move |_| match swept.try_recv() {
-        Ok(Swept { job, end }) => {
-            let end = match end {
-                End::Done => "done",
-                End::Stopped => "stopped",
-                End::Full => "full",
-                End::Budget => "budget",
-                End::Failed => "failed",
-            };
-            Ok(Some(Reply::Text(format!("pages={} bytes={} end={end}", job.pages, job.bytes))))
-        }
+    Ok(received(swept, |Swept { job, end }| {
+        let end = match end {
+            End::Done => "done",
+            End::Stopped => "stopped",
+            End::Full => "full",
+            End::Budget => "budget",
+            End::Failed => "failed",
+        };
+        format!("pages={} bytes={} end={end}", job.pages, job.bytes)
+    }))
+}
+
+/// What the sweeper says when it has done something.
+fn received<T: 'static>(from: Receiver<Result<T, Error>>, text: impl Fn(T) -> String + 'static) -> Reply {
+    Reply::Meanwhile(Box::new(move |_| match from.try_recv() {
+        Ok(result) => result.map(|done| Some(Reply::Text(text(done)))),
         Err(TryRecvError::Empty) => Ok(None),
         Err(TryRecvError::Disconnected) => Err(Error::NoWriteback),
-    })))
+    }))
 }
 
 /// What is in the pool, and who still writes to the backing disk.

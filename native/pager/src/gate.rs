@@ -4,7 +4,7 @@
 //! session, so that a successor knows.
 
 use std::io;
-use std::sync::atomic::{AtomicI64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use zswapd_core::error::Error;
 use zswapd_core::session::Session;
 
@@ -16,15 +16,15 @@ const COUNT: u64 = (1 << COUNT_BITS) - 1;
 #[derive(Clone, Copy)]
 pub struct Gate<'a> {
     session: &'a Session,
-    under_way: &'a AtomicI64,
+    under_way: &'a AtomicU64,
 }
 
 /// A request that a worker has begun, and ends when this is dropped.
-pub struct UnderWay<'a>(&'a AtomicI64);
+pub struct UnderWay<'a>(&'a AtomicU64);
 
 impl<'a> Gate<'a> {
     /// `under_way`: requests that a worker of this process has begun.
-    pub fn new(session: &'a Session, under_way: &'a AtomicI64) -> Gate<'a> {
+    pub fn new(session: &'a Session, under_way: &'a AtomicU64) -> Gate<'a> {
         Gate { session, under_way }
     }
 
@@ -37,6 +37,11 @@ impl<'a> Gate<'a> {
     /// which waits for it.
     pub fn is_closed(&self) -> bool {
         self.session.closed.load(SeqCst) != 0
+    }
+
+    /// How many requests are under way.
+    pub fn under_way(&self) -> u64 {
+        self.under_way.load(SeqCst)
     }
 
     pub fn begin(&self) -> UnderWay<'a> {
@@ -101,7 +106,7 @@ mod tests {
 
     #[test]
     fn it_stays_open_while_the_file_is_open() {
-        let (session, under_way) = (Session::default(), AtomicI64::new(0));
+        let (session, under_way) = (Session::default(), AtomicU64::new(0));
         let gate = Gate::new(&session, &under_way);
         gate.opened(2);
         assert_eq!(gate.close().expect_err("open").errno(), libc::EBUSY);
@@ -113,7 +118,7 @@ mod tests {
 
     #[test]
     fn an_open_that_is_under_way_counts() {
-        let (session, under_way) = (Session::default(), AtomicI64::new(0));
+        let (session, under_way) = (Session::default(), AtomicU64::new(0));
         let gate = Gate::new(&session, &under_way);
         let request = gate.begin();
         assert!(!gate.is_closed());
@@ -126,7 +131,7 @@ mod tests {
 
     #[test]
     fn what_is_resent_is_counted_once_whether_its_process_has_counted_it_or_not() {
-        let (session, under_way) = (Session::default(), AtomicI64::new(0));
+        let (session, under_way) = (Session::default(), AtomicU64::new(0));
         for counted in [true, false] {
             for (unique, expected) in [(1002, 1), (1004, 2)] {
                 if counted {

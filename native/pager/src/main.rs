@@ -46,7 +46,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
-use std::sync::atomic::AtomicI64;
 use std::sync::Arc;
 use watermark::Watermark;
 use zswapd_core::codec::Compression;
@@ -79,8 +78,6 @@ pub struct Shared {
     /// /dev/fuse of the mount.
     pub device: Arc<File>,
     pub counters: File,
-    /// Requests that workers have begun.
-    pub under_way: AtomicI64,
     /// Of the page channel, and of the backing disk.
     pub trouble: trouble::Trouble,
     pub disk_trouble: trouble::Trouble,
@@ -104,7 +101,7 @@ impl Shared {
     }
 
     pub fn gate(&self) -> Gate<'_> {
-        Gate::new(self.session(), &self.under_way)
+        Gate::new(self.session(), self.engine.store().metrics().page_operations.atomic())
     }
 }
 
@@ -166,7 +163,6 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
         keeper: keeper.clone(),
         device,
         counters,
-        under_way: AtomicI64::new(0),
         trouble: trouble::Trouble::new("cannot read from /dev/fuse, trying again"),
         disk_trouble: trouble::Trouble::new(
             "cannot write to the backing disk, and keep in memory what was to go there",

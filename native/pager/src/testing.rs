@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 use zswapd_core::backing::{Disk, MemoryDisk};
@@ -52,7 +52,6 @@ pub fn shared(
         keeper,
         device: device.clone(),
         counters: SharedMetrics::file().expect("counters").into(),
-        under_way: AtomicI64::new(0),
         trouble: trouble::Trouble::new("the device"),
         disk_trouble: trouble::Trouble::new("the disk"),
         sweeper,

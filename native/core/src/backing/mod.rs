@@ -156,12 +156,12 @@ impl Backing {
         Ok(&buffer.bytes[object])
     }
 
-    /// Reads blocks for a load, and counts that.
+    /// Reads blocks of a record, and counts that if it went well.
     fn transfer(&self, start: u64, blocks: &mut [u8]) -> io::Result<()> {
         let begun = Instant::now();
+        self.disk.read(start, blocks)?;
         self.metrics.disk_reads.add(1);
         self.metrics.disk_read_bytes.add(blocks.len() as u64);
-        self.disk.read(start, blocks).inspect_err(|_| self.metrics.disk_read_errors.add(1))?;
         self.metrics.disk_read_latency.record_since(begun);
         Ok(())
     }
@@ -182,12 +182,15 @@ impl Backing {
         self.change(Table::fail);
     }
 
-    /// Writes again, also to segments that could not be written, and cleans those that could not be read.
+    /// Writes again, as after a [`Writer::probe`] that went well: also to segments that could not be written, and cleans
+    /// those that could not be read.
+    #[cfg(test)]
     pub fn resume(&self) {
         self.change(Table::resume);
     }
 
-    /// As [`Backing::resume`] for the segments of a disk that has not failed.
+    /// For a disk that has not failed: writes again to segments that could not be written, and cleans those that could
+    /// not be read.
     pub fn give_segments_another_chance(&self) {
         self.change(Table::give_another_chance);
     }

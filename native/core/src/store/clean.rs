@@ -11,9 +11,10 @@
 //! and none for nothing.
 
 use super::disk::Writeback;
+use super::writeback::Shrinker;
 use super::Store;
 use crate::backing::{CleanBuffer, Purpose, Victim, Writer, MAX_RECORDS};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::slots::{Entry, Word};
 
 /// Old segments that go into a new one at most: it is written then even if it is not full.
@@ -62,15 +63,33 @@ impl Store {
     /// the segments that were left alone because they could not be written or read. Returns whether the disk has failed
     /// and is written to again.
     ///
-    /// Waits for the disk. Allocates nothing. Errors: [`crate::error::Error::DiskWrite`]: it cannot be written yet.
+    /// Waits for the disk. Allocates nothing. Errors: [`Error::DiskWrite`]: it cannot be written yet.
     pub fn try_disk_again(&self, cleaner: &mut Cleaner) -> Result<bool> {
+        self.try_again(&mut cleaner.writer)
+    }
+
+    /// The same when somebody asks for it.
+    ///
+    /// Errors: [`Error::DiskWrite`], [`Error::BudgetUsedUp`]: the disk has failed, and is not written to. Also
+    /// [`Error::NoWriteback`] without a disk, or at the end.
+    pub fn resume_writeback(&self, shrinker: &mut Shrinker) -> Result<()> {
+        self.try_again(&mut shrinker.writer)?;
+        match &self.writeback {
+            Some(all) if all.cleanings.is_closed() => Err(Error::NoWriteback),
+            // Not tried at all.
+            Some(all) if all.backing.is_failed() => Err(Error::BudgetUsedUp),
+            all => all.as_ref().map(|_| ()).ok_or(Error::NoWriteback),
+        }
+    }
+
+    fn try_again(&self, writer: &mut Writer) -> Result<bool> {
         let Some(writeback) = &self.writeback else { return Ok(false) };
         let Some(_pass) = writeback.cleanings.enter() else { return Ok(false) };
         if !writeback.backing.is_failed() {
             writeback.backing.give_segments_another_chance();
             return Ok(false);
         }
-        cleaner.writer.probe(&writeback.backing)?;
+        writer.probe(&writeback.backing)?;
         self.look_at_pressure();
         Ok(!writeback.backing.is_failed())
     }

@@ -84,7 +84,7 @@ impl Store {
         Ok(self)
     }
 
-    /// The backing disk, if there is one: to be failed or resumed, or given a budget.
+    /// The backing disk, if there is one: to be given a budget, for one.
     pub fn backing(&self) -> Option<&Backing> {
         self.writeback.as_ref().map(|writeback| &writeback.backing)
     }
@@ -122,7 +122,7 @@ impl Store {
         }
         let object = match writeback.backing.read(at, slot.index(), slot.word().generation(), &mut scratch.disk) {
             Err(Error::Corrupt { .. }) => return Err(self.found_corrupt(slot)),
-            object => object?,
+            object => object.inspect_err(|_| self.metrics.disk_read_errors.add(1))?,
         };
         let Some((codec, payload)) = object::verify(object, slot.index()) else { return Err(self.found_corrupt(slot)) };
         if !scratch.codecs.decompress(codec, payload, page) {

@@ -9,6 +9,7 @@ mod disk;
 mod end;
 mod pressure;
 mod recover;
+mod sample;
 mod verify;
 mod writeback;
 

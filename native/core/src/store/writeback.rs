@@ -23,7 +23,7 @@ use std::time::Instant;
 
 /// What a thread needs to write pages back, made once: it allocates nothing afterwards.
 pub struct Shrinker {
-    writer: Writer,
+    pub(super) writer: Writer,
     /// As many as the writer has records, and in their order.
     taken: Vec<Taken>,
 }

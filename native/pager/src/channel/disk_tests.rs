@@ -16,7 +16,8 @@ fn on_disk(kernel: &Kernel, pages: usize) -> Vec<Vec<u8>> {
     for (n, page) in data.iter().enumerate() {
         assert_eq!(kernel.write((n * PAGE_SIZE) as u64, page), Ok(PAGE_SIZE as u32));
     }
-    let swept = kernel.shared.sweeper.sweep(What::All).expect("nobody else does").recv().expect("it runs");
+    let swept =
+        kernel.shared.sweeper.sweep(What::All).expect("nobody else does").recv().expect("it runs").expect("swept");
     assert_eq!((swept.job.pages, store.metrics().pages_on_disk.get()), (pages as u64, pages as u64));
     data
 }

@@ -298,6 +298,57 @@ fn a_disk_that_was_away_is_written_to_again_when_told_and_by_itself() {
 }
 
 #[test]
+fn a_disk_that_is_not_well_yet_is_not_said_to_be() {
+    let control = with_disk(Faults::new(memory(), "write:1-:eio").expect("valid"), 8);
+    assert_eq!(control.ask(b"writeback resume"), "ok pages=0 bytes=0 end=done", "it has not failed");
+    let metrics = control.shared.engine.store().metrics();
+    while metrics.backing_state.get() != 2 {
+        assert_eq!(control.ask(b"writeback all"), "ok pages=0 bytes=0 end=failed");
+    }
+    let failed = format!("error {} the backing disk cannot be written", libc::EIO);
+    assert!(control.ask(b"writeback resume").starts_with(&failed));
+    assert_eq!(metrics.backing_state.get(), 2);
+    assert_eq!(control.ask(b"writeback-limit 4096").trim(), "ok");
+    assert!(control.ask(b"writeback resume").starts_with(&format!("error {} the budget", libc::ENOSPC)));
+}
+
+#[test]
+fn a_sample_of_the_disk_is_read_and_nothing_moves() {
+    let control = with_disk(Faults::new(memory(), "read:13:eio").expect("valid"), 128);
+    assert_eq!(control.ask(b"sample 10"), "ok pages=0");
+    assert!(control.ask(b"writeback all").starts_with("ok pages=128 "));
+    assert_eq!(control.ask(b"sample 10"), "ok pages=10");
+    assert!(control.ask(b"sample 4096").starts_with(&format!("error {} page ", libc::EIO)));
+    assert_eq!(control.ask(b"sample 4096"), "ok pages=128");
+    let metrics = control.shared.engine.store().metrics();
+    assert_eq!((metrics.pages_on_disk.get(), metrics.pages_lost.get(), metrics.disk_read_errors.get()), (128, 0, 0));
+    for wrong in ["sample", "sample 0", "sample 4097", "sample all"] {
+        assert!(refused(&control.ask(wrong.as_bytes())), "{wrong}");
+    }
+}
+
+#[test]
+fn what_is_under_way_can_be_seen() {
+    let disk = Held::new();
+    let control = with_disk(disk.clone(), 8);
+    assert!(control.ask(b"writeback all").starts_with("ok pages=8 "));
+    let metrics = control.shared.engine.store().metrics();
+    disk.hold(READS, true);
+    std::thread::scope(|scope| {
+        let read = scope.spawn(|| control.kernel.read(0, 4096));
+        disk.wait_for(READS, 1);
+        assert_eq!(metrics.page_operations.get(), 1);
+        disk.hold(READS, false);
+        assert!(read.join().expect("no panic").is_ok());
+    });
+    let deadline = std::time::Instant::now() + crate::testing::PATIENCE;
+    while metrics.page_operations.get() > 0 {
+        assert!(std::time::Instant::now() < deadline, "it is over");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
 fn thresholds_and_promotion_are_set() {
     let control = with_disk(memory(), 8);
     for command in [&b"accept-threshold 50"[..], b"accept-threshold 100", b"promote off", b"promote on"] {
@@ -362,6 +413,7 @@ fn without_a_disk_there_is_no_writeback() {
         "idle all",
         "writeback all",
         "writeback resume",
+        "sample 10",
         "writeback page 1",
         "shrink 4096",
         "writeback-limit none",

@@ -275,6 +275,43 @@ fn a_page_comes_back_to_the_pool_while_there_is_room_below_the_threshold() {
 }
 
 #[test]
+fn a_sample_is_spread_over_the_swap_file_and_changes_nothing() {
+    let disk = Faults::new(MemoryDisk::new(40 * SEGMENT_BYTES), "write:1:flip,read:8:eio").expect("rules");
+    let mut fixture = Fixture::new(1000, disk_of(40, disk));
+    let mut buffer = ReadBuffer::new().expect("memory");
+    assert_eq!(fixture.store.sample_disk(&mut buffer, 10, 7).expect("nothing to read"), 0);
+    fixture.put(0..200, true).expect("room");
+    // Its record is the one that is flipped.
+    assert_eq!(fixture.write_back(What::Page(100)).pages, 1);
+    assert_eq!(fixture.write_back(What::All).pages, 199);
+    let mut sample = |most, start| fixture.store.sample_disk(&mut buffer, most, start);
+    // Every 50th: 0, 50, 100 and 150; the third one twice.
+    assert!(matches!(sample(4, 0), Err(Error::Corrupt { slot: 100 })));
+    // And 49, 99, 149, 199.
+    assert!(matches!(sample(4, 99), Err(Error::DiskRead { slot: 199, .. })));
+    assert_eq!(sample(4, 99).expect("readable again"), 4);
+    let metrics = fixture.store.metrics();
+    assert_eq!((metrics.pages_on_disk.get(), metrics.pages_lost.get(), metrics.errors_corrupt.get()), (200, 0, 0));
+    assert_eq!(metrics.disk_read_errors.get(), 0, "no load has failed");
+    end(&fixture.store);
+    assert_eq!(fixture.store.sample_disk(&mut buffer, 4, 0).expect("the end"), 0);
+}
+
+#[test]
+fn a_load_that_the_disk_fails_is_counted() {
+    let disk = Faults::new(MemoryDisk::new(40 * SEGMENT_BYTES), "read:1:eio").expect("rules");
+    let mut fixture = Fixture::new(100, disk_of(40, disk));
+    fixture.put(0..1, true).expect("room");
+    fixture.write_back(What::All);
+    let failed = fixture.store.load(0, &mut [0; PAGE_SIZE], &mut fixture.scratch);
+    assert!(matches!(failed, Err(Error::DiskRead { slot: 0, .. })));
+    let metrics = fixture.store.metrics();
+    assert_eq!((metrics.disk_read_errors.get(), metrics.disk_reads.get()), (1, 0));
+    fixture.read(0);
+    end(&fixture.store);
+}
+
+#[test]
 fn the_hook_is_asked_before_the_disk_is_read_and_only_then() {
     let mut fixture = Fixture::new(100, memory_disk(40));
     fixture.store.set_promoting(false);
