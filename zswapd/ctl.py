@@ -208,14 +208,14 @@ def upgrade(config: Config, as_json: bool) -> None:
         upgraded = Pager(config.swap.mount_point).upgrade()
     except BrokenPipeError:  # how the pager says so, and none of GONE
         raise DaemonError(
-            "not upgraded, the old pager goes on: its keeper is gone", "stop zswapd and start it again"
+            "not upgraded, the old version goes on: its keeper is gone", "stop zswapd and start it again"
         ) from None
     except GONE:
         raise DaemonError(f"no pager serves {config.swap.mount_point}", swapdev.START_HINT) from None
     except TimeoutError as error:
         raise DaemonError(f"the upgrade has begun, and is not done: {error.strerror}", "see the log") from None
     except OSError as error:
-        raise DaemonError(f"not upgraded, the old pager goes on: {error.strerror}", "see its log") from None
+        raise DaemonError(f"not upgraded, the old version goes on: {error.strerror}", "see its log") from None
     if as_json:
         _print_json(dataclasses.asdict(upgraded))
     else:

@@ -6,8 +6,8 @@ import logging
 import os
 import select
 import signal
-from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -77,21 +77,26 @@ def end_left_over(mount_point: Path, proc: Path = Path("/proc")) -> None:
     """
     wanted = [b"--control", os.fsencode(socket_path(mount_point))]
     for directory in proc.glob("[0-9]*"):
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError), _process(int(directory.name)) as process:  # it may have ended meanwhile
             # The name is the kernel's. A command line lies in the process's own memory: only a pager's is not in swap.
             if (directory / "comm").read_text(errors="replace").rstrip("\n") != pager.PROGRAM.name:
                 continue
             words = (directory / "cmdline").read_bytes().split(b"\0")
-            if wanted not in map(list, itertools.pairwise(words)):
-                continue
-            process = os.pidfd_open(int(directory.name))
-            try:
+            if wanted in map(list, itertools.pairwise(words)):
                 signal.pidfd_send_signal(process, signal.SIGKILL)
                 poll = select.poll()
                 poll.register(process, select.POLLIN)
                 poll.poll()
-            finally:
-                os.close(process)
+
+
+@contextmanager
+def _process(pid: int) -> Iterator[int]:
+    """A descriptor of the process that has this number now: it leads to no other that has the number later."""
+    process = os.pidfd_open(pid)
+    try:
+        yield process
+    finally:
+        os.close(process)
 
 
 def _lock_again(options: Mapping[str, str]) -> None:

@@ -187,15 +187,20 @@ class Pager:
     def upgrade(self) -> Upgraded:
         """Puts what its program's file has become in its place, and returns when that serves.
 
-        Raises OSError: nothing has changed, and the old one goes on; TimeoutError: the new one does not serve yet.
+        Raises OSError: the version that served goes on, by ECANCELED in another pager; TimeoutError: none serves yet.
         """
-        before = self.status()["pid"]
+        before = self.status()
         with contextlib.suppress(InterruptedError):  # how an answer looks that the old one did not live to give
             self._ask("upgrade")
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
-            if (now := self.status()["pid"]) != before:
-                return Upgraded(before, now, self._counters.stats()["takeover_seconds"])
+            with contextlib.suppress(TimeoutError):  # it recovers
+                now = self.status()
+                if now["keeper"] == before["keeper"] and now["program"] > before["program"]:
+                    return Upgraded(before["pid"], now["pid"], self._counters.stats()["takeover_seconds"])
+                if now["pid"] != before["pid"]:
+                    why = f"pager {before['pid']} is gone, and pager {now['pid']}, of the same version, has taken over"
+                    raise OSError(errno.ECANCELED, why)
             time.sleep(0.01)
         raise TimeoutError(errno.ETIMEDOUT, f"no other pager serves after {_START_SECONDS} s")
 
@@ -203,7 +208,8 @@ class Pager:
         """pid; keeper and standby: theirs, 0 without; device: the mount's st_dev; opens of the swap file; protected: 1
         if the kernel let it lock memory, serve reclaim and outlive the OOM killer; forgets: 1 if it stores nothing;
         footprint: bytes of its memory beside the pool and its tables; takeovers: how often a pager has taken over;
-        resend: 1 if the kernel sends again what a pager that is gone had not answered."""
+        resend: 1 if the kernel sends again what a pager that is gone had not answered; program: which one it runs, a
+        higher number behind each upgrade."""
         return _numbers(self._ask("status")[0])
 
     # What every engine does (engine.Engine)

@@ -16,8 +16,9 @@ from tests.machine import lacks
 from tests.takeover import status, with_standby
 from zswapd import pager
 from zswapd.config import load
+from zswapd.pager import Pager
 
-NAMES = ["zswapd-fuse", "zswapd-state", "zswapd-counters", "zswapd-control"]
+NAMES = ["zswapd-fuse", "zswapd-state", "zswapd-counters", "zswapd-control", "zswapd-program"]
 #: Has the descriptors from 3 on, as systemd passes them, and says that they are for itself.
 _STARTED = """
 import os, sys
@@ -176,3 +177,44 @@ def test_keeper_and_pagers_are_killed_and_the_next_keeper_goes_on(
             while systemd.stored:
                 systemd.listen()
     assert not Path(f"{daemon.mount_point}.sock").exists()
+
+
+def test_the_next_keeper_goes_on_with_the_version_that_has_served(
+    make_daemon: Callable[..., Daemon], systemd: Systemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    daemon = make_daemon(swap__data_path="pager")
+    daemon.configure()
+    program, new = daemon.directory / "zswapd-pager", daemon.directory / "new"
+
+    def install(content: bytes) -> int:
+        new.write_bytes(content)
+        new.chmod(0o755)
+        new.rename(program)
+        return program.stat().st_ino
+
+    whole = pager.PROGRAM.read_bytes()
+    monkeypatch.setattr(pager, "PROGRAM", program)
+    served = install(whole)
+    with keeper(daemon, systemd) as first:
+        with_standby(daemon)
+        # Installed, and not upgraded to.
+        install(b"")
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+        with keeper(daemon, systemd) as second:
+            now = with_standby(daemon)
+            assert [Path(f"/proc/{now[who]}/exe").stat().st_ino for who in ("pid", "standby")] == [served] * 2
+            upgraded = install(whole)
+            Pager(daemon.mount_point).upgrade()
+            while "zswapd-program" not in systemd.stored or inode(systemd.stored["zswapd-program"]) != upgraded:
+                systemd.listen()
+            Pager(daemon.mount_point).stop()
+            assert second.wait(DEADLINE_SECONDS) == 0
+            while systemd.stored:
+                systemd.listen()
+
+
+def inode(fd: int) -> int:
+    return os.fstat(fd).st_ino

@@ -1,21 +1,21 @@
 """A pager that is gone costs a pause, and no page: seen from the swap file, without swap."""
 
 import errno
-import json
+import itertools
 import os
 import re
+import resource
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.daemon import DEADLINE_SECONDS, ENVIRONMENT, Daemon, state_file, wait_until
+from tests.daemon import Daemon, descriptors, wait_until
 from tests.errnos import raises_errno
+from tests.fuse.scribbling import scribbling
 from tests.machine import lacks
 from tests.pages import PAGE, noise
 from tests.takeover import kill, kill_and_wait, kill_at_random, report, status, with_standby
@@ -24,7 +24,6 @@ from zswapd.pager import Pager
 
 MakeDaemon = Callable[..., Daemon]
 ROOT = Path(__file__).parents[2]
-SCRIBBLERS = 3
 DEBUG_PAGER = ROOT / "native/target/debug/zswapd-pager"
 
 
@@ -33,51 +32,6 @@ def daemon(make_daemon: MakeDaemon) -> Daemon:
     if os.geteuid() != 0:
         lacks("root, which a pager needs to mount")
     return make_daemon(swap__data_path="pager").start()
-
-
-@contextmanager
-def scribbling(daemon: Daemon, failures: Path | None = None) -> Iterator[Callable[[], None]]:
-    """Processes that use all of the swap file. What is given ends them, and looks at what they have found: no wrong
-    page and, unless `failures` is a file in which to say them, none of those.
-    """
-    pages = (64 << 20) // PAGE // SCRIBBLERS
-    command = [sys.executable, "-m", "tests.fuse.scribbler", str(daemon.swapfile)]
-    pipe = subprocess.PIPE
-    said = failures.open("w") if failures else None
-    processes = [
-        subprocess.Popen(
-            [*command, str(n * pages), str(pages), str(n)],
-            stdin=pipe,
-            stdout=pipe,
-            stderr=said,
-            text=True,
-            env=ENVIRONMENT,
-            cwd=ROOT,
-        )
-        for n in range(SCRIBBLERS)
-    ]
-
-    def end() -> None:
-        failed = 0
-        for process in processes:
-            output, _ = process.communicate(timeout=DEADLINE_SECONDS)
-            result = json.loads(output)
-            assert process.returncode == 0
-            assert result["wrong"] == 0, result
-            assert result["operations"] > pages // 32
-            failed += result["failed"]
-            print(result)
-        assert failures or failed == 0
-
-    try:
-        wait_until(lambda: status(daemon)["opens"] == SCRIBBLERS, "all of them have it open")
-        yield end
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        if said:
-            said.close()
 
 
 def one_page(daemon: Daemon) -> Callable[[], None]:
@@ -91,6 +45,11 @@ def one_page(daemon: Daemon) -> Callable[[], None]:
             assert os.pread(swapfile, PAGE, at) == content
 
     return use
+
+
+def script(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
 
 
 def alive(pid: int) -> bool:
@@ -167,7 +126,7 @@ def test_where_the_kernel_cannot_ask_again_requests_fail_and_none_hangs(make_dae
         lacks("the pager's debug build: cargo build --package zswapd-pager, as make test does")
     daemon = make_daemon(swap__data_path="pager")
     daemon.pager = daemon.directory / "pager"
-    install(daemon.pager, f'exec {DEBUG_PAGER} "$@" --resend off')
+    script(daemon.pager, f'exec {DEBUG_PAGER} "$@" --resend off')
     daemon.start()
     failures = daemon.directory / "failures"
     failures.touch()
@@ -241,87 +200,57 @@ def test_unmounted_by_somebody_else_all_of_it_ends(daemon: Daemon) -> None:
     assert not Path(f"{daemon.mount_point}.sock").exists()
 
 
-@pytest.fixture
-def program(make_daemon: MakeDaemon) -> tuple[Daemon, Path]:
-    """A daemon, and the file of its pager's program, which may be replaced."""
+def test_while_no_successor_starts_the_pages_wait_for_one(make_daemon: MakeDaemon) -> None:
     if os.geteuid() != 0:
         lacks("root, which a pager needs to mount")
     daemon = make_daemon(swap__data_path="pager")
-    daemon.pager = daemon.directory / "pager"
-    install(daemon.pager)
-    return daemon.start(), daemon.pager
-
-
-def install(path: Path, script: str | None = None) -> None:
-    """The program, or a script in its place."""
-    new = path.with_suffix(".new")
-    new.write_bytes(pager.PROGRAM.read_bytes() if script is None else f"#!/bin/sh\n{script}\n".encode())
-    new.chmod(0o755)
-    new.rename(path)
-
-
-def test_an_upgrade_hands_over(program: tuple[Daemon, Path]) -> None:
-    daemon, path = program
-    before = with_standby(daemon)
-    with scribbling(daemon) as end:
-        install(path)
-        inode = path.stat().st_ino
-        Pager(daemon.mount_point).upgrade()
-        wait_until(lambda: status(daemon)["pid"] != before["pid"], "the new version serves")
-        after = with_standby(daemon)
-        assert after["keeper"] == before["keeper"]
-        assert Path(f"/proc/{after['pid']}/exe").stat().st_ino == inode
-        wait_until(lambda: not alive(before["standby"]), "the old standby ends")
-        end()
-    assert daemon.stop() == 0
-
-
-def test_an_upgrade_that_cannot_be_is_refused_and_all_goes_on(program: tuple[Daemon, Path]) -> None:
-    daemon, path = program
-    before = with_standby(daemon)
-    install(path, "exit 3")
-    with pytest.raises(OSError, match="before it was ready"):
-        Pager(daemon.mount_point).upgrade()
-    after = with_standby(daemon)
-    assert (after["pid"], after["standby"]) == (before["pid"], before["standby"])
-    # And again, and then with one that can.
-    with pytest.raises(OSError, match="before it was ready"):
-        Pager(daemon.mount_point).upgrade()
-    install(path)
-    Pager(daemon.mount_point).upgrade()
-    wait_until(lambda: status(daemon)["pid"] not in (0, before["pid"]), "the new version serves")
-
-
-@pytest.mark.parametrize(("at", "reason"), [(8, "of version"), (0, "none of zswapd's"), (20, "header is damaged")])
-def test_a_state_that_the_new_version_does_not_know_is_refused_and_left_alone(
-    daemon: Daemon, at: int, reason: str
-) -> None:
-    before = with_standby(daemon)
+    daemon.pager, starts = daemon.directory / "pager", daemon.directory / "starts"
+    script(daemon.pager, f'if [ -e {starts} ]; then echo >>{starts}; exit 1; fi; exec {pager.PROGRAM} "$@"')
+    before = with_standby(daemon.start())
     with daemon.opened() as swapfile:
         os.pwrite(swapfile, noise(1), 0)
-        with state_file(daemon) as state:
-            state[at] ^= 0xFF
-            try:
-                with pytest.raises(OSError, match=reason):
-                    Pager(daemon.mount_point).upgrade()
-            finally:
-                state[at] ^= 0xFF
-        assert status(daemon)["pid"] == before["pid"]
-        assert os.pread(swapfile, PAGE, 0) == noise(1)
-        Pager(daemon.mount_point).upgrade()
-        assert os.pread(swapfile, PAGE, 0) == noise(1)
-
-
-def test_while_no_successor_starts_the_pages_wait_for_one(program: tuple[Daemon, Path]) -> None:
-    daemon, path = program
-    before = with_standby(daemon)
-    with daemon.opened() as swapfile:
-        os.pwrite(swapfile, noise(1), 0)
-        install(path, f"echo >>{path}.starts; exit 1")
+        starts.touch()
         kill(daemon, before["standby"])
         kill(daemon, before["pid"])
-        starts = Path(f"{path}.starts")
-        wait_until(lambda: starts.exists() and starts.stat().st_size >= 6, "several starts")
-        install(path)
+        wait_until(lambda: starts.stat().st_size >= 6, "several starts")
+        starts.unlink()
         assert os.pread(swapfile, PAGE, 0) == noise(1)
     assert status(daemon)["keeper"] == before["keeper"]
+
+
+def test_while_descriptors_are_short_nobody_is_left_unreaped(daemon: Daemon) -> None:
+    """One that cannot be watched is not started: with room for its channel, and none for its own descriptor."""
+    before = with_standby(daemon)
+    keeper = before["keeper"]
+    limits = resource.prlimit(keeper, resource.RLIMIT_NOFILE)
+    used = {int(path.name) for path in descriptors(keeper)}
+    lowest = next(number for number in itertools.count() if number not in used)
+    kill(daemon, before["standby"])
+
+    def another() -> bool:
+        return status(daemon)["standby"] not in (0, before["standby"])
+
+    for limit in itertools.count(lowest):
+        said = daemon.log().count("cannot start a pager")
+        resource.prlimit(keeper, resource.RLIMIT_NOFILE, (limit, limits[1]))
+
+        def tried(said: int = said) -> bool:
+            return daemon.log().count("cannot start a pager") > said or another()
+
+        wait_until(tried, "a try")
+        if another():
+            break
+    assert "cannot start a pager: Too many open files" in daemon.log()
+    children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+    assert sorted(map(int, children)) == sorted(with_standby(daemon)[who] for who in ("pid", "standby"))
+    resource.prlimit(keeper, resource.RLIMIT_NOFILE, limits)
+
+
+def test_standbys_that_are_stopped_take_over(daemon: Daemon) -> None:
+    with scribbling(daemon) as end:
+        for _ in range(10):
+            now = with_standby(daemon)
+            os.kill(now["standby"], signal.SIGSTOP)
+            kill(daemon, now["pid"])
+            one_page(daemon)()
+        end()

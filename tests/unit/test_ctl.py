@@ -341,8 +341,14 @@ def test_an_upgrade_says_who_serves_now(monkeypatch: pytest.MonkeyPatch) -> None
     ("error", "text"),
     [
         (FileNotFoundError(errno.ENOENT, "none"), "no pager serves /run/zswapd-test/mnt\nstart it"),
-        (BrokenPipeError(errno.EPIPE, "gone"), "not upgraded, the old pager goes on: its keeper is gone\nstop zswapd"),
-        (OSError(errno.EINVAL, "state version 4"), "not upgraded, the old pager goes on: state version 4\nsee its log"),
+        (
+            BrokenPipeError(errno.EPIPE, "gone"),
+            "not upgraded, the old version goes on: its keeper is gone\nstop zswapd",
+        ),
+        (
+            OSError(errno.EINVAL, "state version 4"),
+            "not upgraded, the old version goes on: state version 4\nsee its log",
+        ),
         (TimeoutError(errno.ETIMEDOUT, "too long"), "the upgrade has begun, and is not done: too long"),
     ],
 )

@@ -171,13 +171,32 @@ def test_pagers_that_a_keeper_has_left_are_ended_and_nobody_else(
 
 def test_nobody_else_s_command_line_is_read(tmp_path: Path) -> None:
     """It may lie in the swap that waits."""
-    (tmp_path / "7").mkdir()
-    (tmp_path / "7/comm").write_text("zswapd-pages\n")
-    os.mkfifo(tmp_path / "7/cmdline")
+    directory = tmp_path / str(os.getpid())
+    directory.mkdir()
+    (directory / "comm").write_text("zswapd-pages\n")
+    os.mkfifo(directory / "cmdline")
     asked = threading.Thread(target=launch.end_left_over, args=(tmp_path / "mnt", tmp_path), daemon=True)
     asked.start()
     asked.join(DEADLINE_SECONDS)
     assert not asked.is_alive()
+
+
+def test_a_number_that_is_another_s_by_now_ends_nobody(
+    processes: dict[str, subprocess.Popen[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / str(processes["reader"].pid)
+    directory.mkdir()
+    (directory / "comm").write_text("zswapd-pager\n")
+    (directory / "cmdline").write_text(f"zswapd-pager\0--control\0{socket_path(tmp_path / 'mnt')}\0")
+    pidfd_open = os.pidfd_open
+
+    def after_it_has_ended(pid: int) -> int:
+        (directory / "comm").write_text("less\n")
+        return pidfd_open(pid)
+
+    monkeypatch.setattr(os, "pidfd_open", after_it_has_ended)
+    launch.end_left_over(tmp_path / "mnt", tmp_path)
+    assert processes["reader"].poll() is None
 
 
 async def test_a_start_may_be_given_up(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ use crate::socket::{self, receive_with_descriptor, send_with_descriptor};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-/// What a message is about.
+/// What a message is about. The keeper may be of another version than its pager: no number ever means something else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
@@ -27,10 +27,13 @@ pub enum Kind {
     HandOver,
     /// The keeper: there is no successor to hand over to, and why.
     Refused,
+    /// The keeper, before `Go`: the number says which program it runs. The first is 1; one that an upgrade has put in its
+    /// place has a higher one.
+    Program,
 }
 
 impl Kind {
-    const ALL: [Kind; 9] = [
+    const ALL: [Kind; 10] = [
         Kind::Ready,
         Kind::Serving,
         Kind::Relay,
@@ -40,6 +43,7 @@ impl Kind {
         Kind::Standby,
         Kind::HandOver,
         Kind::Refused,
+        Kind::Program,
     ];
 }
 

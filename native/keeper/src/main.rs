@@ -9,13 +9,17 @@
 
 mod kept;
 mod pager;
+mod patience;
 mod say;
 mod state_file;
 mod systemd;
 
 use kept::Kept;
 use pager::{Ended, Pager, Program};
+use patience::{Patience, LOOK};
 use std::ffi::OsString;
+use std::fmt::Arguments;
+use std::io::{Cursor, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -30,7 +34,7 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(10), Duration::from_secs(5)
 /// Who a pager is.
 const ACTIVE: usize = 0;
 const STANDBY: usize = 1;
-/// Of the program's new version: takes the standby's place, and then the active one's.
+/// Of the program's new version: takes the standby's place, and then the active one's. Or one that is being ended.
 const CANDIDATE: usize = 2;
 
 struct Keeper {
@@ -43,6 +47,12 @@ struct Keeper {
     /// Pagers that have ended since all was well.
     failures: u32,
     next_try: Instant,
+    /// At those who are waited for.
+    next_look: Instant,
+    /// Candidates so far.
+    candidates: u64,
+    /// There is to be a candidate as soon as the last one has ended.
+    upgrade_asked: bool,
     systemd: Systemd,
     /// It has been told that we serve.
     is_told: bool,
@@ -64,7 +74,7 @@ fn main() -> ExitCode {
 
 /// All that allocates.
 fn prepare() -> Result<Keeper, String> {
-    let stored = systemd::stored();
+    let (stored, file) = systemd::stored();
     // Pages may be there from before.
     let has_served = stored.is_some();
     let mut words: Vec<OsString> = std::env::args_os().skip(1).collect();
@@ -84,7 +94,7 @@ fn prepare() -> Result<Keeper, String> {
     let at = words.iter().position(|word| word == "--pager").unwrap_or(0);
     words.drain(at..at + 2);
     words.insert(0, program);
-    let program = Program::new(words, &kept).map_err(|error| format!("cannot prepare a pager: {error}"))?;
+    let program = Program::new(words, &kept, file).map_err(|error| format!("cannot prepare a pager: {error}"))?;
     let systemd = Systemd::new();
     // The pager says what is refused: it is the same.
     let _the_pager_says = protect();
@@ -96,6 +106,9 @@ fn prepare() -> Result<Keeper, String> {
         gone_at: None,
         failures: 0,
         next_try: Instant::now(),
+        next_look: Instant::now(),
+        candidates: 0,
+        upgrade_asked: false,
         systemd,
         is_told: false,
         kept,
@@ -106,8 +119,8 @@ impl Keeper {
     /// Until the active pager ends as it was told to, or none ever serves.
     fn run(&mut self) -> ExitCode {
         let status = loop {
-            let pause = self.start_and_let_go();
-            self.wait(pause);
+            self.start_and_let_go();
+            self.wait();
             for who in [ACTIVE, STANDBY, CANDIDATE] {
                 self.listen_to(who);
             }
@@ -115,50 +128,61 @@ impl Keeper {
             if let Some(status) = [CANDIDATE, STANDBY, ACTIVE].into_iter().find_map(|who| self.miss(who)) {
                 break status;
             }
+            self.look();
         };
         self.pagers.iter_mut().filter_map(Option::take).for_each(Pager::end);
         self.systemd.ended();
         ExitCode::from(status)
     }
 
-    /// There is always to be an active pager and, when it serves, a standby. Returns after which pause to look again.
-    fn start_and_let_go(&mut self) -> Option<Duration> {
-        if let Some(left) = self.pause() {
-            return Some(left);
+    /// There is always to be an active pager and, when it serves, a standby.
+    fn start_and_let_go(&mut self) {
+        if self.upgrade_asked && self.pagers[CANDIDATE].is_none() {
+            self.upgrade_asked = false;
+            self.start_candidate();
+        }
+        if Instant::now() < self.next_try {
+            return;
         }
         match &self.pagers {
             [None, Some(standby), _] if standby.ready => self.let_go(),
-            [None, None, _] => self.start(STANDBY),
-            [Some(active), None, None] if active.serving => self.start(STANDBY),
+            [None, None, _] => self.start_standby(),
+            [Some(active), None, _] if active.serving => self.start_standby(),
             _ => {}
         }
-        self.pause()
-    }
-
-    /// What is left of it.
-    fn pause(&self) -> Option<Duration> {
-        Some(self.next_try.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero())
     }
 
     fn let_go(&mut self) {
         self.pagers.swap(ACTIVE, STANDBY);
-        let now = Instant::now();
-        let since = self.gone_at.map_or(0, |gone| (now - gone).as_nanos() as u64 + 1);
+        let Some(pager) = &mut self.pagers[ACTIVE] else { return };
+        pager.patience = Patience::default();
+        let since = self.gone_at.map_or(0, |gone| gone.elapsed().as_nanos() as u64 + 1);
         let relay = self.relay.as_ref().map(AsFd::as_fd);
-        if let Some(channel) = self.pagers[ACTIVE].as_ref().and_then(|pager| pager.channel.as_ref()) {
+        if let Some(channel) = &pager.channel {
             // One that does not take it is about to be missed.
+            let _ = channel.send(Kind::Program, pager.number, "", None);
             let _ = channel.send(Kind::Go, since, "", relay);
         }
+        // Somebody may have stopped it while nobody needed it.
+        pager.signal(libc::SIGCONT);
     }
 
-    fn start(&mut self, who: usize) {
+    fn start_standby(&mut self) {
         match self.program.start() {
-            Ok(pager) => self.pagers[who] = Some(pager),
+            Ok(pager) => self.pagers[STANDBY] = Some(pager),
             Err(error) => {
                 say!("cannot start a pager: {error}");
                 self.failures += 1;
                 self.failed();
             }
+        }
+    }
+
+    fn start_candidate(&mut self) {
+        self.candidates += 1;
+        match self.program.start_new(self.candidates + 1) {
+            Ok(pager) => self.pagers[CANDIDATE] = Some(pager),
+            Err(error) => self.refuse(format_args!("it cannot be started: {error}")),
         }
     }
 
@@ -172,8 +196,8 @@ impl Keeper {
         self.next_try = Instant::now() + pause;
     }
 
-    /// Waits until a pager says something or ends, or the pause is over.
-    fn wait(&self, pause: Option<Duration>) {
+    /// Waits until a pager says something or ends, or it is time to try or to look again.
+    fn wait(&self) {
         let mut fds = [libc::pollfd { fd: -1, events: libc::POLLIN, revents: 0 }; 6];
         for (pager, fds) in self.pagers.iter().zip(fds.chunks_exact_mut(2)) {
             if let Some(pager) = pager {
@@ -181,9 +205,51 @@ impl Keeper {
                 fds[1].fd = pager.channel.as_ref().map_or(-1, AsRawFd::as_raw_fd);
             }
         }
-        let milliseconds = pause.map_or(-1, |left| left.as_millis() as libc::c_int + 1);
+        let now = Instant::now();
+        let look = (0..self.pagers.len()).any(|who| self.is_waited_for(who)).then_some(self.next_look);
+        let next = Some(self.next_try).filter(|at| *at > now).into_iter().chain(look).min();
+        let milliseconds = next.map_or(-1, |at| at.saturating_duration_since(now).as_millis() as libc::c_int + 1);
         // SAFETY: six valid pollfds. Whatever it returns, who is there is looked at.
         unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, milliseconds) };
+    }
+
+    /// Whether a pager is to do something before long: get ready, take over, or end. The first one's start is watched by
+    /// who has started us.
+    fn is_waited_for(&self, who: usize) -> bool {
+        let Some(pager) = self.pagers[who].as_ref().filter(|_| self.has_served) else { return false };
+        pager.dismissed || if who == ACTIVE { !pager.serving } else { !pager.ready }
+    }
+
+    /// Kills those that do not get on with it: the next one may.
+    fn look(&mut self) {
+        if Instant::now() < self.next_look {
+            return;
+        }
+        self.next_look = Instant::now() + LOOK;
+        for who in [ACTIVE, STANDBY, CANDIDATE] {
+            if !self.is_waited_for(who) {
+                continue;
+            }
+            let Some(pager) = &mut self.pagers[who] else { continue };
+            if !pager.patience.is_over(pager.ran(), who == ACTIVE) {
+                continue;
+            }
+            pager.signal(libc::SIGKILL);
+            let pid = pager.pid;
+            match who {
+                ACTIVE => say!("pager {pid} does not get on with taking over: it is killed"),
+                STANDBY => say!("pager {pid} does not get ready: it is killed"),
+                _ if !std::mem::replace(&mut pager.dismissed, true) => {
+                    self.refuse(format_args!("pager {pid} did not get ready, and was killed"));
+                }
+                _ => {
+                    say!("pager {pid} does not end, though it was killed");
+                    if std::mem::take(&mut self.upgrade_asked) {
+                        self.refuse(format_args!("pager {pid}, which was refused before, does not end"));
+                    }
+                }
+            }
+        }
     }
 
     fn listen_to(&mut self, who: usize) {
@@ -207,31 +273,43 @@ impl Keeper {
                 pager.ready = true;
                 match who {
                     STANDBY => self.tell_standby(),
+                    _ if pager.dismissed => {}
                     _ => self.tell(Kind::HandOver, 0, ""),
                 }
             }
             (ACTIVE, Kind::Serving) => {
                 pager.serving = true;
                 let pid = pager.pid;
-                self.serves(pid);
+                // From now on: one that never serves is not followed by more of its kind.
+                let new = pager.file.take().map(|file| (file, pager.number));
+                self.serves(pid, new);
             }
             (ACTIVE, Kind::Relay) => self.relay = message.descriptor,
-            (ACTIVE, Kind::Upgrade) => self.upgrade(),
-            (CANDIDATE, Kind::Failed) => {
-                pager.said_why = true;
-                self.tell(Kind::Refused, 0, message.text);
+            (ACTIVE, Kind::Upgrade) => {
+                self.upgrade_asked = true;
+                self.dismiss_candidate();
+            }
+            (CANDIDATE, Kind::Failed) if !std::mem::replace(&mut pager.dismissed, true) => {
+                self.refuse(format_args!("{}", message.text));
             }
             _ => {}
         }
     }
 
-    fn serves(&mut self, pid: libc::pid_t) {
+    /// `new`: the program that it runs, if it is not what served before.
+    fn serves(&mut self, pid: libc::pid_t, new: Option<(OwnedFd, u64)>) {
         if let Some(gone) = self.gone_at.take() {
             say!("pager {pid} serves, {} ms after the last one was gone", gone.elapsed().as_millis());
         }
         self.has_served = true;
+        let is_new = new.is_some();
+        if let Some((file, number)) = new {
+            (self.program.file, self.program.number) = (file, number);
+        }
         if !std::mem::replace(&mut self.is_told, true) {
-            self.systemd.serving(self.kept.to_store());
+            self.systemd.serving(self.kept.to_store(), self.program.file.as_fd());
+        } else if is_new {
+            self.systemd.upgraded(self.program.file.as_fd());
         }
         self.tell_standby();
     }
@@ -252,13 +330,21 @@ impl Keeper {
         }
     }
 
-    fn upgrade(&mut self) {
-        if let Some(earlier) = self.pagers[CANDIDATE].take() {
-            earlier.end();
-        }
-        self.start(CANDIDATE);
-        if self.pagers[CANDIDATE].is_none() {
-            self.tell(Kind::Refused, 0, "the new version cannot be started: see the log");
+    /// Tells who has asked for an upgrade that there is none.
+    fn refuse(&self, why: Arguments<'_>) {
+        say!("no upgrade to the new version: {why}");
+        let mut room = [0; ROOM];
+        let mut text = Cursor::new(&mut room[..]);
+        let _cut_off = text.write_fmt(why);
+        let length = text.position() as usize;
+        self.tell(Kind::Refused, 0, std::str::from_utf8(&room[..length]).unwrap_or("see the log"));
+    }
+
+    /// Ends the candidate, if there is one; does not wait for that, since it may hang.
+    fn dismiss_candidate(&mut self) {
+        if let Some(candidate) = &mut self.pagers[CANDIDATE] {
+            candidate.dismissed = true;
+            candidate.signal(libc::SIGKILL);
         }
     }
 
@@ -273,12 +359,8 @@ impl Keeper {
             // It has said why, or the kernel has.
             (_, Ended::Exited(status)) if !self.has_served => return Some(status.max(1)),
             (_, Ended::Signalled(_)) if !self.has_served => return Some(1),
-            (CANDIDATE, _) => {
-                say!("the new version is gone before it was ready ({ended}): the old one goes on");
-                if !pager.said_why {
-                    self.tell(Kind::Refused, 0, "the new version has ended before it was ready: see the log");
-                }
-            }
+            (CANDIDATE, _) if pager.dismissed => {}
+            (CANDIDATE, _) => self.refuse(format_args!("it has ended before it was ready ({ended})")),
             (STANDBY, _) => {
                 say!("the standby, {}, is gone ({ended})", pager.pid);
                 self.failed();
@@ -291,20 +373,16 @@ impl Keeper {
 
     fn take_over(&mut self, pid: libc::pid_t, ended: Ended) {
         self.gone_at = self.gone_at.or(Some(Instant::now()));
-        let mut other = None;
-        if let Some(candidate) = self.pagers[CANDIDATE].take() {
-            // It takes over from one that has handed over to it, and not otherwise.
-            let next;
-            (next, other) = match ended == Ended::Exited(HAND_OVER) && candidate.ready {
-                true => (Some(candidate), self.pagers[STANDBY].take()),
-                false => (self.pagers[STANDBY].take(), Some(candidate)),
-            };
-            self.pagers[STANDBY] = next;
+        // Who has asked for one is gone.
+        self.upgrade_asked = false;
+        // The candidate takes over from one that has handed over to it, and not otherwise.
+        let is_next = |candidate: &Pager| ended == Ended::Exited(HAND_OVER) && candidate.ready && !candidate.dismissed;
+        if self.pagers[CANDIDATE].as_ref().is_some_and(is_next) {
+            self.pagers.swap(STANDBY, CANDIDATE);
         }
         self.failed();
         self.start_and_let_go();
-        // Not before: it may hang, and so would all pages.
-        other.into_iter().for_each(Pager::end);
+        self.dismiss_candidate();
         say!("pager {pid} is gone ({ended}): the standby takes over");
     }
 }

@@ -1,16 +1,25 @@
 //! A pager as its keeper sees it: started, listened to, missed.
 
 use crate::kept::Kept;
+use crate::patience::Patience;
 use std::ffi::{CString, OsString};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::ptr;
-use zswapd_keeper::channel::Channel;
+use zswapd_keeper::channel::{Channel, Kind};
 use zswapd_keeper::socket;
 
-/// The program, and its arguments as execv(2) wants them.
+extern "C" {
+    static environ: *const *const libc::c_char;
+}
+
+/// The program, and its arguments as execve(2) wants them.
 pub struct Program {
+    /// What serves. Whatever has become of its path meanwhile, a standby is of the same version.
+    pub file: OwnedFd,
+    /// Which it is: counted, the first is 1.
+    pub number: u64,
     /// Invariant: what `arguments` points to.
     _words: Vec<CString>,
     arguments: Vec<*const libc::c_char>,
@@ -29,8 +38,13 @@ pub struct Pager {
     pub ready: bool,
     /// It has said that it serves.
     pub serving: bool,
-    /// It has said why it cannot.
-    pub said_why: bool,
+    /// Nothing more is expected of it than its end.
+    pub dismissed: bool,
+    /// Its program: which it is, and its file if it is not what serves.
+    pub number: u64,
+    pub file: Option<OwnedFd>,
+    /// While it is waited for.
+    pub patience: Patience,
 }
 
 /// How a process has ended.
@@ -41,8 +55,9 @@ pub enum Ended {
 }
 
 impl Program {
-    /// `words`: the program's path, then the arguments that all pagers have.
-    pub fn new(words: Vec<OsString>, kept: &Kept) -> io::Result<Program> {
+    /// `words`: the program's path, then the arguments that all pagers have. `file`: what has served before, if there was
+    /// something.
+    pub fn new(words: Vec<OsString>, kept: &Kept, file: Option<OwnedFd>) -> io::Result<Program> {
         let channel = OwnedFd::from(std::fs::File::open("/dev/null")?);
         let descriptors = kept.descriptors(channel.as_raw_fd());
         let inherited = [descriptors.fuse, descriptors.state, descriptors.counters, descriptors.control];
@@ -50,47 +65,95 @@ impl Program {
         let words: io::Result<Vec<CString>> =
             words.into_iter().chain(more).map(|word| Ok(CString::new(word.into_vec())?)).collect();
         let words = words?;
-        let arguments = words.iter().map(|word| word.as_ptr()).chain([ptr::null()]).collect();
-        Ok(Program { _words: words, arguments, channel, inherited })
+        let arguments: Vec<_> = words.iter().map(|word| word.as_ptr()).chain([ptr::null()]).collect();
+        let file = file.map_or_else(|| open(arguments[0]), Ok)?;
+        Ok(Program { file, number: 1, _words: words, arguments, channel, inherited })
     }
 
-    /// Starts a pager. Allocates nothing.
+    /// Starts a pager of what serves. Allocates nothing.
     pub fn start(&self) -> io::Result<Pager> {
+        self.start_from(&self.file, self.number)
+    }
+
+    /// Starts a pager of what lies at the program's path by now.
+    pub fn start_new(&self, number: u64) -> io::Result<Pager> {
+        let file = open(self.arguments[0])?;
+        let pager = self.start_from(&file, number)?;
+        Ok(Pager { file: Some(file), ..pager })
+    }
+
+    fn start_from(&self, file: &OwnedFd, number: u64) -> io::Result<Pager> {
         let (ours, theirs) = socket::pair()?;
         // SAFETY: there is one thread, and what the child does is only system calls.
         let pid = unsafe { libc::fork() };
         match pid {
-            0 => self.become_pager(&theirs),
+            0 => self.become_pager(file, theirs),
             1.. => {}
             _ => return Err(io::Error::last_os_error()),
         }
         // SAFETY: plain system call; the child is ours, and not reaped, so that the number is its.
         let process = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } as RawFd;
         if process < 0 {
-            // Its channel hangs up, and it ends.
-            return Err(io::Error::last_os_error());
+            let error = io::Error::last_os_error();
+            // SAFETY: as above; nobody else waits for it.
+            unsafe {
+                libc::kill(pid, libc::SIGKILL);
+                libc::waitpid(pid, ptr::null_mut(), 0);
+            }
+            return Err(error);
         }
         // SAFETY: just returned by the kernel, and nobody else has it; then a flag of a descriptor that we own.
         let process = unsafe {
             libc::fcntl(ours.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK);
             OwnedFd::from_raw_fd(process)
         };
-        Ok(Pager { pid, process, channel: Some(Channel::new(ours)), ready: false, serving: false, said_why: false })
+        Ok(Pager {
+            pid,
+            process,
+            channel: Some(Channel::new(ours)),
+            ready: false,
+            serving: false,
+            dismissed: false,
+            number,
+            file: None,
+            patience: Patience::default(),
+        })
     }
 
-    fn become_pager(&self, channel: &OwnedFd) -> ! {
-        // SAFETY: system calls on descriptors that are open, and with strings that end; none returns to the parent's
-        // code.
+    fn become_pager(&self, file: &OwnedFd, channel: OwnedFd) -> ! {
+        let run = || {
+            // SAFETY: an open descriptor, and strings that end, in arrays that do.
+            unsafe { libc::fexecve(file.as_raw_fd(), self.arguments.as_ptr(), environ) };
+            io::Error::last_os_error()
+        };
+        // SAFETY: system calls on descriptors that are open; none returns to the parent's code.
         unsafe {
             libc::dup2(channel.as_raw_fd(), self.channel.as_raw_fd());
             for fd in self.inherited {
                 libc::fcntl(fd, libc::F_SETFD, 0);
             }
-            libc::execv(self.arguments[0], self.arguments.as_ptr());
-            crate::say!("cannot run the pager: {}", io::Error::last_os_error());
+            let mut error = run();
+            if error.raw_os_error() == Some(libc::ENOENT) {
+                // A script, which its interpreter is to open.
+                libc::fcntl(file.as_raw_fd(), libc::F_SETFD, 0);
+                error = run();
+            }
+            let why = format!("it cannot be run: {error}");
+            crate::say!("the pager: {why}");
+            let _not_heard = Channel::new(channel).send(Kind::Failed, 0, &why, None);
             libc::_exit(127)
         }
     }
+}
+
+fn open(path: *const libc::c_char) -> io::Result<OwnedFd> {
+    // SAFETY: a string that ends.
+    let fd = unsafe { libc::open(path, libc::O_RDONLY | libc::O_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: just returned by the kernel, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 impl Pager {
@@ -101,9 +164,26 @@ impl Pager {
 
     /// Ends it, whatever it is about, and waits for that.
     pub fn end(self) {
-        // SAFETY: plain system call on a descriptor that we own.
-        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.process.as_raw_fd(), libc::SIGKILL, 0, 0) };
+        self.signal(libc::SIGKILL);
         self.wait(0);
+    }
+
+    pub fn signal(&self, number: libc::c_int) {
+        // SAFETY: plain system call on a descriptor that we own.
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.process.as_raw_fd(), number, 0, 0) };
+    }
+
+    /// For how long it has run on a processor, in nanoseconds.
+    pub fn ran(&self) -> u64 {
+        let mut clock: libc::clockid_t = 0;
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: both write to what they are given; it is not reaped, so that the number is its.
+        unsafe {
+            if libc::clock_getcpuclockid(self.pid, &mut clock) == 0 {
+                libc::clock_gettime(clock, &mut time);
+            }
+        }
+        time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
     }
 
     fn wait(&self, flags: libc::c_int) -> Option<Ended> {

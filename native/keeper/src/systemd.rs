@@ -11,28 +11,37 @@ use zswapd_keeper::socket;
 const FIRST: RawFd = 3;
 
 /// What is stored, and under which names.
-pub const NAMES: [&str; 4] = ["zswapd-fuse", "zswapd-state", "zswapd-counters", "zswapd-control"];
+const NAMES: [&str; 4] = ["zswapd-fuse", "zswapd-state", "zswapd-counters", "zswapd-control"];
+/// The program that serves.
+const PROGRAM: &str = "zswapd-program";
 
-/// What an earlier keeper has left in the store, in the order of [`NAMES`]. All of it or nothing: the pages are out of
-/// reach without the mount, and the other way round. To be called once, first of all.
-pub fn stored() -> Option<[OwnedFd; 4]> {
+/// What an earlier keeper has left in the store, in the order of [`NAMES`], and the program. All of it or nothing: the
+/// pages are out of reach without the mount, and the other way round. Without the program alone, the one at its path must
+/// do. To be called once, first of all.
+pub fn stored() -> (Option<[OwnedFd; 4]>, Option<OwnedFd>) {
+    let mut passed = passed().unwrap_or_default();
+    let mut take = |name: &str| passed.iter().position(|(other, _)| other == name).map(|at| passed.swap_remove(at).1);
+    let program = take(PROGRAM);
+    let [fuse, state, counters, control] = NAMES.map(take);
+    let kept = || Some([fuse?, state?, counters?, control?]);
+    (kept(), program)
+}
+
+/// The descriptors that systemd passes to this process, by name.
+fn passed() -> Option<Vec<(String, OwnedFd)>> {
     let number = |name: &str| env::var(name).ok()?.parse::<u32>().ok();
     let ours = number("LISTEN_PID") == Some(std::process::id());
     let count = number("LISTEN_FDS").filter(|_| ours)? as RawFd;
     let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
-    let mut passed: Vec<(&str, OwnedFd)> = (FIRST..FIRST + count)
-        .zip(names.split(':'))
-        .map(|(fd, name)| {
-            // SAFETY: systemd has opened it for us, and nobody else in this process knows of it; sets a flag.
-            let descriptor = unsafe {
-                libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
-                OwnedFd::from_raw_fd(fd)
-            };
-            (name, descriptor)
-        })
-        .collect();
-    let mut take = |name| passed.iter().position(|(other, _)| *other == name).map(|at| passed.swap_remove(at).1);
-    Some([take(NAMES[0])?, take(NAMES[1])?, take(NAMES[2])?, take(NAMES[3])?])
+    let passed = (FIRST..FIRST + count).zip(names.split(':')).map(|(fd, name)| {
+        // SAFETY: systemd has opened it for us, and nobody else in this process knows of it; sets a flag.
+        let descriptor = unsafe {
+            libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+            OwnedFd::from_raw_fd(fd)
+        };
+        (name.to_owned(), descriptor)
+    });
+    Some(passed.collect())
 }
 
 /// The way to systemd; nothing depends on anybody listening.
@@ -46,18 +55,29 @@ impl Systemd {
 
     /// Stores descriptors, and says that pages are served. Without FDPOLL=0 systemd would drop /dev/fuse at its first
     /// error.
-    pub fn serving(&self, descriptors: [BorrowedFd<'_>; 4]) {
-        for (name, descriptor) in NAMES.into_iter().zip(descriptors) {
-            self.send(format_args!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(descriptor));
-        }
+    pub fn serving(&self, kept: [BorrowedFd<'_>; 4], program: BorrowedFd<'_>) {
+        NAMES.into_iter().zip(kept).for_each(|(name, descriptor)| self.store(name, descriptor));
+        self.store(PROGRAM, program);
         self.send(format_args!("READY=1"), None);
     }
 
-    /// Takes them out of the store: there is nothing left to go on with.
+    /// Another program serves.
+    pub fn upgraded(&self, program: BorrowedFd<'_>) {
+        self.remove(PROGRAM);
+        self.store(PROGRAM, program);
+    }
+
+    /// Takes all of them out of the store: there is nothing left to go on with.
     pub fn ended(&self) {
-        for name in NAMES {
-            self.send(format_args!("FDSTOREREMOVE=1\nFDNAME={name}"), None);
-        }
+        NAMES.into_iter().chain([PROGRAM]).for_each(|name| self.remove(name));
+    }
+
+    fn store(&self, name: &str, descriptor: BorrowedFd<'_>) {
+        self.send(format_args!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(descriptor));
+    }
+
+    fn remove(&self, name: &str) {
+        self.send(format_args!("FDSTOREREMOVE=1\nFDNAME={name}"), None);
     }
 
     fn send(&self, text: Arguments<'_>, descriptor: Option<BorrowedFd<'_>>) {

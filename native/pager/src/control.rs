@@ -2,7 +2,7 @@
 //!
 //! | command | reply |
 //! | --- | --- |
-//! | `status` | `ok pid=N keeper=N standby=N device=N opens=N protected=N forgets=N footprint=N takeovers=N resend=N`: see `status` below |
+//! | `status` | `ok pid=N keeper=N standby=N device=N opens=N protected=N forgets=N footprint=N takeovers=N resend=N program=N`: see `status` below |
 //! | `counters` | `ok`, with the descriptor of the counters |
 //! | `relay` | `ok`, with the descriptor that pyfuse3 is to serve; EBUSY while another one has it |
 //! | `mem-limit BYTES` | `ok`; from a page to 1 TiB |
@@ -10,7 +10,7 @@
 //! | `compact` | `ok`: it has begun |
 //! | `reset` | `ok` when every page is dropped, or EBUSY while the swap file is open |
 //! | `drain` | `ok objects=N pages=N writebacks=N cleanings=N`, or EBUSY while the swap file is open |
-//! | `upgrade` | `ok` when a pager of the program's new version has all set to take over, which it then does; EINVAL if there is none, and all goes on |
+//! | `upgrade` | `ok` when a pager of the program's new version has all set to take over, which it then does; EINVAL with the reason if there is none, and all goes on |
 //! | `stop` | as `drain`, with every page dropped; then the pager unmounts and ends |
 //!
 //! With a backing disk; without one these fail with ENODEV:
@@ -403,7 +403,7 @@ fn left(shared: &Shared) -> String {
 /// The pids of this process, its keeper (0: gone) and its standby (0: none); the mount's device number; how often the
 /// swap file is open; whether this process is protected (see `protect`); whether it forgets what is written
 /// (`--store none`); bytes of its memory beside pool, slot words and descriptors; how often a pager has taken over;
-/// whether the kernel sends again what it has sent to one that is gone.
+/// whether the kernel sends again what it has sent to one that is gone; which program this is, as the keeper counts them.
 fn status(shared: &Shared) -> String {
     let metrics = shared.engine.store().metrics();
     let fields = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -422,8 +422,9 @@ fn status(shared: &Shared) -> String {
     let resend = shared.session().init(&mut [0; MAX_INIT]).map_or(0, |request| u8::from(has_resend(request)));
     format!(
         "pid={pid} keeper={keeper} standby={standby} device={device} opens={opens} protected={protected} \
-         forgets={forgets} footprint={footprint} takeovers={} resend={resend}",
+         forgets={forgets} footprint={footprint} takeovers={} resend={resend} program={}",
         metrics.takeovers.get(),
+        shared.program,
     )
 }
 

@@ -30,6 +30,8 @@ pub struct Go {
     pub relay: Option<OwnedFd>,
     /// When the last pager was gone; None for the first.
     pub gone: Option<Instant>,
+    /// Which program this is, as the keeper counts those that have taken over in an upgrade.
+    pub program: u64,
 }
 
 /// Takes over a descriptor that the keeper has opened for us.
@@ -54,11 +56,16 @@ impl Keeper {
     /// Says that all is set, and waits to be told to serve. None: the keeper is gone, and nobody will say so.
     pub fn wait_for_go(&self) -> Option<Go> {
         self.tell(Kind::Ready, 0, "", None);
-        let mut room = [0; ROOM];
-        while let Ok(Some(message)) = self.channel.receive(&mut room) {
-            if let Message { kind: Kind::Go, number, descriptor: relay, .. } = message {
-                let ago = Some(Duration::from_nanos(number)).filter(|ago| !ago.is_zero());
-                return Some(Go { relay, gone: ago.and_then(|ago| Instant::now().checked_sub(ago)) });
+        let (mut room, mut program) = ([0; ROOM], 0);
+        while let Ok(Some(Message { kind, number, descriptor: relay, .. })) = self.channel.receive(&mut room) {
+            match kind {
+                Kind::Program => program = number,
+                Kind::Go => {
+                    let ago = Some(Duration::from_nanos(number)).filter(|ago| !ago.is_zero());
+                    let gone = ago.and_then(|ago| Instant::now().checked_sub(ago));
+                    return Some(Go { relay, gone, program });
+                }
+                _ => {}
             }
         }
         None
@@ -91,15 +98,16 @@ impl Keeper {
 
     /// Asks for an upgrade: [`Keeper::upgraded`] tells what becomes of it.
     ///
-    /// Errors: EBUSY while one is under way; EPIPE when the keeper is gone.
+    /// Errors: EBUSY while one is under way; EPIPE when the keeper is gone; EAGAIN while it does not listen.
     pub fn upgrade(&self) -> io::Result<()> {
         let mut upgrade = self.lock();
         match (&*upgrade, self.pid()) {
             (_, 0) => Err(io::Error::from_raw_os_error(libc::EPIPE)),
             (Upgrade::Asked | Upgrade::Granted, _) => Err(io::Error::from_raw_os_error(libc::EBUSY)),
             _ => {
+                self.channel.send(Kind::Upgrade, 0, "", None)?;
                 *upgrade = Upgrade::Asked;
-                self.channel.send(Kind::Upgrade, 0, "", None)
+                Ok(())
             }
         }
     }
@@ -150,4 +158,24 @@ impl Keeper {
 pub fn hand_over() -> ! {
     // SAFETY: never returns.
     unsafe { libc::_exit(HAND_OVER.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use zswapd_keeper::socket;
+
+    #[test]
+    fn an_upgrade_that_could_not_be_asked_for_is_not_under_way() {
+        let (ours, theirs) = socket::pair().expect("sockets");
+        let (keeper, other) = (Keeper::new(ours), Channel::new(theirs));
+        // It does not listen.
+        while keeper.channel.send(Kind::Serving, 0, "", None).is_ok() {}
+        let errno = |result: io::Result<()>| result.err().and_then(|error| error.raw_os_error());
+        assert_eq!(errno(keeper.upgrade()), Some(libc::EAGAIN));
+        let mut room = [0; ROOM];
+        other.receive(&mut room).expect("received").expect("a message");
+        assert_eq!(errno(keeper.upgrade()), None);
+        assert_eq!(errno(keeper.upgrade()), Some(libc::EBUSY));
+    }
 }

@@ -90,6 +90,8 @@ pub struct Shared {
     pub protected: bool,
     /// Writes beyond are answered, and forgotten.
     pub stored: u64,
+    /// Which program this is: see [`keeper::Go`].
+    pub program: u64,
     /// What was taken over is to be looked at.
     pub verify: bool,
 }
@@ -106,6 +108,8 @@ impl Shared {
 }
 
 fn run() -> Result<(), String> {
+    // Before Linux 6.14 a program that is run by its descriptor has that one's number for a name.
+    process::set_name(c"zswapd-pager");
     let args = args::parse(std::env::args().skip(1))?;
     let Descriptors { channel, .. } = args.keeper;
     let keeper = keeper::take(channel).map_err(|error| format!("--keeper fd={channel}: {error}"))?;
@@ -172,6 +176,7 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
         device_number,
         protected: refused.is_none(),
         stored: args.stored,
+        program: go.program,
         verify: !is_new,
     });
     start.begin(shared.clone());

@@ -1,6 +1,7 @@
 //! The pager's threads.
 
 use crate::Shared;
+use std::ffi::CStr;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
@@ -11,6 +12,12 @@ const STACK: usize = 128 << 10;
 pub fn hurry() {
     // SAFETY: changes the nice value of the calling thread (0 means it), nothing else.
     unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
+}
+
+/// What the kernel calls this process, and others find it by.
+pub fn set_name(name: &CStr) {
+    // SAFETY: a string that ends, which the kernel copies.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr(), 0, 0, 0) };
 }
 
 /// Where the threads wait until there is something to serve: those of a standby, for long.

@@ -60,6 +60,7 @@ pub fn shared(
         protected: false,
         stored: u64::MAX,
         verify: false,
+        program: 1,
     };
     (shared, orders)
 }
