@@ -3,7 +3,7 @@
 //! Nothing is believed but what fits together: an object that is of its slot, on pages that have memory, where its
 //! allocator can have laid it out, and apart from all others.
 
-use super::{Allocator, Location, Pool, REGION_PAGES};
+use super::{guard, Allocator, Location, Pool, REGION_PAGES};
 use crate::codec::Codec;
 use crate::error::Result;
 use crate::object;
@@ -18,7 +18,7 @@ impl Allocator {
         hasher.update(self.name().as_bytes());
         let mut number = |number: usize| hasher.update(&(number as u64).to_ne_bytes());
         number(REGION_PAGES as usize);
-        number(object::HEADER_SIZE);
+        number(object::HEADER_SIZE + guard::BYTES);
         match self {
             Allocator::Zsmalloc => ClassTable::get().classes().iter().for_each(|class| {
                 number(class.size);
@@ -44,8 +44,11 @@ impl Pool {
     /// Nobody has looked at its payload then, and it may still be damaged.
     pub fn adopt(&self, location: Location, slot: u32) -> Option<(Codec, usize)> {
         let object = self.allocator.adopt(location, slot)?;
-        // SAFETY: inside the arena, and nobody else is at work.
-        object::peek(unsafe { &*self.base.bytes(&object) })
+        // SAFETY: it lives, and nobody else is at work. Whatever has damaged it, was before.
+        unsafe {
+            guard::set(&self.base.state, &object);
+            object::peek(self.base.bytes(&object))
+        }
     }
 
     /// After the last [`Pool::adopt`]: from here on it is a pool like any other.

@@ -3,6 +3,7 @@
 
 use super::class::{ClassTable, Geometry};
 use super::driver::{Base, Commit, Driver, Object};
+use super::guard;
 use super::lock::ZspageLock;
 use super::page_map;
 use super::zspage::{is_used, objects_in_use, zspage_of, ClassLists, Descriptors, PageDesc};
@@ -121,9 +122,9 @@ impl Driver for Zsmalloc {
             return None;
         }
         // SAFETY: inside the arena, and nobody else is at work.
-        let bytes = unsafe { &*self.base.bytes(&object) };
+        let bytes = unsafe { &*self.base.state.bytes(object.offset, object.size) };
         let (_, length) = object::peek(bytes).filter(|_| object::belongs_to(bytes, slot))?;
-        if self.table.index_for(HEADER_SIZE + length) != class {
+        if self.table.index_for(HEADER_SIZE + length + guard::BYTES) != class {
             return None;
         }
         let mut lists = self.classes[class].lock();
