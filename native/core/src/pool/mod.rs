@@ -138,7 +138,7 @@ impl Pool {
     pub fn arena_pages_for(slots: u64) -> u32 {
         // At worst a whole page and its header, which take two pages at most; and a zspage in each class that is not
         // full. Address space costs nothing, so this is generous.
-        let partly_filled = (ClassTable::get().classes().len() * MAX_CHAIN) as u64;
+        let partly_filled = (ClassTable::for_slots(slots).classes().len() * MAX_CHAIN) as u64;
         let pages = (slots * 2 + partly_filled).min(MAX_ARENA_PAGES);
         pages.next_multiple_of(u64::from(REGION_PAGES)) as u32
     }

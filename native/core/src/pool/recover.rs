@@ -12,15 +12,15 @@ use crate::pool::z3fold::CHUNK;
 use xxhash_rust::xxh3::Xxh3;
 
 impl Allocator {
-    /// Stands for the way in which this program lays out objects.
-    pub fn geometry(self) -> u64 {
+    /// Stands for the way in which this program lays out the objects of so many slots.
+    pub fn geometry(self, slots: u64) -> u64 {
         let mut hasher = Xxh3::new();
         hasher.update(self.name().as_bytes());
         let mut number = |number: usize| hasher.update(&(number as u64).to_ne_bytes());
         number(REGION_PAGES as usize);
         number(object::HEADER_SIZE + guard::BYTES);
         match self {
-            Allocator::Zsmalloc => ClassTable::get().classes().iter().for_each(|class| {
+            Allocator::Zsmalloc => ClassTable::for_slots(slots).classes().iter().for_each(|class| {
                 number(class.size);
                 number(class.pages);
             }),

@@ -9,7 +9,8 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 fn pool(allocator: Allocator, regions: u32, limit_pages: u64) -> Pool {
-    let state = State::create(1, regions * REGION_PAGES, 0, None).expect("state");
+    // Many slots: all classes.
+    let state = State::create(1 << 18, regions * REGION_PAGES, 0, None).expect("state");
     let metrics = SharedMetrics::new(None).expect("metrics");
     Pool::new(Arc::new(state), allocator, limit_pages * PAGE_SIZE as u64, metrics).expect("pool")
 }

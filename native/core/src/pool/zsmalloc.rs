@@ -26,7 +26,7 @@ pub struct Zsmalloc {
 impl Zsmalloc {
     /// Errors: [`Error::System`] if its table cannot be mapped.
     pub fn new(base: Arc<Base>) -> Result<Zsmalloc> {
-        let table = ClassTable::get();
+        let table = ClassTable::for_slots(base.state.slots());
         for (class, counters) in table.classes().iter().zip(&base.metrics.classes) {
             counters.size_bytes.set(class.size as u64);
             counters.pages_per_zspage.set(class.pages as u64);

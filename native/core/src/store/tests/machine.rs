@@ -137,8 +137,8 @@ pub fn put(store: &Store, slot: u32, page: &Page, scratch: &mut Scratch) -> Resu
     for _ in 0..2000 {
         match store.store(slot, page, LZ4, scratch) {
             Err(Error::NoRoomYet) => {
-                let (shrinker, cleaner) = threads
-                    .get_or_insert_with(|| (Shrinker::new().expect("memory"), Cleaner::new().expect("memory")));
+                let (shrinker, cleaner) =
+                    threads.get_or_insert_with(|| (Shrinker::new().expect("memory"), Cleaner::new().expect("memory")));
                 if store.shrink(shrinker).is_err() {
                     let _full_perhaps = store.clean(cleaner);
                 }
@@ -204,7 +204,8 @@ fn read_all(store: &Store, expected: &Expected) -> Vec<Holds> {
 /// A successor goes on with what is left: every page is what it was, or what it was about to be, and the store is as good
 /// as one that nobody has killed.
 pub fn survive(machine: &Machine, expected: &Expected) {
-    let state = State::open(machine.files().state.expect("a file"), machine.allocator.geometry()).expect("whole");
+    let state =
+        State::open(machine.files().state.expect("a file"), |slots| machine.allocator.geometry(slots)).expect("whole");
     let next_nonce = state.cipher().next_nonce.load(Relaxed);
     assert!(machine.nonces().into_iter().all(|nonce| nonce < next_nonce), "a nonce would be used again");
     // The successor may be killed itself.
