@@ -89,8 +89,9 @@ impl State {
     /// Maps a state that another process has left behind. Changes nothing, and takes no memory.
     ///
     /// Errors: [`Error::Invalid`], which says what is wrong, if it is none, of another version, for objects that are laid
-    /// out in another way (`geometry`), damaged in its header, or not as long as it should be; [`Error::System`].
-    pub fn open(file: OwnedFd, geometry: u64) -> Result<State> {
+    /// out in another way (than `geometry` says of so many slots), damaged in its header, or not as long as it should be;
+    /// [`Error::System`].
+    pub fn open(file: OwnedFd, geometry: impl FnOnce(u64) -> u64) -> Result<State> {
         let refused = |what: String| Error::Invalid(format!("the state file cannot be recovered: {what}"));
         let mut header = [0; HEADER_BYTES];
         // SAFETY: `header` is as long as it is said to be.
@@ -101,7 +102,7 @@ impl State {
             Err(_) => return Err(Error::last_os("cannot read the state file")),
         }
         let shape = Shape::of_header(&header).map_err(refused)?;
-        if shape.geometry != geometry {
+        if shape.geometry != geometry(shape.slots) {
             return Err(refused("its pages are laid out by another allocator, or in another way".into()));
         }
         let (length, expected) = (length_of(file.as_fd())?, shape.length() as u64);

@@ -132,7 +132,7 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
     if !is_empty(&state)? {
         // Looked at, and left as it is: who cannot go on with it does not say that all is set.
         let copy = state.try_clone().map_err(|error| failed("state file")(&error))?;
-        State::open(copy, args.allocator.geometry()).map_err(|error| error.to_string())?;
+        State::open(copy, |slots| args.allocator.geometry(slots)).map_err(|error| error.to_string())?;
         SharedMetrics::open(counters.as_fd()).map_err(|error| error.to_string())?;
     }
     let watermark = Watermark::read().map_err(|error| failed("/proc/zoneinfo")(&error))?;

@@ -2,10 +2,11 @@
 //!
 //! Memory comes from the system, and goes back to it, by the region. A page is only handed out from a region that is
 //! backed by memory, so that neither handing it out nor touching it waits for the system. A few wholly free regions
-//! are kept in reserve; [`Arena::adjust`] restores the reserve, and is the only thing here that may wait for memory. It
-//! takes a region in pieces, so that who calls it can look at what the machine has left.
+//! are kept in reserve (`reserve.rs`).
 
+mod bitmap;
 mod recover;
+mod reserve;
 
 use super::class::MAX_CHAIN;
 use crate::error::{Error, Result};
@@ -15,6 +16,9 @@ use crate::metrics::{Metrics, SharedMetrics};
 use crate::page::PAGE_SIZE;
 use crate::state::State;
 use crate::sync::MODEL;
+use bitmap::{first_free_run, longest_free_run, Bitmap};
+use reserve::RESERVE_LOW;
+pub use reserve::{Need, PIECE_BYTES, RESERVE_HIGH};
 use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
@@ -22,26 +26,11 @@ use std::thread::Thread;
 
 /// Pages of a region.
 pub const REGION_PAGES: u32 = if MODEL { 8 } else { 512 };
-/// Pages that are taken from the system at a time.
-const PIECE_PAGES: u32 = if MODEL { REGION_PAGES } else { 16 };
-/// The same in bytes.
-pub const PIECE_BYTES: u64 = PIECE_PAGES as u64 * PAGE_SIZE as u64;
-/// Free regions are added below this many: at full speed a fill uses one up in about 8 ms, and the thread that adds
-/// them may have to wait for a processor.
-const RESERVE_LOW: u64 = if MODEL { 1 } else { 4 };
-/// They are given back above this many.
-pub const RESERVE_HIGH: u64 = if MODEL { 1 } else { 6 };
-
-const REGION_BYTES: u64 = REGION_PAGES as u64 * PAGE_SIZE as u64;
-const WORDS: usize = REGION_PAGES.div_ceil(64) as usize;
-/// The bits of a word that stand for pages.
-const PAGE_BITS: u64 = if REGION_PAGES < 64 { (1 << REGION_PAGES) - 1 } else { u64::MAX };
-type Bitmap = [u64; WORDS];
 
 /// Zeroed is "nothing used, not backed".
 #[derive(Default)]
 struct Region {
-    /// Bit n is set while page n belongs to a zspage.
+    /// The pages that belong to zspages.
     used: Bitmap,
     used_pages: u32,
     backed: bool,
@@ -74,15 +63,6 @@ impl Inner {
         // Less than a region would not empty one; and as free pages lie in runs of some length, it takes some more.
         idle.saturating_sub(u64::from(REGION_PAGES + REGION_PAGES / 4))
     }
-
-    /// A region that is backed, and of which nothing is in use, can be handed out from now on.
-    fn add_free(&mut self, index: usize) {
-        self.regions[index].backed = true;
-        self.room[index] = MAX_CHAIN as u8;
-        self.free_regions += 1;
-        self.touched = self.touched.max(index + 1);
-        self.first_with.iter_mut().for_each(|lowest| *lowest = index.min(*lowest));
-    }
 }
 
 /// The page allocator of the pool (lock rank `Arena`).
@@ -95,23 +75,6 @@ pub struct Arena {
     adjusting: Ranked<Option<u32>>,
     /// The thread that calls [`Arena::adjust`] in the background; without one, who needs a region calls it.
     adjuster: OnceLock<Thread>,
-}
-
-/// What the reserve needs of the system.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Need {
-    /// Nothing, or has something to give back.
-    None,
-    /// Memory, but not at once: there is a free region.
-    Memory,
-    /// Memory: there is no free region left.
-    Urgent,
-}
-
-/// What [`Arena::adjust`] is about to do with a region.
-enum Change {
-    Back(usize),
-    GiveBack(usize),
 }
 
 impl Arena {
@@ -205,72 +168,6 @@ impl Arena {
         }
     }
 
-    /// Whether [`Arena::adjust`] has something to give back.
-    pub fn has_too_much(&self) -> bool {
-        self.inner.lock().free_regions > RESERVE_HIGH
-    }
-
-    /// Waits until there is a free region, taking memory for one if need be. Returns false if the arena has no more.
-    ///
-    /// May wait for memory. Errors: as [`Arena::adjust`].
-    pub fn ensure_region(&self, prepare: impl Fn(Range<u32>) -> Result<()>) -> Result<bool> {
-        while self.inner.lock().free_regions == 0 {
-            if !self.adjust(&prepare)? && self.inner.lock().free_regions == 0 {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    /// What the reserve needs.
-    pub fn need(&self) -> Need {
-        let inner = self.inner.lock();
-        match self.choose(&inner) {
-            Some(Change::Back(_)) if inner.free_regions == 0 => Need::Urgent,
-            Some(Change::Back(_)) => Need::Memory,
-            _ => Need::None,
-        }
-    }
-
-    /// Takes the next piece of a region from the system, or gives a region back, if the reserve needs it. Returns whether
-    /// it did.
-    ///
-    /// `prepare` is called with pages before they can be handed out for the first time.
-    /// May wait for memory (under `Adjust` alone), and for others who are here. Errors: [`Error::System`] if the
-    /// system gives none; the arena is unchanged then.
-    pub fn adjust(&self, prepare: impl Fn(Range<u32>) -> Result<()>) -> Result<bool> {
-        let mut begun = self.adjusting.lock();
-        let mut inner = self.inner.lock();
-        let Some(change) = self.choose(&inner) else { return Ok(false) };
-        match change {
-            Change::Back(next) => {
-                drop(inner);
-                let first = begun.unwrap_or(next as u32 * REGION_PAGES);
-                let end = first + PIECE_PAGES;
-                prepare(first..end)?;
-                self.state.populate(first, PIECE_PAGES)?;
-                *begun = (end % REGION_PAGES > 0).then_some(end);
-                if begun.is_none() {
-                    let mut inner = self.inner.lock();
-                    inner.add_free((first / REGION_PAGES) as usize);
-                    self.metrics.backed_bytes.add(REGION_BYTES);
-                }
-            }
-            Change::GiveBack(index) => {
-                inner.room[index] = 0;
-                inner.free_regions -= 1;
-                inner.regions[index].backed = false;
-                drop(inner);
-                if let Err(error) = self.state.punch(index as u32 * REGION_PAGES, REGION_PAGES) {
-                    self.inner.lock().add_free(index);
-                    return Err(error);
-                }
-                self.metrics.backed_bytes.sub(REGION_BYTES);
-            }
-        }
-        Ok(true)
-    }
-
     /// Pages of regions in use that other regions have room for: what emptying the sparsest ones would give back.
     pub fn pages_to_spare(&self) -> u64 {
         self.inner.lock().pages_to_spare(&self.metrics)
@@ -314,41 +211,6 @@ impl Arena {
         emptied
     }
 
-    /// The lowest region to back, or the highest free one to give back.
-    fn choose(&self, inner: &Inner) -> Option<Change> {
-        if inner.free_regions > RESERVE_HIGH {
-            // One that is isolated is not given back before it is put back, or it would be handed out meanwhile.
-            let free = |&index: &usize| {
-                inner.regions[index].backed && inner.regions[index].used_pages == 0 && inner.isolated != Some(index)
-            };
-            return (0..inner.touched).rev().find(free).map(Change::GiveBack);
-        }
-        let backed_pages = self.metrics.backed_bytes.get() / PAGE_SIZE as u64;
-        let enough = inner.free_regions >= RESERVE_LOW
-            // Beyond what the limit can ever use, a region would only lie idle.
-            || (inner.free_regions > 0 && backed_pages >= inner.limit_pages);
-        if enough || inner.limit_pages == 0 {
-            return None;
-        }
-        let next = (0..inner.touched).find(|&index| !inner.regions[index].backed).unwrap_or(inner.touched);
-        (next < inner.regions.len()).then_some(Change::Back(next))
-    }
-
-    /// Makes `thread` the one that calls [`Arena::adjust`]: it is unparked when there is something to do.
-    pub fn set_adjuster(&self, thread: Thread) {
-        let _only_the_first_counts = self.adjuster.set(thread);
-    }
-
-    pub fn has_adjuster(&self) -> bool {
-        self.adjuster.get().is_some()
-    }
-
-    fn wake_adjuster(&self) {
-        if let Some(thread) = self.adjuster.get() {
-            thread.unpark();
-        }
-    }
-
     pub fn limit(&self) -> u64 {
         self.inner.lock().limit_pages
     }
@@ -374,29 +236,9 @@ impl Arena {
     }
 }
 
-/// Per length from 1 on, where runs of so many free pages begin: the bits that are set. Ends before there are none.
-fn free_runs(used: &Bitmap) -> impl Iterator<Item = Bitmap> {
-    let some = |runs: Bitmap| Some(runs).filter(|runs| runs.iter().any(|&word| word != 0));
-    std::iter::successors(some(used.map(|word| !word & PAGE_BITS)), move |shorter| {
-        some(std::array::from_fn(|i| {
-            let above = shorter.get(i + 1).map_or(0, |word| word << 63);
-            shorter[i] & (shorter[i] >> 1 | above)
-        }))
-    })
-}
-
-fn first_free_run(used: &Bitmap, length: usize) -> Option<usize> {
-    let runs = free_runs(used).nth(length - 1)?;
-    let word = runs.iter().position(|&word| word != 0)?;
-    Some(word * 64 + runs[word].trailing_zeros() as usize)
-}
-
-fn longest_free_run(used: &Bitmap) -> u8 {
-    free_runs(used).take(MAX_CHAIN).count() as u8
-}
-
 #[cfg(test)]
 mod tests {
+    use super::reserve::PIECE_PAGES;
     use super::*;
     use proptest::prelude::*;
     use std::collections::BTreeSet;
@@ -453,14 +295,6 @@ mod tests {
                 }
                 prop_assert_eq!(arena.metrics.pool_bytes.get(), (taken.len() * PAGE_SIZE) as u64);
             }
-        }
-
-        #[test]
-        fn the_first_free_run_is_found(used in prop::array::UniformArrayStrategy::<_, Bitmap>::new(any::<u64>()), length in 1..=MAX_CHAIN) {
-            let is_free = |page: usize| used[page / 64] >> (page % 64) & 1 == 0;
-            let slow = (0..=REGION_PAGES as usize - length).find(|&at| (at..at + length).all(is_free));
-            prop_assert_eq!(first_free_run(&used, length), slow);
-            prop_assert_eq!(usize::from(longest_free_run(&used)) >= length, slow.is_some());
         }
     }
 

@@ -2,15 +2,15 @@
 //!
 //! In the kernel's zsmalloc a class takes the chain that wastes least of its pages (`calculate_zspage_chain_size`), and
 //! classes of like zspages are merged (`can_merge`). Here the classes are chosen together, so that the pool takes the
-//! fewest bytes for a typical set of pages ([`LENGTHS`], [`PAGES`]): more classes waste less in the padding of objects, a
+//! fewest bytes for a typical set of pages ([`LENGTHS`], [`STEPS`]): more classes waste less in the padding of objects, a
 //! longer chain less at the end of a zspage; but each class has a zspage that is only partly filled, and the longer its
-//! chain, the more that is. Chains may be longer than the kernel's, as the pages of a zspage are neighbours: an object
+//! chain, the more that is. So a small swap file has fewer classes. Chains may be longer than the kernel's, as the pages of a zspage are neighbours: an object
 //! that crosses a page boundary costs nothing.
 
 use crate::object::HEADER_SIZE;
 use crate::page::PAGE_SIZE;
 use crate::sync::MODEL;
-use std::sync::LazyLock;
+use std::sync::OnceLock;
 
 /// Step between sizes, and the unit of a location.
 pub const UNIT: usize = 8;
@@ -25,9 +25,8 @@ pub const MAX_CHAIN: usize = if MODEL { 2 } else { 32 };
 /// do not compress. From two corpora of `zswapctl bench` (1 GiB each of memory of Python, Perl, Java, Node and g++,
 /// sources and compiled code), each compressed by lz4 and by zstd at level 3.
 pub const LENGTHS: [u64; 17] = [38, 74, 178, 178, 146, 149, 81, 52, 34, 25, 17, 8, 6, 3, 2, 4, 5];
-/// How many pages the pool holds that the classes are chosen for: 768 MiB. For far fewer pages, fewer classes would do
-/// better, for far more, more; from 512 MiB to 2 GiB hardly anything changes.
-const PAGES: u64 = 3 << 16;
+/// How many pages the pool holds that the classes are chosen for: 96 to 768 MiB. The more there are, the more classes pay.
+const STEPS: [u64; 4] = [3 << 13, 3 << 14, 3 << 15, 3 << 16];
 
 const SIZES: usize = (MAX_SIZE - MIN_SIZE) / UNIT + 1;
 
@@ -61,15 +60,22 @@ pub struct ClassTable {
 }
 
 impl ClassTable {
-    /// The table, which is always the same; made when it is first asked for.
-    pub fn get() -> &'static ClassTable {
-        static TABLE: LazyLock<ClassTable> = LazyLock::new(|| {
-            let classes = choose();
-            let of_size =
-                std::array::from_fn(|nth| classes.partition_point(|class| class.size < size_of_nth(nth)) as u8);
-            ClassTable { classes, of_size }
-        });
-        &TABLE
+    /// The table for a swap file of so many slots: three quarters of a small one's are expected to hold objects.
+    pub fn for_slots(slots: u64) -> &'static ClassTable {
+        let steps_above = STEPS[1..].partition_point(|&pages| pages <= slots / 4 * 3);
+        Self::of_step(if MODEL { STEPS.len() - 1 } else { steps_above })
+    }
+
+    /// Always the same; made when it is first asked for.
+    fn of_step(step: usize) -> &'static ClassTable {
+        static TABLES: [OnceLock<ClassTable>; STEPS.len()] = [const { OnceLock::new() }; STEPS.len()];
+        TABLES[step].get_or_init(|| ClassTable::new(STEPS[step]))
+    }
+
+    fn new(pages: u64) -> ClassTable {
+        let classes = choose(pages);
+        let of_size = std::array::from_fn(|nth| classes.partition_point(|class| class.size < size_of_nth(nth)) as u8);
+        ClassTable { classes, of_size }
     }
 
     pub fn classes(&self) -> &[Geometry] {
@@ -88,14 +94,14 @@ fn size_of_nth(nth: usize) -> usize {
 
 /// The classes that take the fewest bytes: shortest paths over the sizes, where a class is a step that takes all sizes
 /// up to its own.
-fn choose() -> Vec<Geometry> {
+fn choose(pages: u64) -> Vec<Geometry> {
     // Per number of sizes, from the smallest: the least bytes for objects of these, the largest's class and its sizes.
     let mut best: Vec<(u64, Option<(Geometry, usize)>)> = vec![(0, None)];
     for sizes in 1..=SIZES {
         let candidates = candidates(size_of_nth(sizes - 1));
         let (mut least, mut objects) = ((u64::MAX, None), 0);
         for below in (0..sizes).rev() {
-            objects += milli_objects(below);
+            objects += milli_objects(below, pages);
             for class in &candidates {
                 let bytes = best[below].0 + class.bytes_for(objects);
                 if bytes < least.0 {
@@ -126,21 +132,24 @@ fn candidates(size: usize) -> Vec<Geometry> {
     candidates
 }
 
-/// How many thousandths of an object are of the nth size in a pool of [`PAGES`] pages.
-fn milli_objects(nth: usize) -> u64 {
+/// How many thousandths of an object are of the nth size in a pool of so many pages.
+fn milli_objects(nth: usize, pages: u64) -> u64 {
     let payload = size_of_nth(nth) - HEADER_SIZE;
     let steps = if payload < PAGE_SIZE { 256 / UNIT } else { 1 };
-    PAGES * LENGTHS[payload / 256] / steps as u64
+    pages * LENGTHS[payload / 256] / steps as u64
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn tables() -> impl Iterator<Item = &'static ClassTable> {
+        (0..STEPS.len()).map(ClassTable::of_step)
+    }
+
     #[test]
     fn every_length_has_the_smallest_class_that_holds_it() {
-        let table = ClassTable::get();
-        for length in 1..=MAX_SIZE {
+        for (table, length) in tables().flat_map(|table| (1..=MAX_SIZE).map(move |length| (table, length))) {
             let index = table.index_for(length);
             assert!(table.classes()[index].size >= length);
             assert!(index == 0 || table.classes()[index - 1].size < length);
@@ -149,40 +158,44 @@ mod tests {
 
     #[test]
     fn zspages_fit_their_pages_and_their_bitmaps() {
-        let table = ClassTable::get();
-        assert!(table.classes().len() < 256);
-        for class in table.classes() {
-            assert!(class.objects >= 1 && class.size * class.objects <= class.pages * PAGE_SIZE);
-            assert!(class.objects <= class.pages * 64);
-            assert!(class.pages <= MAX_CHAIN && class.size % UNIT == 0);
+        for table in tables() {
+            assert!(table.classes().len() < 256);
+            for class in table.classes() {
+                assert!(class.objects >= 1 && class.size * class.objects <= class.pages * PAGE_SIZE);
+                assert!(class.objects <= class.pages * 64);
+                assert!(class.pages <= MAX_CHAIN && class.size % UNIT == 0);
+            }
+            assert!(table.classes().windows(2).all(|pair| pair[0].size < pair[1].size));
         }
-        assert!(table.classes().windows(2).all(|pair| pair[0].size < pair[1].size));
     }
 
     /// Whatever the pages are like, in full zspages.
     #[test]
     fn no_length_takes_much_more_than_itself() {
-        let table = ClassTable::get();
-        for length in 256..=PAGE_SIZE + HEADER_SIZE {
-            let class = table.classes()[table.index_for(length)];
-            let share = (class.pages * PAGE_SIZE) as f64 / (class.objects * length) as f64;
-            assert!(share < 1.07, "{share:.3} times {length} bytes, in {class:?}");
+        for (table, most) in tables().zip([1.15, 1.13, 1.10, 1.07]) {
+            for length in 256..=PAGE_SIZE + HEADER_SIZE {
+                let class = table.classes()[table.index_for(length)];
+                let share = (class.pages * PAGE_SIZE) as f64 / (class.objects * length) as f64;
+                assert!(share < most, "{share:.3} times {length} bytes, in {class:?}");
+            }
         }
     }
 
     /// Header, padding, ends of zspages and zspages that are not full.
     #[test]
     fn typical_pages_take_three_percent_more_than_their_payload() {
-        let table = ClassTable::get();
-        let mut milli = vec![0; table.classes().len()];
-        let mut payload = 0;
-        for nth in 0..SIZES {
-            milli[table.index_for(size_of_nth(nth))] += milli_objects(nth);
-            // The lengths of a size end at it: the middle one.
-            payload += milli_objects(nth) * (size_of_nth(nth) - HEADER_SIZE - UNIT / 2) as u64 / 1000;
+        for (slots, most) in [(1 << 15, 1.05), (1 << 16, 1.045), (1 << 17, 1.035), (1 << 18, 1.03), (1 << 32, 1.03)] {
+            let (table, pages) = (ClassTable::for_slots(slots), slots.min(1 << 18) * 3 / 4);
+            let mut milli = vec![0; table.classes().len()];
+            let mut payload = 0;
+            for nth in 0..SIZES {
+                milli[table.index_for(size_of_nth(nth))] += milli_objects(nth, pages);
+                // The lengths of a size end at it: the middle one.
+                payload += milli_objects(nth, pages) * (size_of_nth(nth) - HEADER_SIZE - UNIT / 2) as u64 / 1000;
+            }
+            let bytes: u64 = table.classes().iter().zip(milli).map(|(class, milli)| class.bytes_for(milli)).sum();
+            let share = bytes as f64 / payload as f64;
+            assert!(share < most, "{share:.4} times the payload of {pages} pages");
         }
-        let bytes: u64 = table.classes().iter().zip(milli).map(|(class, milli)| class.bytes_for(milli)).sum();
-        let share = bytes as f64 / payload as f64;
-        assert!(share < 1.03, "{share:.4} times the payload");
     }
 }

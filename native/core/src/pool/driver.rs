@@ -2,6 +2,7 @@
 
 use super::arena::Arena;
 use super::class::UNIT;
+use super::guard;
 use super::lock::ZspageLock;
 use super::Location;
 use crate::error::Result;
@@ -44,14 +45,26 @@ pub struct Base {
 }
 
 impl Base {
-    /// The bytes of an object, to be read: see [`State::bytes`].
-    pub fn bytes(&self, object: &Object) -> *const [u8] {
-        self.state.bytes(object.offset, object.size)
+    /// The bytes of an object, to be read.
+    ///
+    /// # Safety
+    /// It must live, and nobody may write to it, move or free it while they are used.
+    pub unsafe fn bytes(&self, object: &Object) -> &[u8] {
+        // SAFETY: a live object lies inside the arena; the rest is the caller's promise.
+        unsafe {
+            guard::check(&self.state, object);
+            &*self.state.bytes(object.offset, object.size - guard::BYTES)
+        }
     }
 
-    /// The bytes of an object, to be written.
-    pub fn bytes_mut(&self, object: &Object) -> *mut [u8] {
-        self.state.bytes_mut(object.offset, object.size)
+    /// The bytes of an object that has just been taken, to be written: see [`State::bytes_mut`].
+    ///
+    /// # Safety
+    /// Nobody may know the object yet.
+    pub unsafe fn fresh_bytes(&self, object: &Object) -> *mut [u8] {
+        // SAFETY: the caller's promise.
+        unsafe { guard::set(&self.state, object) };
+        self.state.bytes_mut(object.offset, object.size - guard::BYTES)
     }
 
     /// Copies the bytes of an object to another one of its size, and returns the copy's.
@@ -60,8 +73,8 @@ impl Base {
     /// They must be two. Nobody may write to the first one: its zspage is locked by the caller, and objects are written
     /// only while pinned. Nobody may know the copy: it has just been taken.
     pub unsafe fn copy(&self, from: &Object, to: &Object) -> &[u8] {
-        // SAFETY: both lie inside the arena; the rest is the caller's promise.
-        let (from, to) = unsafe { (&*self.bytes(from), &mut *self.bytes_mut(to)) };
+        // SAFETY: the caller's promise.
+        let (from, to) = unsafe { (self.bytes(from), &mut *self.fresh_bytes(to)) };
         to.copy_from_slice(from);
         to
     }

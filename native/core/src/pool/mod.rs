@@ -8,6 +8,7 @@ mod arena;
 mod class;
 mod compact;
 mod driver;
+mod guard;
 pub(crate) mod lock;
 mod page_map;
 mod recover;
@@ -120,9 +121,9 @@ impl Pinned<'_> {
     /// # Safety
     /// A slot that the caller has locked must have named the location after it was pinned: nobody frees it then.
     pub unsafe fn bytes(&self) -> &[u8] {
-        // SAFETY: a live object lies inside the arena; by the caller's promise it stays live, as it is pinned it stays
-        // in its place, and objects are written only before their location is known.
-        unsafe { &*self.base.bytes(&self.object) }
+        // SAFETY: by the caller's promise it stays live, as it is pinned it stays in its place, and objects are written
+        // only before their location is known.
+        unsafe { self.base.bytes(&self.object) }
     }
 }
 
@@ -137,7 +138,7 @@ impl Pool {
     pub fn arena_pages_for(slots: u64) -> u32 {
         // At worst a whole page and its header, which take two pages at most; and a zspage in each class that is not
         // full. Address space costs nothing, so this is generous.
-        let partly_filled = (ClassTable::get().classes().len() * MAX_CHAIN) as u64;
+        let partly_filled = (ClassTable::for_slots(slots).classes().len() * MAX_CHAIN) as u64;
         let pages = (slots * 2 + partly_filled).min(MAX_ARENA_PAGES);
         pages.next_multiple_of(u64::from(REGION_PAGES)) as u32
     }
@@ -171,13 +172,13 @@ impl Pool {
         let pinned = Pinned { base: &self.base, lock, object, _held: hold(Rank::Zspage) };
         // SAFETY: the object lies inside the arena. It was free until now and its location is known to nobody else, so
         // that this is the only reference to these bytes.
-        write(unsafe { &mut *self.base.bytes_mut(&object) });
+        write(unsafe { &mut *self.base.fresh_bytes(&object) });
         Ok(pinned)
     }
 
     fn take(&self, length: usize) -> Result<Object> {
         loop {
-            match self.allocator.take(length) {
+            match self.allocator.take(length + guard::BYTES) {
                 // Without a thread that keeps the reserve filled, we take memory ourselves, and wait for it.
                 Err(Error::NoRegion)
                     if !self.base.arena.has_adjuster()
@@ -212,9 +213,8 @@ impl Pool {
     /// The object must be the caller's: it is not freed meanwhile, and is not moved, as no slot names it.
     pub unsafe fn with_object<R>(&self, location: Location, read: impl FnOnce(&[u8]) -> R) -> Option<R> {
         let object = self.allocator.find(location)?;
-        // SAFETY: a live object lies inside the arena; by the caller's promise it stays, and objects are written only
-        // before their location is known.
-        Some(read(unsafe { &*self.base.bytes(&object) }))
+        // SAFETY: by the caller's promise it stays, and objects are written only before their location is known.
+        Some(read(unsafe { self.base.bytes(&object) }))
     }
 
     /// Frees an object. In a pool without an adjuster, memory may go back to the system (a system call).
@@ -222,6 +222,8 @@ impl Pool {
     /// A location where no object lives (a damaged slot word) is left alone.
     pub fn free(&self, location: Location) {
         let Some(object) = self.allocator.find(location) else { return };
+        // SAFETY: it is the caller's, who frees it.
+        unsafe { guard::check(&self.base.state, &object) };
         self.allocator.free(&object);
         self.give_back();
         // Frees are what fragments a pool.
@@ -233,7 +235,8 @@ impl Pool {
     /// Address of a live object's bytes, for tests that damage them.
     #[cfg(test)]
     pub fn address(&self, location: Location) -> Option<*mut u8> {
-        Some(self.base.bytes_mut(&self.allocator.find(location)?).cast())
+        let object = self.allocator.find(location)?;
+        Some(self.base.state.bytes_mut(object.offset, object.size).cast())
     }
 
     /// Makes the calling thread the one that keeps the reserve of memory filled: from now on nobody else waits for
@@ -334,7 +337,7 @@ impl Pool {
         for page in 0..self.base.arena.touched_pages() {
             self.allocator.visit(page, &mut |object| {
                 // SAFETY: inside the arena; by the caller's promise and ours nobody writes or frees it any more.
-                leaked(object.size, unsafe { &*self.base.bytes(object) });
+                leaked(object.size, unsafe { self.base.bytes(object) });
             });
         }
         0

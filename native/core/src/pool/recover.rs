@@ -3,7 +3,7 @@
 //! Nothing is believed but what fits together: an object that is of its slot, on pages that have memory, where its
 //! allocator can have laid it out, and apart from all others.
 
-use super::{Allocator, Location, Pool, REGION_PAGES};
+use super::{guard, Allocator, Location, Pool, REGION_PAGES};
 use crate::codec::Codec;
 use crate::error::Result;
 use crate::object;
@@ -12,15 +12,15 @@ use crate::pool::z3fold::CHUNK;
 use xxhash_rust::xxh3::Xxh3;
 
 impl Allocator {
-    /// Stands for the way in which this program lays out objects.
-    pub fn geometry(self) -> u64 {
+    /// Stands for the way in which this program lays out the objects of so many slots.
+    pub fn geometry(self, slots: u64) -> u64 {
         let mut hasher = Xxh3::new();
         hasher.update(self.name().as_bytes());
         let mut number = |number: usize| hasher.update(&(number as u64).to_ne_bytes());
         number(REGION_PAGES as usize);
-        number(object::HEADER_SIZE);
+        number(object::HEADER_SIZE + guard::BYTES);
         match self {
-            Allocator::Zsmalloc => ClassTable::get().classes().iter().for_each(|class| {
+            Allocator::Zsmalloc => ClassTable::for_slots(slots).classes().iter().for_each(|class| {
                 number(class.size);
                 number(class.pages);
             }),
@@ -44,8 +44,11 @@ impl Pool {
     /// Nobody has looked at its payload then, and it may still be damaged.
     pub fn adopt(&self, location: Location, slot: u32) -> Option<(Codec, usize)> {
         let object = self.allocator.adopt(location, slot)?;
-        // SAFETY: inside the arena, and nobody else is at work.
-        object::peek(unsafe { &*self.base.bytes(&object) })
+        // SAFETY: it lives, and nobody else is at work. Whatever has damaged it, was before.
+        unsafe {
+            guard::set(&self.base.state, &object);
+            object::peek(self.base.bytes(&object))
+        }
     }
 
     /// After the last [`Pool::adopt`]: from here on it is a pool like any other.

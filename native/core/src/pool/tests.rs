@@ -2,17 +2,21 @@
 
 use super::*;
 use crate::metrics::{Counter, FULLNESS_GROUPS};
+use crate::object::HEADER_SIZE;
 use crate::pool::arena::RESERVE_HIGH;
-use crate::pool::class::MAX_SIZE;
 use proptest::prelude::*;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 fn pool(allocator: Allocator, regions: u32, limit_pages: u64) -> Pool {
-    let state = State::create(1, regions * REGION_PAGES, 0, None).expect("state");
+    // Many slots: all classes.
+    let state = State::create(1 << 18, regions * REGION_PAGES, 0, None).expect("state");
     let metrics = SharedMetrics::new(None).expect("metrics");
     Pool::new(Arc::new(state), allocator, limit_pages * PAGE_SIZE as u64, metrics).expect("pool")
 }
+
+/// The longest object: a page that does not get smaller.
+const LONGEST: usize = PAGE_SIZE + HEADER_SIZE;
 
 /// A limit that is never reached.
 const NO_LIMIT: u64 = 1 << 40;
@@ -26,7 +30,7 @@ proptest! {
     #[test]
     fn objects_keep_their_bytes(
         allocator in prop::sample::select(&Allocator::ALL),
-        steps in prop::collection::vec((0u8..3, 1..=MAX_SIZE, any::<prop::sample::Index>()), 1..800),
+        steps in prop::collection::vec((0u8..3, 1..=LONGEST, any::<prop::sample::Index>()), 1..800),
         limit in 50u64..1500,
     ) {
         let pool = pool(allocator, 4, limit);
@@ -157,7 +161,7 @@ fn a_long_life_keeps_every_object() {
         let (mut random, mut freed) = (1u64, 0);
         for step in 0..STEPS {
             random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            let (name, length) = ((random >> 33) as u32 % NAMES, 1 + (random >> 20) as usize % MAX_SIZE);
+            let (name, length) = ((random >> 33) as u32 % NAMES, 1 + (random >> 20) as usize % LONGEST);
             let found = named.0.borrow_mut().remove(&name);
             match found {
                 Some(location) => {
@@ -174,6 +178,32 @@ fn a_long_life_keeps_every_object() {
         named.verify(&pool);
         named.free(&pool, |_| true);
         assert_eq!(used_pages(&pool), 0);
+    }
+}
+
+#[cfg(debug_assertions)]
+#[test]
+fn a_write_beyond_an_object_is_found_by_who_reads_moves_or_frees_it() {
+    use std::panic::{catch_unwind, AssertUnwindSafe};
+    let looks: [fn(&Pool, &Named); 3] = [
+        |pool, named| named.verify(pool),
+        |pool, named| _ = pool.compact(&|copy: &[u8], from, to| named.commit(copy, from, to)),
+        |pool, named| named.free(pool, |_| true),
+    ];
+    for (allocator, (n, look)) in
+        Allocator::ALL.into_iter().flat_map(|it| std::iter::repeat(it).zip(looks.iter().enumerate()))
+    {
+        let pool = pool(allocator, 4, NO_LIMIT);
+        let named = Named::default();
+        named.fill(&pool, 64, |_| 1000);
+        named.free(&pool, |name| name % 4 != 0);
+        for &location in named.0.borrow().values() {
+            let object = pool.allocator.find(location).expect("an object");
+            // SAFETY: behind the object's bytes are some that are nobody's, but here still in the arena.
+            unsafe { *pool.base.state.bytes_mut(object.offset + object.size - guard::BYTES, 1).cast::<u8>() ^= 1 };
+        }
+        let looked = catch_unwind(AssertUnwindSafe(|| look(&pool, &named)));
+        assert!(looked.is_err(), "{allocator:?}: nobody notices ({n})");
     }
 }
 

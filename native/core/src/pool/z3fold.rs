@@ -19,6 +19,7 @@
 mod layout;
 
 use super::driver::{Base, Commit, Driver, Object};
+use super::guard;
 use super::lock::ZspageLock;
 use super::{Location, REGION_PAGES};
 use crate::error::{Error, Result};
@@ -275,7 +276,7 @@ impl Driver for Z3fold {
         // SAFETY: inside the arena, and nobody else is at work.
         let bytes = unsafe { &*self.base.state.bytes(offset, room.min(MAX_CHUNKS * CHUNK)) };
         let (_, payload) = object::verify(bytes, slot)?;
-        let chunks = (HEADER_SIZE + payload.len()).div_ceil(CHUNK);
+        let chunks = (HEADER_SIZE + payload.len() + guard::BYTES).div_ceil(CHUNK);
         let desc = &self.descriptors[page as usize];
         let (index, layout) = desc.layout().with_at(offset % PAGE_SIZE, chunks)?;
         let mut lists = self.lists.lock();

@@ -3,6 +3,7 @@
 
 use super::class::{ClassTable, Geometry};
 use super::driver::{Base, Commit, Driver, Object};
+use super::guard;
 use super::lock::ZspageLock;
 use super::page_map;
 use super::zspage::{is_used, objects_in_use, zspage_of, ClassLists, Descriptors, PageDesc};
@@ -25,7 +26,7 @@ pub struct Zsmalloc {
 impl Zsmalloc {
     /// Errors: [`Error::System`] if its table cannot be mapped.
     pub fn new(base: Arc<Base>) -> Result<Zsmalloc> {
-        let table = ClassTable::get();
+        let table = ClassTable::for_slots(base.state.slots());
         for (class, counters) in table.classes().iter().zip(&base.metrics.classes) {
             counters.size_bytes.set(class.size as u64);
             counters.pages_per_zspage.set(class.pages as u64);
@@ -121,9 +122,9 @@ impl Driver for Zsmalloc {
             return None;
         }
         // SAFETY: inside the arena, and nobody else is at work.
-        let bytes = unsafe { &*self.base.bytes(&object) };
+        let bytes = unsafe { &*self.base.state.bytes(object.offset, object.size) };
         let (_, length) = object::peek(bytes).filter(|_| object::belongs_to(bytes, slot))?;
-        if self.table.index_for(HEADER_SIZE + length) != class {
+        if self.table.index_for(HEADER_SIZE + length + guard::BYTES) != class {
             return None;
         }
         let mut lists = self.classes[class].lock();

@@ -82,7 +82,7 @@ impl Store {
     /// Errors: [`Error::System`] if the memory file or its mappings cannot be made.
     pub fn new(slots: u64, allocator: Allocator, limit_bytes: u64, files: Files) -> Result<Store> {
         let metrics = SharedMetrics::new(files.counters.as_ref().map(AsFd::as_fd))?;
-        let geometry = allocator.geometry();
+        let geometry = allocator.geometry(slots);
         let state = State::create(slots, Pool::arena_pages_for(slots), geometry, files.state)?;
         Store::over(Arc::new(state), allocator, limit_bytes, metrics)
     }

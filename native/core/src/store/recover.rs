@@ -29,7 +29,7 @@ impl Store {
     /// [`Error::System`].
     pub fn recover(allocator: Allocator, files: Files, disk: Option<DiskOptions>) -> Result<Store> {
         let file = files.state.ok_or_else(|| Error::Invalid("there is no state file to recover".into()))?;
-        let state = Arc::new(State::open(file, allocator.geometry())?);
+        let state = Arc::new(State::open(file, |slots| allocator.geometry(slots))?);
         check_disk(&state, disk.as_ref())?;
         let metrics = SharedMetrics::resume(files.counters.as_ref().map(AsFd::as_fd))?;
         let limit_bytes = state.settings().limit_bytes.load(Relaxed);

@@ -60,7 +60,7 @@ impl State {
         })
     }
 
-    pub fn open(_file: OwnedFd, _geometry: u64) -> Result<State> {
+    pub fn open(_file: OwnedFd, _geometry: impl FnOnce(u64) -> u64) -> Result<State> {
         Err(Error::Invalid("a model has no files".into()))
     }
 

@@ -204,7 +204,8 @@ fn read_all(store: &Store, expected: &Expected) -> Vec<Holds> {
 /// A successor goes on with what is left: every page is what it was, or what it was about to be, and the store is as good
 /// as one that nobody has killed.
 pub fn survive(machine: &Machine, expected: &Expected) {
-    let state = State::open(machine.files().state.expect("a file"), machine.allocator.geometry()).expect("whole");
+    let state =
+        State::open(machine.files().state.expect("a file"), |slots| machine.allocator.geometry(slots)).expect("whole");
     let next_nonce = state.cipher().next_nonce.load(Relaxed);
     assert!(machine.nonces().into_iter().all(|nonce| nonce < next_nonce), "a nonce would be used again");
     // The successor may be killed itself.
