@@ -6,9 +6,11 @@ import subprocess
 from pathlib import Path
 
 from tests.machine import lacks
-from tests.qemu.guest import BUILD, Guest
+from tests.qemu.guest import Guest
 
 REPOSITORY = Path(__file__).parents[2]
+#: Read by the guest.
+BUILD = REPOSITORY / "build" / "qemu"
 DEADLINE_SECONDS = 1500
 #: In the guest.
 SCRIPT = Path("/usr/local/bin/zswapd-test")
