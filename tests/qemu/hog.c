@@ -4,7 +4,6 @@
  * A line on stdin says what to do with all of them; one on stdout then says how it went:
  *   write   read and check what was written last, and write something else
  *   check   read and check
- *   out     ask the kernel to page them out (MADV_PAGEOUT); what is refused stays in memory
  *
  * A page that the kernel cannot read back (SIGBUS) is counted as lost, and is so until it is written again. At the end
  * of stdin: exit status 1 if a page was ever wrong or lost. */
@@ -95,10 +94,7 @@ int main(int argc, char **argv)
 		uint64_t wrong = 0, lost = 0;
 
 		what[strcspn(what, "\n")] = 0;
-		if (what[0] == 'o')
-			madvise(memory, pages * PAGE, MADV_PAGEOUT);
-		else
-			go_through(memory, pages, round, what[0] == 'w', &wrong, &lost);
+		go_through(memory, pages, round, what[0] == 'w', &wrong, &lost);
 		round += what[0] == 'w';
 		all_bad += wrong + lost;
 		printf("hog: %s: %d pages, %d wrong, %d lost, %d s\n", what, (int)pages, (int)wrong, (int)lost,

@@ -10,6 +10,8 @@ from zswapd.bench.cgroup import MemoryCgroup
 
 #: In a guest of 512 MiB.
 ALL_MEMORY = 420
+#: Pages of the requests that one task may have under way, read-ahead and all.
+MOST_UNDER_WAY = 32
 #: Between two kills.
 PAGES_APART = 8000
 
@@ -56,6 +58,25 @@ def under_pressure() -> None:
         hog.is_right()
         assert counters()["oom_kill"] == 0
         hog.end()
+
+
+def without_resend() -> None:
+    """The kernel does not send requests again (before 6.9). A pager that is killed when nothing is under way costs
+    nothing; else it costs at most what was being read (SIGBUS). No page is wrong, and nothing waits for ever."""
+    with attached(swap__size="64MiB") as daemon, MemoryCgroup(16 << 20) as group, Hog(40, group) as hog:
+        hog.is_right("write")
+        kill_and_wait(daemon)
+        hog.is_right()
+        for _ in range(3):
+            hog.ask("write")
+            when_swapped(1000)
+            kill_and_wait(daemon)
+            found = hog.answer()
+            assert found.wrong == 0
+            assert found.lost <= MOST_UNDER_WAY
+        found = hog.do("write")
+        assert found.wrong == 0
+        hog.is_right()
 
 
 def _serves(daemon: Daemon, but: int) -> None:

@@ -63,6 +63,15 @@ def beside_zram() -> None:
         group.set_limit(128 << 20)
 
 
+def all_memory() -> None:
+    """The machine is out of memory as a whole, and nothing has a limit: every page is right, nobody is killed."""
+    with attached(), Hog(420) as hog:
+        for what in ("write", "write", "check"):
+            hog.is_right(what)
+        assert counters()["oom_kill"] == 0
+        hog.end()
+
+
 def page_cache() -> None:
     """A hog and somebody who reads and writes a disk of half the memory, through the page cache, again and again: both
     get on, every page of the hog is right, the disk holds what it held, and nobody is killed for memory."""

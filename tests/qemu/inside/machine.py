@@ -5,15 +5,19 @@ import re
 import select
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from click.testing import CliRunner
+
 from tests.daemon import Daemon, wait_until
+from zswapd import ctl as zswapctl
 from zswapd import swapdev
 from zswapd.bench.cgroup import MemoryCgroup
 
 PAGE = 4096
+NO_LIMIT = 1 << 40
 #: For what takes a moment, in a machine that is emulated on a busy one, and out of memory.
 DEADLINE_SECONDS = 600
 
@@ -27,20 +31,23 @@ class Found(NamedTuple):
 
 
 class Hog:
-    """hog.c, in memory of `mebibytes`, of which `noise` percent do not compress."""
+    """hog.c, in memory of `mebibytes`, of which `noise` percent do not compress. In `group`, or one without a limit."""
 
     def __init__(self, mebibytes: int, group: MemoryCgroup | None = None, noise: int = 25, secret: str = "") -> None:
         command = [os.environ["HOG"], str(mebibytes), str(noise), *([secret] if secret else [])]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-        if group:
-            group.add(self._process.pid)
+        self._mebibytes = mebibytes
+        self._stack = ExitStack()
+        self._stack.callback(self.end)
+        self._stack.callback(self._process.kill)
+        self.group = group or self._stack.enter_context(MemoryCgroup(NO_LIMIT))
+        self.group.add(self._process.pid)
 
     def __enter__(self) -> "Hog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        self._stack.close()
 
     def ask(self, what: str) -> None:
         assert self._process.stdin
@@ -65,9 +72,12 @@ class Hog:
         return self.answer()
 
     def out(self) -> None:
-        """Swapped out, and dropped from the swap cache, which takes a second time."""
-        for _ in range(2):
-            self.do("out")
+        """Swapped out, as far as the swap takes it. The first times write, the last one drops what was written from the
+        swap cache."""
+        for _ in range(4):
+            with suppress(BlockingIOError):  # less than that
+                (self.group.path / "memory.reclaim").write_text(f"{self._mebibytes}M")
+        say(f"of {self._mebibytes} MiB in memory: {self.group.usage_bytes() >> 20}")
 
     def is_right(self, what: str = "check") -> None:
         """Every page is as it was written."""
@@ -91,18 +101,16 @@ def attached(**settings: object) -> Iterator[Daemon]:
         ctl(daemon, "detach")
         assert daemon.stop() == 0, daemon.log()
     except BaseException:
-        print(daemon.log(), counters(), Path("/proc/swaps").read_text(), sep="\n")
-        daemon.ctl("status")
+        print(daemon.log(), counters(), Path("/proc/swaps").read_text(), daemon.ctl("status").stdout, sep="\n")
         raise
 
 
 def ctl(daemon: Daemon, *arguments: str, status: int = 0) -> str:
-    """What zswapctl says, which ends with `status`."""
-    done = daemon.ctl(*arguments)
-    said = done.stdout + done.stderr
-    print(f"zswapctl {' '.join(arguments)}: {said}", end="", flush=True)
-    assert done.returncode == status, f"exit status {done.returncode}"
-    return said
+    """What zswapctl says, which ends with `status`. In this process: emulated, another takes seconds to start."""
+    done = CliRunner().invoke(zswapctl.cli, ["--config", str(daemon.config), *arguments])
+    print(f"zswapctl {' '.join(arguments)}: {done.output}", end="", flush=True)
+    assert done.exit_code == status, f"exit status {done.exit_code}, {done.exception}"
+    return done.output
 
 
 def counters() -> dict[str, int]:
