@@ -16,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: build install uninstall demo test test-vm model mutants sanitize fuzz bench-pool lint lock clean system
+.PHONY: build install uninstall demo test test-vm vm model mutants sanitize fuzz bench-pool lint lock clean system
 
 PYTHON := .venv/bin/python
 NATIVE := zswapd/_native.abi3.so
@@ -148,20 +148,30 @@ test: build
 	# Ends itself if a worker allocates: a test swaps through it.
 	cargo build --manifest-path native/Cargo.toml --quiet --locked --package zswapd-pager
 	$(PYTHON) -m pytest tests/unit tests/fuse tests/swap
+	$(MAKE) --no-print-directory vm
+	$(PYTHON) -m pytest tests/qemu -k quick
 	echo "zswapd: all tests passed"
 
-test-vm: build
-	@missing=()
+test-vm: build vm
+	$(PYTHON) -m pytest -rA --durations=0 tests/qemu
+
+# What a virtual machine needs (with the kernels, which its tests get, about 90 MB), where it can be had: those tests are
+# skipped elsewhere, and say what is missing.
+vm:
+	@[[ $$(uname -m) == x86_64 && $$EUID == 0 ]] && command -v apt-get >/dev/null || exit 0
+	apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || apt-get -qq update
+	missing=()
 	have() { PATH=$$PATH:/usr/lib/qemu:/usr/libexec command -v "$$1" >/dev/null; }
 	have qemu-system-x86_64 || missing+=(qemu-system-x86)
 	have virtiofsd || { apt-cache show virtiofsd >/dev/null 2>&1 && missing+=(virtiofsd); }
 	have busybox || missing+=(busybox-static)
 	have depmod || missing+=(kmod)
+	have dmsetup || missing+=(dmsetup)
 	if [[ -n $${missing[*]} ]]; then
 	    echo "zswapd: installing $${missing[*]}"
-	    DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $${missing[*]} >/dev/null
+	    DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $${missing[*]} >/dev/null ||
+	        echo "zswapd: apt-get could not install: $${missing[*]}" >&2
 	fi
-	$(PYTHON) -m pytest -rA tests/qemu
 
 FUZZ_SECONDS ?= 60
 

@@ -18,9 +18,10 @@ fi
 /bin/busybox mount -t proc proc /root/proc
 /bin/busybox mount -t sysfs sysfs /root/sys
 /bin/busybox mount -t devtmpfs devtmpfs /root/dev
-# Not swapped: zswapd's own files must not lie in its swap.
-/bin/busybox mount -t tmpfs -o noswap tmpfs /root/run
+# Not swapped, as far as the kernel knows how (6.4): zswapd's own files must not lie in its swap.
+/bin/busybox mount -t tmpfs -o noswap tmpfs /root/run 2>/dev/null || /bin/busybox mount -t tmpfs tmpfs /root/run
 echo 1 >/root/sys/devices/system/cpu/cpu1/online
+echo booted >/root/dev/ttyS1
 [ -z "$INSTALLED" ] || exec /bin/busybox switch_root /root /lib/systemd/systemd
 exec /bin/busybox switch_root /root /bin/sh -c '
     exec </dev/null >/dev/ttyS1 2>&1

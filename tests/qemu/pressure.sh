@@ -40,7 +40,7 @@ faults() {
 
 status=0
 faults before
-"$HOG" "$MEBIBYTES" || status=$?
+printf 'write\nwrite\nwrite\n' | "$HOG" "$MEBIBYTES" || status=$?
 faults after
 grep -E '^(pswpin|pswpout|oom_kill) ' /proc/vmstat
 grep VmSwap "/proc/$daemon/status"

@@ -131,7 +131,12 @@ systemctl is-active zswapd-swap
 never said "Stopping zswapd-swap"
 is_swap
 
-# Sleep, with room for the pages: what would put the machine to sleep looks at it instead (systemd-suspend.service.d).
+# Sleep: not without room for the pages.
+never systemctl start systemd-suspend.service
+[ ! -e /run/slept ]
+is_swap
+ok "the machine stays awake"
+# With it: what would put the machine to sleep looks at it instead (systemd-suspend.service.d).
 systemctl set-property --runtime workload.service MemoryMax=infinity
 systemctl start systemd-suspend.service
 grep -qx "without swap" /run/slept

@@ -1,91 +1,36 @@
-"""The units, with systemd as process 1 of a virtual machine: order, confinement, and what survives whose death."""
+"""The units, with systemd as process 1 of a virtual machine: order, confinement, what survives whose death; and what
+becomes of the pages when the machine ends."""
 
 import os
-import shutil
-import subprocess
+import re
 from pathlib import Path
 
-from tests.machine import lacks
-from tests.qemu.guest import BUILD, Guest
+import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.qemu import units
+
 DEADLINE_SECONDS = 1500
-#: In the guest.
-SCRIPT = Path("/usr/local/bin/zswapd-test")
-
-TEST_UNIT = """\
-[Unit]
-Description=The test
-After=zswapd-swap.service swap.target
-[Service]
-Type=oneshot
-StandardOutput=file:/dev/ttyS1
-StandardError=inherit
-TimeoutStartSec=infinity
-ExecStart={script}
-"""
-#: Emulated, a process takes seconds to start.
-WATCHDOG = "[Service]\nWatchdogSec=40\n"
-JOURNAL = "[Journal]\nForwardToConsole=yes\nTTYPath=/dev/ttyS0\nMaxLevelConsole=info\n"
 SLEEP = """\
 [Service]
 ExecStart=
 ExecStart=/bin/sh -c 'grep -q ^/dev/loop /proc/swaps && echo "with swap" >/run/slept || echo "without swap" >/run/slept'
 """
+#: ZSWAPD_TEST_DETACH=off: what the test of the machine's end sees where nobody detaches.
+NO_DETACH = {
+    f"{unit}.service.d/no-detach.conf": "[Service]\nExecStop=\n" for unit in ("zswapd-swap", "zswapd-pager", "zswapd")
+}
+SHUTDOWN_MIB, SHUTDOWN_HOG_MIB = 640, 480
 
 
-def installed() -> Path:
-    """What make install makes, with everything enabled, and the test as a service."""
-    root = BUILD / "installed"
-    shutil.rmtree(root, ignore_errors=True)
-    install = ["make", "--no-print-directory", "--assume-old=build", "install", f"DESTDIR={root}", "SYSTEMD=252"]
-    subprocess.run(install, cwd=REPOSITORY, check=True)
-    for program in ("zswapd", "zswapctl"):
-        path = root / "usr/bin" / program
-        # Not one in a home directory, which zswapd.service does not see.
-        path.write_text("#!/usr/bin/python3 -I\n" + path.read_text().partition("\n")[2])
-    (root / "etc/zswapd/zswapd.toml").write_text('[swap]\nsize = "128MiB"\n')
-    units = root / "etc/systemd/system"
-    for name, text in {
-        "zswapd-test.service": TEST_UNIT.format(script=SCRIPT),
-        "zswapd.service.d/watchdog.conf": WATCHDOG,
-        "systemd-suspend.service.d/test.conf": SLEEP,
-        "../journald.conf.d/console.conf": JOURNAL,
-    }.items():
-        (units / name).parent.mkdir(parents=True, exist_ok=True)
-        (units / name).write_text(text)
-    (root / SCRIPT.relative_to("/")).parent.mkdir(parents=True)
-    shutil.copy(Path(__file__).with_name("systemd.sh"), root / SCRIPT.relative_to("/"))
-    # Else it would empty this machine's /tmp, as the guest sees it.
-    (root / "etc/tmpfiles.d").mkdir()
-    (root / "etc/tmpfiles.d/tmp.conf").symlink_to("/dev/null")
-    wanted = {
-        "multi-user.target.wants": ("zswapd.service", "zswapd-pager.service", "zswapd-test.service"),
-        "swap.target.wants": ("zswapd-swap.service",),
-        "sleep.target.requires": ("zswapd-sleep.service",),
-    }
-    for directory, names in wanted.items():
-        (units / directory).mkdir()
-        for name in names:
-            (units / directory / name).symlink_to(
-                f"/usr/lib/systemd/system/{name}" if "test" not in name else f"/etc/systemd/system/{name}"
-            )
-    # What has nothing to do with it.
-    for name in ("postgresql.service", "systemd-timesyncd.service", "e2scrub_reap.service", "getty@tty1.service"):
-        (units / name).symlink_to("/dev/null")
-    return root
-
-
-def test_the_units_keep_what_they_promise() -> None:
-    if not Path("/lib/systemd/systemd").exists() or not Path("/usr/bin/python3").exists():
-        lacks("systemd, or python3 in /usr/bin")
-    guest = Guest(memory=1024)
-    outcome = guest.run(
-        SCRIPT,
-        {"INSTALLED": os.fspath(installed())},
+def test_the_units_keep_what_they_promise(hog: Path) -> None:
+    outcome = units.boot(
+        "systemd.sh",
+        hog,
         DEADLINE_SECONDS,
+        memory=1024,
+        swap="128MiB",
+        drop_ins={"systemd-suspend.service.d/test.conf": SLEEP},
     )
-    print(outcome.output)
     assert outcome.status == 0, outcome.kernel_log[-20000:]
     # At shutdown, with swap attached.
     _, begun, shutdown = outcome.kernel_log.rpartition("attached: /dev/loop")
@@ -93,3 +38,28 @@ def test_the_units_keep_what_they_promise() -> None:
     assert "detached: /dev/loop" in shutdown
     assert "stopped: nothing is attached or mounted any more" in shutdown
     assert "Power down" in shutdown
+
+
+@pytest.mark.parametrize(("action", "end"), [("poweroff", "Power down"), ("reboot", "Restarting system")])
+def test_the_machine_ends_in_order_under_load(hog: Path, action: str, end: str) -> None:
+    """Memory is used up, and goes on being rewritten, when the machine is told to end. The swap is detached before it
+    does, by itself; nothing hangs; and who lives to the end has all its pages, as they were."""
+    outcome = units.boot(
+        "shutdown.sh",
+        hog,
+        DEADLINE_SECONDS,
+        memory=SHUTDOWN_MIB,
+        swap="384MiB",
+        environment={"ACTION": action, "MEBIBYTES": str(SHUTDOWN_HOG_MIB)},
+        drop_ins=NO_DETACH if os.environ.get("ZSWAPD_TEST_DETACH") == "off" else {},
+    )
+    log = outcome.kernel_log
+    assert (outcome.status, outcome.hung) == (0, False), log[-20000:]
+    assert re.search(r"^at the end: hog: check: \d+ pages, 0 wrong, 0 lost", outcome.output, re.MULTILINE), log[-5000:]
+    assert "at the end: swap is attached" not in outcome.output
+    order = ("detached: /dev/loop", "stopped: nothing is attached or mounted any more", end)
+    places = [log.find(text) for text in order]
+    assert -1 not in places, dict(zip(order, places, strict=True))
+    assert places == sorted(places)
+    assert "oom_kill 0" in outcome.output
+    assert not outcome.complaints()

@@ -1,0 +1,128 @@
+"""Who else wants memory and swap: cgroups with limits, zram, the page cache, and swapoff without memory for it."""
+
+import signal
+import subprocess
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.qemu.inside.machine import Hog, attached, counters, ctl, say, used_of
+from zswapd.bench.cgroup import MemoryCgroup
+
+
+def _group(stack: ExitStack, mebibytes: int, swap_mebibytes: int) -> MemoryCgroup:
+    group = stack.enter_context(MemoryCgroup(mebibytes << 20))
+    (group.path / "memory.swap.max").write_text(str(swap_mebibytes << 20))
+    return group
+
+
+def swap_max() -> None:
+    """memory.max and memory.swap.max of cgroup v2: who needs no more than both swaps so much; who needs more is killed,
+    he alone; who may not swap does not. Everybody else's pages are right."""
+    with attached() as daemon, ExitStack() as stack:
+        enough, too_little, none = _group(stack, 16, 24), _group(stack, 16, 16), _group(stack, 16, 0)
+        with Hog(32, enough) as hog, Hog(8, none) as other:
+            for _ in range(2):
+                hog.is_right("write")
+                other.is_right("write")
+            assert 12 << 20 < enough.swap_bytes() <= 24 << 20
+            with Hog(64, too_little) as greedy:
+                greedy.ask("write")
+                assert greedy.end() == -signal.SIGKILL
+            hog.is_right()
+            other.is_right()
+            assert none.swap_bytes() == 0
+            assert [group.oom_kills() for group in (enough, too_little, none)] == [0, 1, 0]
+            assert not any(daemon.stats()["errors"].values())
+
+
+def beside_zram() -> None:
+    """zram of a higher priority is filled first and zswapd takes the rest; of a lower one, it gets nothing. After
+    zswapd was detached in between every page is right."""
+    subprocess.run("echo 16M >/sys/block/zram0/disksize && mkswap -q /dev/zram0", shell=True, check=True)
+    with attached() as daemon, MemoryCgroup(24 << 20) as group, Hog(64, group) as hog:
+        subprocess.run(["swapon", "--priority", "200", "/dev/zram0"], check=True)
+        hog.is_right("write")
+        assert used_of("/dev/zram") > 14 << 20
+        assert used_of("/dev/loop") > 16 << 20
+        hog.is_right()
+        group.set_limit(128 << 20)
+        ctl(daemon, "detach")
+        subprocess.run(["swapoff", "/dev/zram0"], check=True)
+        hog.is_right()
+        daemon.settings["swap.priority"] = 300
+        daemon.configure()
+        ctl(daemon, "attach")
+        subprocess.run(["swapon", "--priority", "200", "/dev/zram0"], check=True)
+        group.set_limit(24 << 20)
+        hog.is_right("write")
+        assert used_of("/dev/loop") > 32 << 20
+        assert used_of("/dev/zram") == 0
+        hog.is_right()
+        subprocess.run(["swapoff", "/dev/zram0"], check=True)
+        group.set_limit(128 << 20)
+
+
+def all_memory() -> None:
+    """The machine is out of memory as a whole, and nothing has a limit: every page is right, nobody is killed."""
+    with attached(), Hog(420) as hog:
+        for what in ("write", "write", "check"):
+            hog.is_right(what)
+        assert counters()["oom_kill"] == 0
+        hog.end()
+
+
+def page_cache() -> None:
+    """A hog and somebody who reads and writes a disk of half the memory, through the page cache, again and again: both
+    get on, every page of the hog is right, the disk holds what it held, and nobody is killed for memory."""
+    disk = "/dev/vdb"
+    before = _checksum(disk)
+    with attached(), Hog(360) as hog:
+        passes, enough = 0, threading.Event()
+
+        def read_and_write() -> None:
+            nonlocal passes
+            while not enough.is_set():
+                subprocess.run(["dd", f"if={disk}", f"of={disk}", "bs=1M", "conv=notrunc", "status=none"], check=True)
+                passes += 1
+
+        hog.is_right("write")
+        swapped = counters()["pswpout"]
+        other = threading.Thread(target=read_and_write)
+        other.start()
+        try:
+            for _ in range(2):
+                hog.is_right("write")
+        finally:
+            enough.set()
+            other.join()
+        hog.is_right()
+        say(f"through the disk: {passes} times")
+        assert passes > 0
+        assert counters()["pswpout"] > swapped
+        assert counters()["oom_kill"] == 0
+        hog.end()
+    assert _checksum(disk) == before
+
+
+def _checksum(path: str) -> str:
+    return subprocess.run(["cksum", path], check=True, capture_output=True, text=True).stdout
+
+
+def no_memory_for_swapoff() -> None:
+    """More is in swap than memory can take: detach refuses. Forced, swapoff is who the OOM killer ends, nobody else;
+    the swap stays in use, zswapd serves on, and every page is right."""
+    with attached() as daemon, Hog(420) as hog:
+        hog.is_right("write")
+        assert "memory cannot take the pages back" in ctl(daemon, "detach", status=1)
+        assert used_of("/dev/loop") > 0
+        hog.is_right()
+        said = ctl(daemon, "detach", "--force", status=1)
+        assert "(memory cannot take the pages back)" in said
+        assert "stays in use" in said
+        say(Path("/proc/swaps").read_text())
+        assert used_of("/dev/loop") > 0
+        hog.is_right()
+        hog.is_right("write")
+        assert counters()["oom_kill"] == 1
+        hog.end()

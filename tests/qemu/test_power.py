@@ -1,0 +1,66 @@
+"""A power cut: nothing of memory can be read from the backing disk afterwards, and the next boot has it again."""
+
+import secrets
+import sys
+from pathlib import Path
+
+from tests.qemu.guest import Guest, Outcome
+
+HERE = Path(__file__).parent
+MEMORY_MIB, DISK_MIB = 512, 64
+#: Pages that do not compress take this much by themselves.
+LEAST_WRITTEN = 16 << 20
+DEADLINE_SECONDS = 900
+
+
+class Machine:
+    """A disk that outlives its guests."""
+
+    def __init__(self, hog: Path, disk: Path, encryption: str) -> None:
+        self._hog, self._disk, self._encryption = hog, disk, encryption
+        self.secret = secrets.token_hex(16)
+        with disk.open("wb") as file:
+            file.truncate(DISK_MIB << 20)
+
+    def boot(self, scenario: str, power_off_at: str = "") -> Outcome:
+        environment = {
+            "PYTHON": sys.executable,
+            "HOG": str(self._hog),
+            "SCENARIOS": f"power.{scenario}",
+            "SECRET": self.secret,
+            "ENCRYPTION": self._encryption,
+        }
+        outcome = Guest(MEMORY_MIB).run(
+            HERE / "inside.sh", environment, DEADLINE_SECONDS, disks=[self._disk], power_off_at=power_off_at
+        )
+        print(outcome.output)
+        return outcome
+
+    def found(self) -> list[int]:
+        """Where the secret, or half of it, lies on the disk."""
+        data = self._disk.read_bytes()
+        assert len(data) - data.count(0) > LEAST_WRITTEN
+        half = len(self.secret) // 2
+        pieces = [self.secret[:half].encode(), self.secret[half:].encode()]
+        return [place for place in map(data.find, pieces) if place >= 0]
+
+    def cut(self) -> None:
+        outcome = self.boot("plant", power_off_at="planted")
+        assert "planted" in outcome.output, outcome.kernel_log[-5000:]
+        assert outcome.status is None
+
+
+def test_nothing_can_be_read_after_a_power_cut(hog: Path, tmp_path: Path) -> None:
+    machine = Machine(hog, tmp_path / "disk", "on")
+    machine.cut()
+    assert not machine.found()
+    outcome = machine.boot("again")
+    assert outcome.status == 0, outcome.kernel_log[-5000:]
+    assert not machine.found()
+
+
+def test_without_encryption_it_can(hog: Path, tmp_path: Path) -> None:
+    """So that the test above is known to see it."""
+    machine = Machine(hog, tmp_path / "disk", "off")
+    machine.cut()
+    assert len(machine.found()) == 2

@@ -1,0 +1,78 @@
+"""Scenarios that need no systemd: tests/qemu/inside, several to a boot. Each is a test; README.md lists them."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.qemu.guest import Guest, Outcome
+
+HERE = Path(__file__).parent
+DEADLINE_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Boot:
+    """A guest with `memory` MiB, a kernel, and empty disks of so many MiB; and what runs in it, in that order."""
+
+    memory: int
+    kernel: str
+    disks: tuple[int, ...]
+    scenarios: tuple[str, ...]
+
+
+BOOTS = {
+    "quick": Boot(512, "6.12", (), ("kills.quick",)),
+    "kills": Boot(512, "6.12", (), ("kills.under_pressure",)),
+    "disks": Boot(512, "6.12", (64,), ("disks.full", "disks.fails_to_write", "disks.fails", "disks.slow")),
+    "old": Boot(512, "6.1", (), ("kills.without_resend", "limits.all_memory")),
+    "limits": Boot(
+        512,
+        "6.12",
+        (64, 256),
+        ("limits.swap_max", "limits.beside_zram", "limits.page_cache", "limits.no_memory_for_swapoff"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def boot(
+    request: pytest.FixtureRequest, hog: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Outcome]:
+    """What became of a boot, which runs those of its scenarios that are selected."""
+    outcomes: dict[str, Outcome] = {}
+
+    def run(name: str) -> Outcome:
+        if name not in outcomes:
+            boot = BOOTS[name]
+            guest = Guest(boot.memory, boot.kernel)
+            selected = {item.name for item in request.session.items}
+            scenarios = [one for one in boot.scenarios if f"test_scenario[{name}-{one}]" in selected]
+            disks = []
+            for number, mebibytes in enumerate(boot.disks):
+                disks.append(tmp_path_factory.mktemp(name) / f"disk{number}")
+                with disks[-1].open("wb") as file:
+                    file.truncate(mebibytes << 20)
+            environment = {"PYTHON": sys.executable, "HOG": str(hog), "SCENARIOS": ",".join(scenarios)}
+            outcomes[name] = guest.run(HERE / "inside.sh", environment, DEADLINE_SECONDS, watched="hog", disks=disks)
+        return outcomes[name]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "scenario"),
+    [pytest.param(name, one, id=f"{name}-{one}") for name, boot in BOOTS.items() for one in boot.scenarios],
+)
+def test_scenario(boot: Callable[[str], Outcome], name: str, scenario: str) -> None:
+    outcome = boot(name)
+    _, begun, rest = outcome.output.partition(f"scenario {scenario}: begins\n")
+    assert begun, "not reached: one before it failed"
+    said, ended, _ = rest.partition(f"scenario {scenario}: passed")
+    print(said)
+    assert ended, outcome.kernel_log[-20000:]
+    assert not outcome.complaints()
+    if scenario == BOOTS[name].scenarios[-1]:
+        assert (outcome.status, outcome.hung) == (0, False), outcome.kernel_log[-20000:]
