@@ -8,9 +8,9 @@ from pathlib import Path
 
 import trio
 
-from zswapd import commands, kernel, memcg, swapdev
+from zswapd import blockqueue, commands, kernel, memcg, swapdev
 from zswapd.config import format_size
-from zswapd.detaching import dismantle, promote, set_writeback_throttling
+from zswapd.detaching import dismantle, promote
 from zswapd.errors import DaemonError, SwapError
 from zswapd.pager import Pager
 from zswapd.swapdev import Attachment
@@ -72,7 +72,7 @@ async def _attach(mount_point: Path, priority: int, discard: bool) -> Attachment
             f"{device} over {swapfile} does not do direct I/O: pages would be held twice, in the page cache too",
             "the kernel or the daemon's file system does not support it",
         )
-    set_writeback_throttling(device, "0")
+    blockqueue.set_for_swap(device)
     await commands.run("mkswap", device)
     await commands.run("swapon", "--priority", str(priority), *(["--discard"] if discard else []), device)
     # A zswapctl that died in the middle of a detach has left it off.

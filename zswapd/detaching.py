@@ -14,7 +14,7 @@ from subprocess import CompletedProcess
 
 import trio
 
-from zswapd import commands, memcg, swapdev
+from zswapd import blockqueue, commands, memcg, swapdev
 from zswapd.config import PAGE_SIZE, format_size
 from zswapd.errors import DaemonError, SwapError
 from zswapd.pager import Pager
@@ -125,7 +125,7 @@ async def dismantle(
     while attached := swapdev.discover(mount_point):
         if attached.is_swap:
             unread += await _swapoff(mount_point, attached.loop_device, progress, force=force)
-        set_writeback_throttling(attached.loop_device, "-1")
+        blockqueue.restore(attached.loop_device)
         await _free_loop(mount_point, attached.loop_device)
     return unread
 
@@ -247,16 +247,6 @@ async def promote(pager: Pager | None, on: bool) -> None:
     if pager and pager.stats()["writeback"]["state"] != "none":
         with suppress(OSError):
             await trio.to_thread.run_sync(pager.promote, on)
-
-
-def set_writeback_throttling(device: str, target_us: str) -> None:
-    """The block layer's throttling of background writes (0: off, -1: its default), where the kernel has it.
-
-    It holds reclaim's writes back while reads take longer than 2 ms: meant for disks, it halves the speed at which
-    pages go out to memory.
-    """
-    with suppress(OSError):
-        Path(f"/sys/block/{Path(device).name}/queue/wbt_lat_usec").write_text(target_us)
 
 
 async def _free_loop(mount_point: Path, device: str) -> None:

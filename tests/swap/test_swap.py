@@ -10,6 +10,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +104,14 @@ def test_attach_twice(attached: Callable[..., Daemon]) -> None:
     assert result.returncode == 1
     assert f"{area.loop_device} is attached already" in result.stderr
     assert swap_area(daemon).loop_device == area.loop_device
+
+
+def test_the_loop_device_is_tuned_while_it_is_swap(attached: Callable[..., Daemon]) -> None:
+    daemon = attached()
+    queue = Path("/sys/block", Path(swap_area(daemon).loop_device).name, "queue")
+    assert (queue / "rq_affinity").read_text() == "2\n"
+    assert daemon.ctl("detach").returncode == 0
+    assert (queue / "rq_affinity").read_text() == "1\n"
 
 
 def test_detach_is_refused_where_the_pages_have_no_room(attached: Callable[..., Daemon], corpus: int) -> None:

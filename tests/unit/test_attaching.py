@@ -5,7 +5,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from tests.swaparea import MOUNT_POINT, OURS, DiskPager, write
-from zswapd import attaching, commands, detaching, kernel, swapdev
+from zswapd import attaching, blockqueue, commands, detaching, kernel, swapdev
 from zswapd.errors import DaemonError, SwapError
 
 
@@ -85,7 +85,7 @@ async def test_what_is_attached_may_go_to_the_pool(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(swapdev, "find_pager", lambda mount_point: pager)
     monkeypatch.setattr(commands, "run", run)
     monkeypatch.setattr(swapdev, "discover", lambda mount_point: OURS)
-    monkeypatch.setattr(attaching, "set_writeback_throttling", lambda device, target: None)
+    monkeypatch.setattr(blockqueue, "set_for_swap", lambda device: None)
     assert await attaching._attach(MOUNT_POINT, 1, discard=False) == OURS
     assert pager.told == [True]
 
