@@ -138,9 +138,7 @@ def test_an_upgrade_that_cannot_be_is_refused_and_all_goes_on(daemon: Daemon, pa
         assert os.pread(swapfile, PAGE, 0) == noise(1)
         result = daemon.ctl("upgrade")
         assert result.returncode == 1
-        assert result.stderr.startswith(
-            "zswapctl: not upgraded, the old version goes on: it cannot be run: No such"
-        )
+        assert result.stderr.startswith("zswapctl: not upgraded, the old version goes on: it cannot be run: No such")
         install(path)
         assert upgrade(daemon).new_pid == status(daemon)["pid"] != before["pid"]
         assert os.pread(swapfile, PAGE, 0) == noise(1)
