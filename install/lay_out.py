@@ -38,6 +38,16 @@ def imported(name: str, found: dict[str, Distribution]) -> dict[str, Distributio
     return found
 
 
+def hidden(python: Path) -> str | None:
+    """What to say of an interpreter that lies where ProtectHome hides it from zswapd.service; None: it does not."""
+    if python.is_relative_to("/root") or python.is_relative_to("/home") or python.is_relative_to("/run/user"):
+        return (
+            f"zswapd: warning: the programs are run by {python}, and zswapd.service sees no home directory: "
+            "remove .venv, put another python3 first in PATH, and run make install again"
+        )
+    return None
+
+
 def main(destdir: str, lib: str, bin: str) -> None:
     final, directory = Path(destdir + lib), Path(destdir + lib + ".new")
     shutil.rmtree(directory, ignore_errors=True)
@@ -60,11 +70,15 @@ def main(destdir: str, lib: str, bin: str) -> None:
         final.rename(old)
     directory.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+    python = Path(sys._base_executable).resolve()
     for name in ("zswapd", "zswapctl"):
         program = Path(destdir + bin, name)
         program.parent.mkdir(parents=True, exist_ok=True)
-        program.write_text(PROGRAM.format(python=Path(sys._base_executable).resolve(), lib=lib, name=name))
+        program.write_text(PROGRAM.format(python=python, lib=lib, name=name))
         program.chmod(0o755)
+    if warning := hidden(python):
+        print(warning, file=sys.stderr)
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,18 +1,20 @@
 """A keeper that systemd has started: what it leaves in the store is what the next one goes on with."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
 from tests.daemon import DEADLINE_SECONDS, ENVIRONMENT, Daemon, wait_until
 from tests.machine import lacks
+from tests.pages import PAGE
 from tests.takeover import status, with_standby
 from zswapd import pager
 from zswapd.config import load
@@ -127,25 +129,34 @@ def systemd(tmp_path: Path) -> Iterator[Systemd]:
 
 
 @contextmanager
-def keeper(daemon: Daemon, systemd: Systemd) -> Iterator[subprocess.Popen[bytes]]:
-    """A keeper that was started with what is stored; it serves."""
+def launched(daemon: Daemon, systemd: Systemd, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A keeper that was started with what is stored; what it and its pagers say goes to `log`."""
     systemd.ready = False
     words = pager.command(pager.options(load(daemon.config, [], {})))
     fds = list(systemd.stored.values())
-    process = subprocess.Popen(
-        [sys.executable, "-c", _STARTED, ",".join(map(str, fds)), *words],
-        env=ENVIRONMENT | {"NOTIFY_SOCKET": str(systemd.path), "LISTEN_FDNAMES": ":".join(systemd.stored)},
-        pass_fds=fds,
-        start_new_session=True,
-    )
+    with log.open("wb") if log else nullcontext() as said:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _STARTED, ",".join(map(str, fds)), *words],
+            env=ENVIRONMENT | {"NOTIFY_SOCKET": str(systemd.path), "LISTEN_FDNAMES": ":".join(systemd.stored)},
+            pass_fds=fds,
+            start_new_session=True,
+            stderr=said,
+        )
     try:
-        while not systemd.ready:
-            systemd.listen()
         yield process
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@contextmanager
+def keeper(daemon: Daemon, systemd: Systemd) -> Iterator[subprocess.Popen[bytes]]:
+    """The same; it serves."""
+    with launched(daemon, systemd) as process:
+        while not systemd.ready:
+            systemd.listen()
+        yield process
 
 
 def test_keeper_and_pagers_are_killed_and_the_next_keeper_goes_on(
@@ -177,6 +188,61 @@ def test_keeper_and_pagers_are_killed_and_the_next_keeper_goes_on(
             while systemd.stored:
                 systemd.listen()
     assert not Path(f"{daemon.mount_point}.sock").exists()
+
+
+def test_a_state_that_cannot_be_gone_on_with_is_refused_and_nothing_destroyed(
+    make_daemon: Callable[..., Daemon], systemd: Systemd, tmp_path: Path
+) -> None:
+    """No pager serves, the log says why, and the state is as it was."""
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    daemon, log = make_daemon(swap__data_path="pager"), tmp_path / "log"
+    daemon.configure()
+    with keeper(daemon, systemd) as first, holding(daemon) as verified:
+        daemon.start()
+        verified()
+        with_standby(daemon)
+        daemon.signal(signal.SIGKILL)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+        daemon.wait()
+        state = systemd.stored["zswapd-state"]
+        whole, head = os.fstat(state).st_size, os.pread(state, PAGE, 0)
+        for length, at, reason in (
+            (whole, 0, "none of zswapd's"),
+            (whole, 8, "of version"),
+            (whole, 20, "its header is damaged"),
+            (whole, 47, "its header is damaged"),
+            (whole - PAGE, None, f"it has {whole - PAGE} bytes, and should have {whole}"),
+            (whole + PAGE, None, f"it has {whole + PAGE} bytes, and should have {whole}"),
+            (PAGE, None, f"it has {PAGE} bytes, and should have {whole}"),
+            (40, None, "it ends in its header"),
+            (0, None, "it is empty, and has been used"),
+        ):
+            damaged = bytearray(head)
+            if at is not None:
+                damaged[at] ^= 0xFF
+            copy = os.memfd_create("damaged")
+            os.pwrite(copy, damaged, 0)
+            os.ftruncate(copy, length)
+            systemd.stored["zswapd-state"] = copy
+            with launched(daemon, systemd, log) as process:
+                # Tried again, since it is all that there is.
+                said = f"the state file cannot be recovered: .*{reason}"
+                wait_until(lambda said=said: len(re.findall(said, log.read_text())) > 1, said)  # type: ignore[misc]
+                assert process.poll() is None
+                assert "serves" not in log.read_text()
+            assert os.fstat(copy).st_size == length
+            assert os.pread(copy, PAGE, 0) == damaged[:length]
+            os.close(copy)
+        systemd.stored["zswapd-state"] = state
+        with keeper(daemon, systemd) as second:
+            verified(last=True)
+            wait_until(lambda: status(daemon)["opens"] == 0, "closed")
+            Pager(daemon.mount_point).stop()
+            assert second.wait(DEADLINE_SECONDS) == 0
+            while systemd.stored:
+                systemd.listen()
 
 
 def test_the_next_keeper_goes_on_with_the_version_that_has_served(

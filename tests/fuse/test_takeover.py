@@ -253,4 +253,5 @@ def test_standbys_that_are_stopped_take_over(daemon: Daemon) -> None:
             os.kill(now["standby"], signal.SIGSTOP)
             kill(daemon, now["pid"])
             one_page(daemon)()
+            assert status(daemon)["pid"] == now["standby"]
         end()

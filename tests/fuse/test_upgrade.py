@@ -123,20 +123,22 @@ def test_an_upgrade_that_cannot_be_is_refused_and_all_goes_on(daemon: Daemon, pa
             with pytest.raises(OSError, match=reason):
                 upgrade(daemon)
         path.unlink()
-        with pytest.raises(OSError, match="it cannot be started: No such file"):
+        with pytest.raises(OSError, match="it cannot be run: No such file"):
             upgrade(daemon)
         path.mkdir()
         with pytest.raises(OSError, match="it cannot be run: Permission denied"):
             upgrade(daemon)
         path.rmdir()
+        os.mkfifo(path)
+        with pytest.raises(OSError, match="it cannot be run: Permission denied"):
+            upgrade(daemon)
+        path.unlink()
         after = with_standby(daemon)
         assert (after["pid"], after["standby"]) == (before["pid"], before["standby"])
         assert os.pread(swapfile, PAGE, 0) == noise(1)
         result = daemon.ctl("upgrade")
         assert result.returncode == 1
-        assert result.stderr.startswith(
-            "zswapctl: not upgraded, the old version goes on: it cannot be started: No such"
-        )
+        assert result.stderr.startswith("zswapctl: not upgraded, the old version goes on: it cannot be run: No such")
         install(path)
         assert upgrade(daemon).new_pid == status(daemon)["pid"] != before["pid"]
         assert os.pread(swapfile, PAGE, 0) == noise(1)

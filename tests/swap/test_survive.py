@@ -4,7 +4,9 @@ ZSWAPD_TEST_KILLS says how often the pager is killed in the tests that do it at 
 """
 
 import os
+import random
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from tests.swap.workload import ENOUGH, LIMIT, Workload, assert_gone, swap_area,
 from tests.takeover import KILLS, kill, kill_and_wait, kill_at_random, report, status, with_standby
 from zswapd import swapdev
 from zswapd.bench.damon import switches
+from zswapd.pager import Pager
 
 pytestmark = pytest.mark.usefixtures("_swap", "_only_ours")
 
@@ -207,6 +210,47 @@ def test_the_standby_and_then_its_heirs_are_killed(attached: Callable[..., Daemo
             workload.run("random", seed=2)
         workload.verify()
         assert status(daemon)["keeper"] == before["keeper"]
+
+
+def test_upgraded_under_load_and_killed_meanwhile(attached: Callable[..., Daemon], corpus: int) -> None:
+    daemon = attached()
+
+    def upgrade_and_kill() -> int:
+        done, chance = 0, random.Random(1)
+        for turn in range(KILLS):
+            before = with_standby(daemon)
+            with ThreadPoolExecutor(1) as beside:
+                upgrading = beside.submit(Pager(daemon.mount_point).upgrade)
+                if turn % 3:
+                    time.sleep(chance.uniform(0, 0.2))
+                    kill(daemon, before["pid" if turn % 3 == 1 else "standby"])
+                try:
+                    upgrading.result()
+                except OSError as error:
+                    print(error)
+                else:
+                    assert status(daemon)["program"] > before["program"]
+                    done += 1
+        return done
+
+    with no_trouble(), swapped(daemon, corpus) as workload, ThreadPoolExecutor(1) as beside:
+        workload.fill()
+        keeper = with_standby(daemon)["keeper"]
+        upgrading, seed = beside.submit(upgrade_and_kill), 0
+        while not upgrading.done():
+            seed += 1
+            workload.run("rewrite" if seed % 2 else "random", seed=seed)
+        # Those beside which only a standby was killed, or nobody.
+        assert upgrading.result() >= KILLS // 3
+        workload.verify()
+        assert with_standby(daemon)["keeper"] == keeper
+        stats = daemon.stats()
+        assert not any(stats["errors"].values()), stats["errors"]
+        workload.group.set_limit(ENOUGH)
+        assert daemon.ctl("detach").returncode == 0
+        workload.verify()
+    assert daemon.stop() == 0
+    assert "leaked" not in daemon.log()
 
 
 def test_zswapd_and_the_pager_are_killed_at_once(attached: Callable[..., Daemon], corpus: int) -> None:

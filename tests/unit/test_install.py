@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -83,6 +84,14 @@ def test_the_programs_run_from_there(installed: tuple[Path, str]) -> None:
         moved.unlink()
         assert (result.returncode, result.stderr) == (0, "")
         assert __version__ in result.stdout
+
+
+def test_a_python_that_the_units_do_not_see_is_warned_of() -> None:
+    lay_out = runpy.run_path(str(REPOSITORY / "install/lay_out.py"))
+    for hidden in ("/root/.pyenv/versions/3.11.7/bin/python3.11", "/home/x/python", "/run/user/0/python"):
+        assert f"warning: the programs are run by {hidden}" in lay_out["hidden"](Path(hidden))
+    for seen in ("/usr/bin/python3", "/opt/home/bin/python", "/rooted/python"):
+        assert lay_out["hidden"](Path(seen)) is None
 
 
 def test_what_is_installed_is_taken_away_again(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ pub enum Kind {
     /// The keeper: there is no successor to hand over to, and why.
     Refused,
     /// The keeper, before `Go`: the number says which program it runs. The first is 1; one that an upgrade has put in its
-    /// place has a higher one.
+    /// place has a higher one. From what is about to become a pager in an upgrade: the descriptor is the program's file.
     Program,
 }
 

@@ -119,8 +119,8 @@ impl Keeper {
     /// Until the active pager ends as it was told to, or none ever serves.
     fn run(&mut self) -> ExitCode {
         let status = loop {
-            self.start_and_let_go();
-            self.wait();
+            let again = self.start_and_let_go();
+            self.wait(again);
             for who in [ACTIVE, STANDBY, CANDIDATE] {
                 self.listen_to(who);
             }
@@ -135,21 +135,24 @@ impl Keeper {
         ExitCode::from(status)
     }
 
-    /// There is always to be an active pager and, when it serves, a standby.
-    fn start_and_let_go(&mut self) {
+    /// There is always to be an active pager and, when it serves, a standby. Returns when to try again, if not before
+    /// something happens.
+    fn start_and_let_go(&mut self) -> Option<Instant> {
         if self.upgrade_asked && self.pagers[CANDIDATE].is_none() {
             self.upgrade_asked = false;
             self.start_candidate();
         }
-        if Instant::now() < self.next_try {
-            return;
+        // Looked at once: a pause that ended between two looks would be waited for without end.
+        let now = Instant::now();
+        if self.next_try <= now {
+            match &self.pagers {
+                [None, Some(standby), _] if standby.ready => self.let_go(),
+                [None, None, _] => self.start_standby(),
+                [Some(active), None, _] if active.serving => self.start_standby(),
+                _ => {}
+            }
         }
-        match &self.pagers {
-            [None, Some(standby), _] if standby.ready => self.let_go(),
-            [None, None, _] => self.start_standby(),
-            [Some(active), None, _] if active.serving => self.start_standby(),
-            _ => {}
-        }
+        Some(self.next_try).filter(|next| *next > now)
     }
 
     fn let_go(&mut self) {
@@ -196,8 +199,8 @@ impl Keeper {
         self.next_try = Instant::now() + pause;
     }
 
-    /// Waits until a pager says something or ends, or it is time to try or to look again.
-    fn wait(&self) {
+    /// Waits until a pager says something or ends, or it is time to try again, or to look at those who are waited for.
+    fn wait(&self, again: Option<Instant>) {
         let mut fds = [libc::pollfd { fd: -1, events: libc::POLLIN, revents: 0 }; 6];
         for (pager, fds) in self.pagers.iter().zip(fds.chunks_exact_mut(2)) {
             if let Some(pager) = pager {
@@ -205,10 +208,9 @@ impl Keeper {
                 fds[1].fd = pager.channel.as_ref().map_or(-1, AsRawFd::as_raw_fd);
             }
         }
-        let now = Instant::now();
         let look = (0..self.pagers.len()).any(|who| self.is_waited_for(who)).then_some(self.next_look);
-        let next = Some(self.next_try).filter(|at| *at > now).into_iter().chain(look).min();
-        let milliseconds = next.map_or(-1, |at| at.saturating_duration_since(now).as_millis() as libc::c_int + 1);
+        let left = again.into_iter().chain(look).min().map(|at| at.saturating_duration_since(Instant::now()));
+        let milliseconds = left.map_or(-1, |left| left.as_millis() as libc::c_int + 1);
         // SAFETY: six valid pollfds. Whatever it returns, who is there is looked at.
         unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, milliseconds) };
     }
@@ -273,8 +275,8 @@ impl Keeper {
                 pager.ready = true;
                 match who {
                     STANDBY => self.tell_standby(),
-                    _ if pager.dismissed => {}
-                    _ => self.tell(Kind::HandOver, 0, ""),
+                    CANDIDATE if !pager.dismissed => self.tell(Kind::HandOver, 0, ""),
+                    _ => {}
                 }
             }
             (ACTIVE, Kind::Serving) => {
@@ -289,6 +291,7 @@ impl Keeper {
                 self.upgrade_asked = true;
                 self.dismiss_candidate();
             }
+            (CANDIDATE, Kind::Program) => pager.file = message.descriptor,
             (CANDIDATE, Kind::Failed) if !std::mem::replace(&mut pager.dismissed, true) => {
                 self.refuse(format_args!("{}", message.text));
             }

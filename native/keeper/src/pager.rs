@@ -4,7 +4,7 @@ use crate::kept::Kept;
 use crate::patience::Patience;
 use std::ffi::{CString, OsString};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::ptr;
 use zswapd_keeper::channel::{Channel, Kind};
@@ -72,22 +72,20 @@ impl Program {
 
     /// Starts a pager of what serves. Allocates nothing.
     pub fn start(&self) -> io::Result<Pager> {
-        self.start_from(&self.file, self.number)
+        self.start_from(Some(&self.file), self.number)
     }
 
-    /// Starts a pager of what lies at the program's path by now.
+    /// Starts a pager of what lies at the program's path by now: it says what that is, if it can be opened.
     pub fn start_new(&self, number: u64) -> io::Result<Pager> {
-        let file = open(self.arguments[0])?;
-        let pager = self.start_from(&file, number)?;
-        Ok(Pager { file: Some(file), ..pager })
+        self.start_from(None, number)
     }
 
-    fn start_from(&self, file: &OwnedFd, number: u64) -> io::Result<Pager> {
+    fn start_from(&self, file: Option<&OwnedFd>, number: u64) -> io::Result<Pager> {
         let (ours, theirs) = socket::pair()?;
-        // SAFETY: there is one thread, and what the child does is only system calls.
+        // SAFETY: there is one thread, so that the child may do whatever we may.
         let pid = unsafe { libc::fork() };
         match pid {
-            0 => self.become_pager(file, theirs),
+            0 => self.become_pager(file, &Channel::new(theirs)),
             1.. => {}
             _ => return Err(io::Error::last_os_error()),
         }
@@ -120,35 +118,53 @@ impl Program {
         })
     }
 
-    fn become_pager(&self, file: &OwnedFd, channel: OwnedFd) -> ! {
+    fn become_pager(&self, file: Option<&OwnedFd>, channel: &Channel) -> ! {
+        let why = match file {
+            Some(file) => self.run(file, channel),
+            // Here, where nobody waits for a disk that hangs.
+            None => open(self.arguments[0]).map_or_else(
+                |error| error,
+                |file| {
+                    let _it_hangs_up = channel.send(Kind::Program, 0, "", Some(file.as_fd()));
+                    self.run(&file, channel)
+                },
+            ),
+        };
+        let why = format!("it cannot be run: {why}");
+        crate::say!("the pager: {why}");
+        let _not_heard = channel.send(Kind::Failed, 0, &why, None);
+        // SAFETY: never returns.
+        unsafe { libc::_exit(127) }
+    }
+
+    /// Returns only if it cannot be run, and why.
+    fn run(&self, file: &OwnedFd, channel: &Channel) -> io::Error {
         let run = || {
             // SAFETY: an open descriptor, and strings that end, in arrays that do.
             unsafe { libc::fexecve(file.as_raw_fd(), self.arguments.as_ptr(), environ) };
             io::Error::last_os_error()
         };
-        // SAFETY: system calls on descriptors that are open; none returns to the parent's code.
+        // SAFETY: system calls on descriptors that are open.
         unsafe {
             libc::dup2(channel.as_raw_fd(), self.channel.as_raw_fd());
             for fd in self.inherited {
                 libc::fcntl(fd, libc::F_SETFD, 0);
             }
-            let mut error = run();
-            if error.raw_os_error() == Some(libc::ENOENT) {
-                // A script, which its interpreter is to open.
-                libc::fcntl(file.as_raw_fd(), libc::F_SETFD, 0);
-                error = run();
-            }
-            let why = format!("it cannot be run: {error}");
-            crate::say!("the pager: {why}");
-            let _not_heard = Channel::new(channel).send(Kind::Failed, 0, &why, None);
-            libc::_exit(127)
         }
+        let error = run();
+        if error.raw_os_error() != Some(libc::ENOENT) {
+            return error;
+        }
+        // A script, which its interpreter is to open.
+        // SAFETY: as above.
+        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFD, 0) };
+        run()
     }
 }
 
 fn open(path: *const libc::c_char) -> io::Result<OwnedFd> {
-    // SAFETY: a string that ends.
-    let fd = unsafe { libc::open(path, libc::O_RDONLY | libc::O_CLOEXEC) };
+    // SAFETY: a string that ends. Whoever is at the other end of what is no file is not waited for.
+    let fd = unsafe { libc::open(path, libc::O_RDONLY | libc::O_CLOEXEC | libc::O_NONBLOCK) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

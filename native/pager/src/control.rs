@@ -50,7 +50,7 @@ use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::str::FromStr;
 use std::sync::mpsc::{Receiver, TryRecvError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use zswapd_core::backing::Backing;
 use zswapd_core::codec::{Algorithm, Compression, ZSTD_LEVELS};
 use zswapd_core::error::Error;
@@ -67,6 +67,8 @@ const STEP: u64 = 8192;
 /// For those who are at work when the pager ends, at a time: shrinkers wait for the disk, who moves objects needs some
 /// microseconds, unless it does not run.
 const PATIENCE: Duration = Duration::from_millis(100);
+/// For the keeper's answer to `upgrade`. It waits for two minutes at most.
+const KEEPER_PATIENCE: Duration = Duration::from_secs(180);
 /// The largest arena: a pool can never use more.
 const MAX_LIMIT_BYTES: u64 = MAX_ARENA_PAGES * PAGE_SIZE as u64;
 /// Of leaked objects. There should be none, and never are there few.
@@ -272,9 +274,14 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
         }
         ["upgrade"] => {
             shared.keeper.upgrade().map_err(system("the keeper cannot be asked"))?;
-            Ok(Reply::Meanwhile(Box::new(|shared| {
-                let granted = shared.keeper.upgraded().map_err(Error::Invalid)?;
-                Ok(granted.map(|()| Reply::HandOver))
+            let asked = Instant::now();
+            Ok(Reply::Meanwhile(Box::new(move |shared| match shared.keeper.upgraded().map_err(Error::Invalid)? {
+                Some(()) => Ok(Some(Reply::HandOver)),
+                None if asked.elapsed() < KEEPER_PATIENCE => Ok(None),
+                None => {
+                    shared.keeper.forget_upgrade();
+                    Err(Error::Invalid("the keeper does not answer: is it stopped?".into()))
+                }
             })))
         }
         ["drain"] => later(|shared| Ok(shared.gate().close()?.then(|| Reply::Text(left(shared))))),

@@ -103,7 +103,9 @@ impl Keeper {
         let mut upgrade = self.lock();
         match (&*upgrade, self.pid()) {
             (_, 0) => Err(io::Error::from_raw_os_error(libc::EPIPE)),
-            (Upgrade::Asked | Upgrade::Granted, _) => Err(io::Error::from_raw_os_error(libc::EBUSY)),
+            (Upgrade::Asked, _) => Err(io::Error::from_raw_os_error(libc::EBUSY)),
+            // To somebody who did not wait for it.
+            (Upgrade::Granted, _) => Ok(()),
             _ => {
                 self.channel.send(Kind::Upgrade, 0, "", None)?;
                 *upgrade = Upgrade::Asked;
@@ -118,6 +120,14 @@ impl Keeper {
             Upgrade::Granted => Ok(Some(())),
             Upgrade::Refused(why) => Err(why.clone()),
             _ => Ok(None),
+        }
+    }
+
+    /// Does not wait for it any more: it may be asked for again.
+    pub fn forget_upgrade(&self) {
+        let mut upgrade = self.lock();
+        if *upgrade == Upgrade::Asked {
+            *upgrade = Upgrade::None;
         }
     }
 

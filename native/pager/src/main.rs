@@ -129,7 +129,7 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
     let closer = listener.closer().map_err(|error| failed("control socket")(&error))?;
     let relay = relay::Relay::new(device.clone(), keeper.clone());
     let disk = args.backing.as_ref().map(backing::open).transpose()?;
-    if !is_empty(&state)? {
+    if !is_new(&state, &counters)? {
         // Looked at, and left as it is: who cannot go on with it does not say that all is set.
         let copy = state.try_clone().map_err(|error| failed("state file")(&error))?;
         State::open(copy, |slots| args.allocator.geometry(slots)).map_err(|error| error.to_string())?;
@@ -144,7 +144,7 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
     if go.gone.is_none() {
         refused.iter().flat_map(|text| text.lines()).for_each(|line| eprintln!("zswapd-pager: {line}"));
     }
-    let is_new = is_empty(&state)?;
+    let is_new = is_new(&state, &counters)?;
     let files = files(state, &counters)?;
     let engine = match is_new {
         true => new_engine(args, files, disk),
@@ -223,9 +223,15 @@ fn ask_again(args: &Args, device: &File) {
     }
 }
 
-/// Whether no pager has served with this state yet.
-fn is_empty(state: &OwnedFd) -> Result<bool, String> {
-    memory::length_of(state.as_fd()).map(|length| length == 0).map_err(|error| error.to_string())
+/// Whether no pager has served with these files yet.
+///
+/// Errors: one has, but there is no state: who took it for a new one would answer zeros for every page.
+fn is_new(state: &OwnedFd, counters: &File) -> Result<bool, String> {
+    let is_empty = |file| memory::length_of(file).map(|length| length == 0).map_err(|error| error.to_string());
+    match (is_empty(state.as_fd())?, is_empty(counters.as_fd())?) {
+        (true, false) => Err("the state file cannot be recovered: it is empty, and has been used".into()),
+        (state, _) => Ok(state),
+    }
 }
 
 fn files(state: OwnedFd, counters: &File) -> Result<Files, String> {
