@@ -19,7 +19,7 @@ from pathlib import Path
 
 import trio
 
-from zswapd import backing_file
+from zswapd import backing_file, loops
 from zswapd.commands import SBIN
 from zswapd.config import PAGE_SIZE, Writeback, format_size
 from zswapd.errors import BackingError
@@ -126,6 +126,7 @@ def _look_at_device(path: Path, wanted: Writeback, root: Path) -> Disk:
         raise BackingError(f"{path} is a block device: all of it is used", "writeback.size is for files: set it to 0")
     number = os.stat(path).st_rdev
     refuse_stack(number, str(path), root)
+    refuse_shared(number, str(path), root)
     try:
         # Exclusive, as the pager's own opening is: mounts, holders and swap have it so too.
         fd = os.open(path, os.O_RDWR | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC)
@@ -168,6 +169,8 @@ def _look_at_file(path: Path, wanted: Writeback, root: Path) -> Disk:
     if options.exists() and "data=journal" in options.read_text().split():
         raise BackingError(f"{path}: the file system journals data (data=journal)", "mount it with data=ordered")
     backing_file.look(path, wanted.size)
+    if path.exists() and (loop := next(iter(loops_over(path, root)), None)):
+        raise BackingError(f"{path} is in use: /dev/{loop.name} is over it", f"losetup --detach /dev/{loop.name}")
     rotational = is_rotational(number, root)
     remarks = (*_remarks(wanted.size, rotational), *loop_remarks(number, root))
     return Disk(path, True, wanted.size, number, rotational, remarks)
@@ -233,6 +236,28 @@ def refuse_stack(number: int, path: str, root: Path = ROOT) -> None:
                 refuse_file_system(mount_of(fd, root), f"{path}, a loop device over {file},")
             finally:
                 os.close(fd)
+
+
+def refuse_shared(number: int, path: str, root: Path = ROOT) -> None:
+    """Raises BackingError if a block device has bytes that a loop device has too, or that are a pager's backing file:
+    nobody else would find that out, since each device is opened exclusively by itself."""
+    mine = [device.name for device in _stack(number, root) if _loop_file(device)]
+    for other in loops.find_all(root):
+        if other.number == number:
+            raise BackingError(f"{path} is in use: /dev/{other.name} is over it", f"losetup --detach /dev/{other.name}")
+        if other.name not in mine and any(other.overlaps(loops.find(name)) for name in mine):
+            raise BackingError(
+                f"{path} and /dev/{other.name} are over the same file", f"losetup --detach /dev/{other.name}"
+            )
+    for device in _stack(number, root):
+        if (file := _loop_file(device)) and backing_file.is_locked(Path(file)):
+            raise BackingError(f"{path} is over {file}, which a pager uses", "name another")
+
+
+def loops_over(path: Path, root: Path = ROOT) -> Iterator[loops.Loop]:
+    """The loop devices over a file."""
+    info = path.stat()
+    return (loop for loop in loops.find_all(root) if (loop.device, loop.inode) == (info.st_dev, info.st_ino))
 
 
 def refuse_contents(path: Path) -> None:

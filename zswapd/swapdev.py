@@ -9,7 +9,6 @@ A mount point here is as the kernel shows it: without symbolic links (mountpoint
 import fcntl
 import os
 import re
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from pathlib import Path
 
 import trio
 
+from zswapd import loops
 from zswapd.errors import DaemonError
 from zswapd.pager import Pager
 
 ROOT = Path("/")
 SETTLE_SECONDS = 10  # for what ends asynchronously: a loop device's release, the daemon's answer
 POLL_SECONDS = 0.1
-LOOP_GET_STATUS64, LOOP_INFO64_BYTES = 0x4C05, 232  # linux/loop.h
 START_HINT = "start it: systemctl start zswapd, or zswapd run"
 
 
@@ -92,11 +91,13 @@ def discover(mount_point: Path, root: Path = ROOT, device_number: int | None = N
     for attribute in sorted(root.glob("sys/block/loop*/loop/backing_file")):
         try:
             backing = _text(attribute).rstrip("\n")
-            device = f"/dev/{attribute.parent.parent.name}"
+            name = attribute.parent.parent.name
+            device = f"/dev/{name}"
             # What was unmounted with --lazy shows only its name within the file system.
             if backing == "/swapfile" and device_number is None:
                 device_number = _device_number(mount_point)
-            if backing != backing_file and not (backing == "/swapfile" and _backing_device(device) == device_number):
+            # The file system of a pager has but one file that can be.
+            if backing != backing_file and not (backing == "/swapfile" and loops.find(name).device == device_number):
                 continue
             direct_io = attribute.with_name("dio").read_text().strip() == "1"
             size = int((attribute.parent.parent / "size").read_text()) * 512
@@ -112,16 +113,6 @@ def _device_number(mount_point: Path) -> int:
     """The number of the file system that the pager of `mount_point` serves; -1 without a pager."""
     pager = find_pager(mount_point)
     return pager.status()["device"] if pager else -1
-
-
-def _backing_device(device: str) -> int:
-    """The number of the file system in which a loop device's file lies. That of a pager has but one that can be."""
-    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        info = fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(LOOP_INFO64_BYTES))
-    finally:
-        os.close(fd)
-    return int.from_bytes(info[:8], sys.byteorder)
 
 
 def find_pager(mount_point: Path) -> Pager | None:

@@ -2,9 +2,7 @@
 
 import fcntl
 import os
-import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +27,6 @@ def write(root: Path, path: str, text: str = "") -> None:
     file = root / path
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
-
-
-@pytest.fixture
-def disk() -> Iterator[Path]:
-    """A directory on a disk whose file system writes in place."""
-    directory = Path("/var/tmp", f"zswapd-test-{os.getpid()}")
-    directory.mkdir()
-    try:
-        fd = os.open(directory, os.O_PATH)
-        kind = backing.mount_of(fd).kind
-        os.close(fd)
-        if kind not in backing.IN_PLACE:
-            lacks(f"ext4 or xfs at /var/tmp: it is {kind}")
-        yield directory
-    finally:
-        shutil.rmtree(directory)
 
 
 async def made(path: Path, size: int = SIZE) -> list[int]:
@@ -273,23 +255,6 @@ async def test_who_asks_is_told_how_far_it_is(disk: Path, monkeypatch: pytest.Mo
 
 
 # Block devices
-
-
-@pytest.fixture
-def loop(disk: Path) -> Iterator[Path]:
-    """A free block device of 32 MiB, on the disk."""
-    if os.geteuid() != 0 or not Path("/dev/loop-control").exists():
-        lacks("root and loop devices")
-    (disk / "image").touch()
-    os.truncate(disk / "image", 2 * SIZE)
-    losetup = subprocess.run(
-        ["losetup", "--find", "--show", disk / "image"], check=True, capture_output=True, text=True
-    )
-    device = Path(losetup.stdout.strip())
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 def test_a_free_block_device_is_taken_whole(loop: Path) -> None:
