@@ -53,6 +53,9 @@ struct Inner {
     limit_pages: u64,
     /// The region that is being emptied: nothing is handed out from it, so its room is 0.
     isolated: Option<usize>,
+    /// So many pages may be in use for that: a zspage more than the limit, or than there were, since what is copied is
+    /// freed only then. All of them have memory already.
+    limit_beside: u64,
 }
 
 impl Inner {
@@ -78,7 +81,8 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// An empty arena over the state's pages, of which at most `limit_pages` are handed out at a time.
+    /// An empty arena over the state's pages, of which at most `limit_pages` are handed out at a time (to
+    /// who empties a region, a zspage more).
     pub fn new(state: Arc<State>, limit_pages: u64, metrics: SharedMetrics) -> Result<Arena> {
         let regions = (state.arena_pages() / REGION_PAGES) as usize;
         let inner = Inner {
@@ -90,6 +94,7 @@ impl Arena {
             used_pages: 0,
             limit_pages,
             isolated: None,
+            limit_beside: 0,
         };
         let arena = Arena {
             state,
@@ -110,7 +115,8 @@ impl Arena {
         let from = inner.first_with[pages - 1].min(inner.touched);
         let found = inner.room[from..inner.touched].iter().position(|&room| usize::from(room) >= pages);
         inner.first_with[pages - 1] = found.map_or(inner.touched, |n| from + n);
-        let taken = self.take(&mut inner, found.map(|n| from + n), pages);
+        let limit = inner.limit_pages;
+        let taken = self.take(&mut inner, found.map(|n| from + n), pages, limit);
         let low = inner.free_regions < RESERVE_LOW;
         drop(inner);
         if low {
@@ -119,16 +125,18 @@ impl Arena {
         taken
     }
 
-    /// As [`Arena::alloc`], but only from regions that are in use: what empties a region must not begin another.
+    /// As [`Arena::alloc`], for what empties the isolated region: only from regions that are in use, as it must not begin
+    /// another. In a full pool too: that is where it matters that regions go back to the system.
     pub fn alloc_beside(&self, pages: usize) -> Result<u32> {
         let mut inner = self.inner.lock();
         let has_room = |&index: &usize| usize::from(inner.room[index]) >= pages && inner.regions[index].used_pages > 0;
         let found = (0..inner.touched).find(has_room);
-        self.take(&mut inner, found, pages)
+        let limit = inner.limit_beside;
+        self.take(&mut inner, found, pages, limit)
     }
 
-    fn take(&self, inner: &mut Inner, region: Option<usize>, pages: usize) -> Result<u32> {
-        if inner.used_pages + pages as u64 > inner.limit_pages {
+    fn take(&self, inner: &mut Inner, region: Option<usize>, pages: usize, limit: u64) -> Result<u32> {
+        if inner.used_pages + pages as u64 > limit {
             return Err(Error::PoolFull);
         }
         let run = region.and_then(|index| Some((index, first_free_run(&inner.regions[index].used, pages)?)));
@@ -192,6 +200,7 @@ impl Arena {
         let index = (0..inner.touched).filter(eligible).min_by_key(|&index| inner.regions[index].used_pages)?;
         inner.isolated = Some(index);
         inner.room[index] = 0;
+        inner.limit_beside = inner.limit_pages.max(inner.used_pages) + MAX_CHAIN as u64;
         Some(first(index)..first(index) + REGION_PAGES)
     }
 

@@ -4,8 +4,8 @@
 //! classes of like zspages are merged (`can_merge`). Here the classes are chosen together, so that the pool takes the
 //! fewest bytes for a typical set of pages ([`LENGTHS`], [`STEPS`]): more classes waste less in the padding of objects, a
 //! longer chain less at the end of a zspage; but each class has a zspage that is only partly filled, and the longer its
-//! chain, the more that is. So a small swap file has fewer classes. Chains may be longer than the kernel's, as the pages of a zspage are neighbours: an object
-//! that crosses a page boundary costs nothing.
+//! chain, the more that is. So a small swap file has fewer classes. Chains may be longer than the kernel's, as the pages
+//! of a zspage are neighbours: an object that crosses a page boundary costs nothing.
 
 use crate::object::HEADER_SIZE;
 use crate::page::PAGE_SIZE;
@@ -25,7 +25,8 @@ pub const MAX_CHAIN: usize = if MODEL { 2 } else { 32 };
 /// do not compress. From two corpora of `zswapctl bench` (1 GiB each of memory of Python, Perl, Java, Node and g++,
 /// sources and compiled code), each compressed by lz4 and by zstd at level 3.
 pub const LENGTHS: [u64; 17] = [38, 74, 178, 178, 146, 149, 81, 52, 34, 25, 17, 8, 6, 3, 2, 4, 5];
-/// How many pages the pool holds that the classes are chosen for: 96 to 768 MiB. The more there are, the more classes pay.
+/// How many pages the pool holds that the classes are chosen for: 96 to 768 MiB. The more there are, the more classes pay;
+/// above, hardly anything changes.
 const STEPS: [u64; 4] = [3 << 13, 3 << 14, 3 << 15, 3 << 16];
 
 const SIZES: usize = (MAX_SIZE - MIN_SIZE) / UNIT + 1;

@@ -100,6 +100,8 @@ pub struct Pool {
     /// Is woken when there may be something to compact.
     compactor: OnceLock<Thread>,
     compaction_asked: AtomicBool,
+    /// Somebody has found no room since [`Pool::wants_compaction`] was last asked.
+    was_full: AtomicBool,
     frees: AtomicU32,
 }
 
@@ -157,6 +159,7 @@ impl Pool {
             allocator,
             compactor: OnceLock::new(),
             compaction_asked: AtomicBool::new(false),
+            was_full: AtomicBool::new(false),
             frees: AtomicU32::new(0),
         })
     }
@@ -307,11 +310,20 @@ impl Pool {
         self.wake_compactor();
     }
 
+    /// Wakes the compactor because an object has found no room: less is worth its while then.
+    pub fn was_full(&self) {
+        self.was_full.store(true, Relaxed);
+        self.wake_compactor();
+    }
+
     /// Whether somebody has asked for compaction since the last time, or it is worth its while.
     pub fn wants_compaction(&self) -> bool {
-        let spare = self.allocator.pages_to_spare() + self.base.arena.pages_to_spare();
+        let (in_zspages, in_regions) = (self.allocator.pages_to_spare(), self.base.arena.pages_to_spare());
         let used = self.base.metrics.pool_bytes.get() / PAGE_SIZE as u64;
-        self.compaction_asked.swap(false, Relaxed) || spare >= WORTH_PAGES.max(used / WORTH_SHARE)
+        let would_give_room = self.was_full.swap(false, Relaxed) && in_zspages >= MAX_CHAIN as u64;
+        self.compaction_asked.swap(false, Relaxed)
+            || would_give_room
+            || in_zspages + in_regions >= WORTH_PAGES.max(used / WORTH_SHARE)
     }
 
     fn wake_compactor(&self) {

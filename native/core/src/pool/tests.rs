@@ -25,6 +25,8 @@ fn used_pages(pool: &Pool) -> u64 {
     pool.base.metrics.pool_bytes.get() / PAGE_SIZE as u64
 }
 
+mod hostile;
+
 proptest! {
     /// Against a list of what every object was filled with: nothing overlaps, counts and pages are exact.
     #[test]
@@ -110,13 +112,22 @@ impl Named {
     }
 
     fn insert(&self, pool: &Pool, name: u32, length: usize) {
-        let object = pool
-            .insert(length, |object| {
-                object.fill(name as u8);
-                object[..4].copy_from_slice(&name.to_le_bytes());
-            })
-            .expect("room");
+        self.try_insert(pool, name, length).expect("room");
+    }
+
+    fn try_insert(&self, pool: &Pool, name: u32, length: usize) -> Result<()> {
+        let object = pool.insert(length, |object| {
+            object.fill(name as u8);
+            object[..4].copy_from_slice(&name.to_le_bytes());
+        })?;
         self.0.borrow_mut().insert(name, object.location());
+        Ok(())
+    }
+
+    fn free_one(&self, pool: &Pool, name: Option<u32>) {
+        if let Some(location) = name.and_then(|name| self.0.borrow_mut().remove(&name)) {
+            pool.free(location);
+        }
     }
 
     fn free(&self, pool: &Pool, which: impl Fn(u32) -> bool) {

@@ -343,6 +343,9 @@ impl Store {
     }
 
     fn count_rejected(&self, error: &Error) {
+        if matches!(error, Error::PoolFull) {
+            self.pool.was_full();
+        }
         match error {
             Error::NoRegion => self.metrics.rejected_no_memory.add(1),
             _ if self.writeback.is_some() => self.metrics.rejected_no_writeback.add(1),

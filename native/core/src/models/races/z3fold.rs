@@ -86,6 +86,36 @@ fn read_against_compact() {
     });
 }
 
+/// The place that the object has left, in a region that is in use again, is written to at once.
+#[test]
+fn read_against_migrate() {
+    explore(|| {
+        let swap = sparse_regions();
+        let mover = spawn({
+            let swap = swap.clone();
+            move || {
+                swap.compact();
+                swap.write(5, Large, 9);
+            }
+        });
+        swap.read(0, Large, &[1]);
+        join(mover);
+        swap.read(5, Large, &[9]);
+        swap.end();
+    });
+}
+
+/// The new page is published, or the old one's object is moved first: of the two copies that there may be one stays.
+#[test]
+fn overwrite_against_compact() {
+    explore(|| {
+        while_moving(sparse_pages(), |swap| {
+            swap.write(2, Large, 9);
+            swap.read(2, Large, &[9]);
+        });
+    });
+}
+
 /// The place beside the object that is moved is taken: its page stays then.
 #[test]
 fn alloc_against_compact() {
@@ -112,14 +142,20 @@ fn compact_against_compact() {
 /// When `destroy` returns nothing lives any more, and nothing is given back to the arena afterwards.
 #[test]
 fn destroy_against_compact() {
-    explore(|| {
-        let swap = sparse_pages();
-        let mover = spawn({
-            let swap = swap.clone();
-            move || swap.compact()
-        });
-        swap.end();
-        join(mover);
-        swap.assert_nothing_left();
+    explore(|| destroy_while_moving(sparse_pages()));
+}
+
+#[test]
+fn destroy_against_migrate() {
+    explore(|| destroy_while_moving(sparse_regions()));
+}
+
+fn destroy_while_moving(swap: Arc<Swap>) {
+    let mover = spawn({
+        let swap = swap.clone();
+        move || swap.compact()
     });
+    swap.end();
+    join(mover);
+    swap.assert_nothing_left();
 }

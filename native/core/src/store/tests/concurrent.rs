@@ -13,7 +13,8 @@ const ROUNDS: u32 = if cfg!(debug_assertions) { 20_000 } else { 500_000 };
 
 #[test]
 fn no_page_is_lost_or_torn() {
-    let store = churn(memory_disk(SEGMENTS));
+    let store = new_store(Allocator::Zsmalloc, u64::from(SLOTS), LIMIT_PAGES, memory_disk(SEGMENTS));
+    churn(&store, &[LIMIT_PAGES]);
     let metrics = store.metrics();
     let happened = [
         ("pages_written_back", &metrics.pages_written_back),
@@ -32,13 +33,29 @@ fn no_page_is_lost_or_torn() {
 fn no_page_is_lost_or_torn_when_the_disk_begins_to_fail() {
     let disk = MemoryDisk::new(SEGMENTS as usize * SEGMENT_BYTES);
     let faults = "write:20:eio,write:40-41:enospc,write:60:short,write:100-:eio";
-    let store = churn(disk_of(SEGMENTS, Faults::new(disk, faults).expect("rules")));
+    let options = disk_of(SEGMENTS, Faults::new(disk, faults).expect("rules"));
+    let store = new_store(Allocator::Zsmalloc, u64::from(SLOTS), LIMIT_PAGES, options);
+    churn(&store, &[LIMIT_PAGES]);
     assert_eq!(store.metrics().errors_corrupt.get(), 0);
     assert!(store.backing().is_some_and(|backing| backing.is_failed()));
 }
 
-fn churn(options: DiskOptions) -> Store {
-    let store = new_store(Allocator::Zsmalloc, u64::from(SLOTS), LIMIT_PAGES, options);
+/// Without a disk: what finds no room is lost, and nothing else; whatever the limit is meanwhile.
+#[test]
+fn no_page_is_torn_while_the_limit_changes() {
+    const ENOUGH: u64 = SLOTS as u64 * 4;
+    for allocator in Allocator::ALL {
+        let limit = ENOUGH * PAGE_SIZE as u64;
+        let store = Store::new(u64::from(SLOTS), allocator, limit, Files::default()).expect("a store");
+        churn(&store, &[ENOUGH, 1, 400, 0, ENOUGH, 50]);
+        let metrics = store.metrics();
+        assert!(metrics.rejected_pool_full.get() > 0 && metrics.pages_compacted.get() > 0);
+        assert_eq!(metrics.errors_corrupt.get(), 0);
+    }
+}
+
+/// `limits` of the pool, in pages, take turns.
+fn churn(store: &Store, limits: &[u64]) {
     let (stop, versions) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
         for _ in 0..2 {
@@ -62,21 +79,21 @@ fn churn(options: DiskOptions) -> Store {
             }
         });
         scope.spawn(|| {
-            while !stop.load(Ordering::Relaxed) {
+            for limit in limits.iter().cycle().take_while(|_| !stop.load(Ordering::Relaxed)) {
+                store.pool().set_limit_bytes(limit * PAGE_SIZE as u64);
                 store.compact();
                 store.mark_idle(Duration::ZERO);
                 std::thread::yield_now();
             }
         });
         let workers = [0, 1].map(|thread| {
-            let (store, versions) = (&store, &versions);
+            let versions = &versions;
             scope.spawn(move || work(store, thread, versions))
         });
         workers.into_iter().for_each(|worker| worker.join().expect("a worker that does not panic"));
         stop.store(true, Ordering::Relaxed);
     });
-    end(&store);
-    store
+    end(store);
 }
 
 /// Works on slots of its own, so that it knows what they hold.

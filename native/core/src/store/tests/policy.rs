@@ -103,6 +103,29 @@ fn who_waits_for_room_is_given_what_compaction_frees_at_once() {
     end(&fixture.store);
 }
 
+/// Without a disk nobody waits; but what was refused is there when it is tried again.
+#[test]
+fn who_was_refused_is_compacted_for() {
+    let limit = 200 * PAGE_SIZE as u64;
+    let mut fixture = Fixture {
+        store: Store::new(4096, Allocator::Zsmalloc, limit, Files::default()).expect("a store"),
+        scratch: Scratch::new().expect("scratch"),
+        shrinker: Shrinker::new().expect("memory"),
+    };
+    let full = (0..4096).find(|&slot| fixture.put(slot..slot + 1, false).is_err()).expect("full in the end");
+    let pool_wants = |fixture: &Fixture| fixture.store.pool().wants_compaction();
+    assert!(!pool_wants(&fixture), "there is nothing to gain");
+    (0..full).step_by(2).for_each(|slot| {
+        fixture.store.discard(u64::from(slot)..u64::from(slot) + 1, &mut Detached::with_capacity(0));
+    });
+    assert!(!pool_wants(&fixture), "it is too little for its own sake");
+    assert!(matches!(fixture.put(4000..4001, true), Err(Error::PoolFull)), "there is room for another class");
+    assert!(pool_wants(&fixture));
+    fixture.store.compact();
+    fixture.put(4000..4001, true).expect("room");
+    end(&fixture.store);
+}
+
 #[test]
 fn shrinking_goes_on_after_an_error_of_the_disk() {
     let disk = Faults::new(MemoryDisk::new(40 * SEGMENT_BYTES), "write:1:eio").expect("rules");
