@@ -6,7 +6,8 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.qemu.inside.machine import Hog, attached, counters, ctl, say, used_of
+from tests.qemu.inside.machine import Hog, attached, counters, ctl, say, used_of, when_swapped
+from tests.takeover import status
 from zswapd.bench.cgroup import MemoryCgroup
 
 
@@ -72,10 +73,30 @@ def all_memory() -> None:
         hog.end()
 
 
+def suspend() -> None:
+    """The machine is told to sleep with swap attached, and in use. It cannot (virtiofs has no way to), but has stopped
+    every process for it by then, the pager too, or given that up: all go on, and every page is right."""
+    with attached() as daemon, MemoryCgroup(16 << 20) as group, Hog(48, group) as hog:
+        hog.is_right("write")
+        pager = status(daemon)["pid"]
+        for _ in range(2):
+            hog.ask("write")
+            when_swapped(1000)
+            try:
+                Path("/sys/power/state").write_text("freeze")
+            except OSError as error:
+                say(f"the machine does not sleep: {error}")
+            else:
+                raise AssertionError("the machine has slept")
+            assert hog.answer()[1:] == (0, 0)
+        hog.is_right()
+        assert status(daemon)["pid"] == pager
+
+
 def page_cache() -> None:
     """A hog and somebody who reads and writes a disk of half the memory, through the page cache, again and again: both
     get on, every page of the hog is right, the disk holds what it held, and nobody is killed for memory."""
-    disk = "/dev/vdb"
+    disk = "/dev/vda"
     before = _checksum(disk)
     with attached(), Hog(360) as hog:
         passes, enough = 0, threading.Event()
