@@ -172,7 +172,7 @@ for unit in zswapd-pager zswapd zswapd-swap; do
 done
 [ ! -e /run/zswapd/mnt.sock ]
 never grep /run/zswapd /proc/self/mountinfo
-never pgrep "^zswapd-(pager|keeper)"
+never pgrep "^zswapd-"
 grep -qx "with another zswapd: 0 wrong" /run/answers
 ok "a stop gives everything back"
 systemctl start zswapd-swap

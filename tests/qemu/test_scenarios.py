@@ -78,7 +78,9 @@ def test_scenario(boot: Callable[[str], Outcome], name: str, scenario: str) -> N
     assert begun, "not reached: one before it failed"
     said, ended, _ = rest.partition(f"scenario {scenario}: passed")
     print(said)
-    assert ended, outcome.kernel_log[-20000:]
+    if not ended:
+        print("the kernel:", outcome.kernel_log[-10000:], sep="\n")
+    assert ended, "it failed, or was not through in time"
     assert not outcome.complaints()
     if outcome.output.count(": begins\n") == outcome.output.count(": passed after"):
         assert outcome.status == 0, "the guest was not switched off"

@@ -21,15 +21,16 @@ def swap_max() -> None:
     """memory.max and memory.swap.max of cgroup v2: who needs no more than both swaps so much; who needs more is killed,
     he alone; who may not swap does not. Everybody else's pages are right."""
     with attached() as daemon, ExitStack() as stack:
-        enough, too_little, none = _group(stack, 16, 24), _group(stack, 16, 16), _group(stack, 16, 0)
+        enough, too_little, none = _group(stack, 16, 48), _group(stack, 16, 16), _group(stack, 16, 0)
         with Hog(32, enough) as hog, Hog(8, none) as other:
             for _ in range(2):
                 hog.is_right("write")
                 other.is_right("write")
-            assert 12 << 20 < enough.swap_bytes() <= 24 << 20
+            assert 12 << 20 < enough.swap_bytes() <= 48 << 20
             with Hog(64, too_little) as greedy:
                 greedy.ask("write")
                 assert greedy.end() == -signal.SIGKILL
+            assert int((too_little.path / "memory.swap.peak").read_text()) <= 16 << 20
             hog.is_right()
             other.is_right()
             assert none.swap_bytes() == 0
