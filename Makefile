@@ -2,7 +2,7 @@
 # make install    what make build has made, under PREFIX (/usr) of DESTDIR, with units for systemd; make uninstall
 # make demo    real pages through a real swap device, every one checked
 # make test    all tests (needs root for the swap device; says what it skips)
-# make test-vm  virtual machines: out of memory as a whole, and with systemd (root, x86-64; many minutes)
+# make test-vm  virtual machines: tests/qemu/README.md (root, x86-64; about half an hour)
 # make model   the races of the native core, under model checkers (ARCHITECTURE.md, "How races are checked")
 # make mutants brings bugs back, one at a time, to see that the models notice
 # make sanitize  the core's tests under AddressSanitizer, ThreadSanitizer and Miri, as far as Rust here has them
@@ -153,7 +153,7 @@ test: build
 	echo "zswapd: all tests passed"
 
 test-vm: build vm
-	$(PYTHON) -m pytest -rA --durations=0 tests/qemu
+	$(PYTHON) -m pytest -v --durations=0 tests/qemu
 
 # What a virtual machine needs (with the kernels, which its tests get, about 90 MB), where it can be had: those tests are
 # skipped elsewhere, and say what is missing.

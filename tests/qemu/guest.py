@@ -53,6 +53,8 @@ POLL_SECONDS = 0.2
 #: How often a guest that may hang is looked at, and how often in a row a task is found at the same place then.
 LOOK_SECONDS = 15
 LOOKS = 3
+#: ZSWAPD_TEST_WITHOUT=locking, encryption or detaching: the test that guards it goes without, and must fail.
+WITHOUT = os.environ.get("ZSWAPD_TEST_WITHOUT", "")
 #: Whatever becomes of us, a virtual machine does not outlive us.
 _WITH_US = ("setpriv", "--pdeathsig", "KILL")
 
@@ -212,6 +214,8 @@ def _virtiofsd(socket: Path) -> Iterator[None]:
         [*_WITH_US, "virtiofsd", f"--socket-path={socket}", "-o", "source=/,sandbox=chroot,cache=always"]
     ) as process:
         wait_until(lambda: socket.exists() or process.poll() is not None, "virtiofsd listens")
+        if process.poll() is not None:
+            lacks(f"what virtiofsd needs: it ended at once, with status {process.returncode}")
         yield
 
 

@@ -31,7 +31,16 @@ wait_for() { # what, and the command that tells
     echo "not in time: $what"
     exit 1
 }
-of_pager() { zswapctl status --json | python3 -c "import json, sys; print(json.load(sys.stdin)['pager']['$1'])"; }
+# Of the pager's status. Not zswapctl's, which takes seconds to start here.
+of_pager() {
+    python3 -ISc "
+import sys
+sys.path.insert(0, '/usr/lib/zswapd/zswapd')
+from pager_socket import ask, socket_path
+from pathlib import Path
+status, _ = ask(socket_path(Path('/run/zswapd/mnt')), 'status')
+print(dict(word.split('=') for word in status.split())['$1'])"
+}
 main_pid() { systemctl show --value --property MainPID "$1"; }
 entered() { systemctl show --value --property ActiveEnterTimestampMonotonic "$1"; }
 is_swap() { grep -q ^/dev/loop /proc/swaps; }
@@ -59,6 +68,7 @@ is_swap
 ok "in the order: pager, zswapd, swap, swap.target"
 never said -i "ordering cycle"
 [ "$(of_pager protected)" = 1 ]
+zswapctl status
 for pid in $(of_pager keeper) $(of_pager pid) $(of_pager standby); do
     [ "$(cat /proc/$pid/oom_score_adj)" = -1000 ]
     grep -q '^NoNewPrivs:.*1$' /proc/$pid/status
@@ -111,10 +121,20 @@ kill -KILL "$before"
 wait_for "a standby takes over" other_pager "$before"
 verify "after a takeover"
 wait_for "zswapd has heard of it" said "another pager has taken over"
+
+# An upgrade, as make install has it: another file in the place of the old one.
 before=$(of_pager pid)
+program=/usr/lib/zswapd/zswapd/zswapd-pager
+[ "$(readlink /proc/$before/exe)" = $program ]
+cp $program $program.new
+mv $program.new $program
+[ "$(readlink /proc/$before/exe)" = "$program (deleted)" ]
 systemctl reload zswapd-pager
-wait_for "a reload puts another pager in its place" other_pager "$before"
-verify "after a reload"
+wait_for "a reload puts what is installed in its place" other_pager "$before"
+[ "$(readlink /proc/$(of_pager pid)/exe)" = $program ]
+[ "$(readlink /proc/$(of_pager standby)/exe)" = $program ]
+systemctl restart zswapd
+verify "after an upgrade"
 
 # The keeper, and then the keeper and its pagers.
 before=$(main_pid zswapd-pager)
@@ -152,7 +172,7 @@ for unit in zswapd-pager zswapd zswapd-swap; do
 done
 [ ! -e /run/zswapd/mnt.sock ]
 never grep /run/zswapd /proc/self/mountinfo
-never pgrep "^zswapd-(pager|keeper)"
+never pgrep "^zswapd-"
 grep -qx "with another zswapd: 0 wrong" /run/answers
 ok "a stop gives everything back"
 systemctl start zswapd-swap

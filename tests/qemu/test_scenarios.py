@@ -10,7 +10,7 @@ import pytest
 from tests.qemu.guest import Guest, Outcome
 
 HERE = Path(__file__).parent
-DEADLINE_SECONDS = 1800
+DEADLINE_SECONDS = 3600
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,14 @@ BOOTS = {
     "limits": Boot(
         512,
         "6.12",
-        (64, 256),
-        ("limits.swap_max", "limits.beside_zram", "limits.page_cache", "limits.no_memory_for_swapoff"),
+        (256,),
+        (
+            "limits.swap_max",
+            "limits.beside_zram",
+            "limits.suspend",
+            "limits.page_cache",
+            "limits.no_memory_for_swapoff",
+        ),
     ),
 }
 
@@ -72,7 +78,9 @@ def test_scenario(boot: Callable[[str], Outcome], name: str, scenario: str) -> N
     assert begun, "not reached: one before it failed"
     said, ended, _ = rest.partition(f"scenario {scenario}: passed")
     print(said)
-    assert ended, outcome.kernel_log[-20000:]
+    if not ended:
+        print("the kernel:", outcome.kernel_log[-10000:], sep="\n")
+    assert ended, "it failed, or was not through in time"
     assert not outcome.complaints()
-    if scenario == BOOTS[name].scenarios[-1]:
-        assert (outcome.status, outcome.hung) == (0, False), outcome.kernel_log[-20000:]
+    if outcome.output.count(": begins\n") == outcome.output.count(": passed after"):
+        assert outcome.status == 0, "the guest was not switched off"

@@ -1,13 +1,13 @@
 """The units, with systemd as process 1 of a virtual machine: order, confinement, what survives whose death; and what
 becomes of the pages when the machine ends."""
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 
 from tests.qemu import units
+from tests.qemu.guest import WITHOUT
 
 DEADLINE_SECONDS = 1500
 SLEEP = """\
@@ -15,7 +15,7 @@ SLEEP = """\
 ExecStart=
 ExecStart=/bin/sh -c 'grep -q ^/dev/loop /proc/swaps && echo "with swap" >/run/slept || echo "without swap" >/run/slept'
 """
-#: ZSWAPD_TEST_DETACH=off: what the test of the machine's end sees where nobody detaches.
+#: Nobody detaches when the machine ends.
 NO_DETACH = {
     f"{unit}.service.d/no-detach.conf": "[Service]\nExecStop=\n" for unit in ("zswapd-swap", "zswapd-pager", "zswapd")
 }
@@ -51,7 +51,7 @@ def test_the_machine_ends_in_order_under_load(hog: Path, action: str, end: str) 
         memory=SHUTDOWN_MIB,
         swap="384MiB",
         environment={"ACTION": action, "MEBIBYTES": str(SHUTDOWN_HOG_MIB)},
-        drop_ins=NO_DETACH if os.environ.get("ZSWAPD_TEST_DETACH") == "off" else {},
+        drop_ins=NO_DETACH if WITHOUT == "detaching" else {},
     )
     log = outcome.kernel_log
     assert (outcome.status, outcome.hung) == (0, False), log[-20000:]

@@ -11,10 +11,9 @@ import subprocess
 import sys
 import time
 import traceback
-from pathlib import Path
 
 #: Of one scenario, on the slowest machine.
-DEADLINE_SECONDS = 900
+DEADLINE_SECONDS = 1500
 
 
 def on_alarm(*_: object) -> None:
@@ -42,8 +41,6 @@ def main() -> None:
     sys.stderr = sys.stdout
     faulthandler.enable(sys.stdout)
     signal.signal(signal.SIGALRM, on_alarm)
-    # A name for the hog's, where a test looks for what hangs.
-    Path("/proc/self/comm").write_text("scenarios")
     subprocess.run(["mount", "-t", "cgroup2", "cgroup2", "/sys/fs/cgroup"], check=True)
     subprocess.run(["sysctl", "-qw", "vm.watermark_boost_factor=0"], check=True)
     sys.exit(0 if all(map(run, os.environ["SCENARIOS"].split(","))) else 1)

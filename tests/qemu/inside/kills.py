@@ -4,8 +4,8 @@ import os
 import signal
 
 from tests.daemon import Daemon, wait_until
-from tests.qemu.inside.machine import DEADLINE_SECONDS, Hog, attached, counters, ctl, say, used_of, when_swapped
-from tests.takeover import kill_and_wait, status, with_standby
+from tests.qemu.inside.machine import DEADLINE_SECONDS, Hog, attached, counters, ctl, say, start, used_of, when_swapped
+from tests.takeover import kill_and_wait, status
 from zswapd.bench.cgroup import MemoryCgroup
 
 #: In a guest of 512 MiB.
@@ -51,7 +51,7 @@ def under_pressure() -> None:
             if victims != "pager":
                 daemon.signal(signal.SIGKILL)
                 daemon.wait()
-                daemon.start_again()
+                start(daemon)
             _serves(daemon, 0 if victims == "zswapd" else before["pid"])
             say(f"survived: {victims}")
         assert hog.answer()[1:] == (0, 0)
@@ -82,5 +82,5 @@ def without_resend() -> None:
 def _serves(daemon: Daemon, but: int) -> None:
     """Another pager than that one serves, as protected as the first was, and has a standby."""
     wait_until(lambda: status(daemon)["pid"] != but, "a pager takes over", DEADLINE_SECONDS)
-    now = with_standby(daemon)
-    assert now["protected"] == 1, now
+    wait_until(lambda: status(daemon)["standby"] != 0, "a standby", DEADLINE_SECONDS)
+    assert status(daemon)["protected"] == 1

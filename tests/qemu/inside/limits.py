@@ -6,7 +6,8 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.qemu.inside.machine import Hog, attached, counters, ctl, say, used_of
+from tests.qemu.inside.machine import Hog, attached, counters, ctl, say, used_of, when_swapped
+from tests.takeover import status
 from zswapd.bench.cgroup import MemoryCgroup
 
 
@@ -20,15 +21,16 @@ def swap_max() -> None:
     """memory.max and memory.swap.max of cgroup v2: who needs no more than both swaps so much; who needs more is killed,
     he alone; who may not swap does not. Everybody else's pages are right."""
     with attached() as daemon, ExitStack() as stack:
-        enough, too_little, none = _group(stack, 16, 24), _group(stack, 16, 16), _group(stack, 16, 0)
+        enough, too_little, none = _group(stack, 16, 48), _group(stack, 16, 16), _group(stack, 16, 0)
         with Hog(32, enough) as hog, Hog(8, none) as other:
             for _ in range(2):
                 hog.is_right("write")
                 other.is_right("write")
-            assert 12 << 20 < enough.swap_bytes() <= 24 << 20
+            assert 12 << 20 < enough.swap_bytes() <= 48 << 20
             with Hog(64, too_little) as greedy:
                 greedy.ask("write")
                 assert greedy.end() == -signal.SIGKILL
+            assert int((too_little.path / "memory.swap.peak").read_text()) <= 16 << 20
             hog.is_right()
             other.is_right()
             assert none.swap_bytes() == 0
@@ -72,10 +74,30 @@ def all_memory() -> None:
         hog.end()
 
 
+def suspend() -> None:
+    """The machine is told to sleep with swap attached, and in use. It cannot (virtiofs has no way to), but has stopped
+    every process for it by then, the pager too, or given that up: all go on, and every page is right."""
+    with attached() as daemon, MemoryCgroup(16 << 20) as group, Hog(48, group) as hog:
+        hog.is_right("write")
+        pager = status(daemon)["pid"]
+        for _ in range(2):
+            hog.ask("write")
+            when_swapped(1000)
+            try:
+                Path("/sys/power/state").write_text("freeze")
+            except OSError as error:
+                say(f"the machine does not sleep: {error}")
+            else:
+                raise AssertionError("the machine has slept")
+            assert hog.answer()[1:] == (0, 0)
+        hog.is_right()
+        assert status(daemon)["pid"] == pager
+
+
 def page_cache() -> None:
     """A hog and somebody who reads and writes a disk of half the memory, through the page cache, again and again: both
     get on, every page of the hog is right, the disk holds what it held, and nobody is killed for memory."""
-    disk = "/dev/vdb"
+    disk = "/dev/vda"
     before = _checksum(disk)
     with attached(), Hog(360) as hog:
         passes, enough = 0, threading.Event()

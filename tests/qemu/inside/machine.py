@@ -4,6 +4,7 @@ import os
 import re
 import select
 import subprocess
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from click.testing import CliRunner
 
-from tests.daemon import Daemon, wait_until
+from tests.daemon import HOST, Daemon, wait_until
 from zswapd import ctl as zswapctl
 from zswapd import swapdev
 from zswapd.bench.cgroup import MemoryCgroup
@@ -95,14 +96,23 @@ def attached(**settings: object) -> Iterator[Daemon]:
     """`zswapd run`, attached. At the end all is given back, unless a scenario has failed: then it is as it was."""
     daemon = Daemon(Path("/run"), **{"swap__size": "256MiB", "pool__mem_limit": "128MiB", **settings})
     try:
-        daemon.start()
+        start(daemon)
         ctl(daemon, "attach")
         yield daemon
         ctl(daemon, "detach")
         assert daemon.stop() == 0, daemon.log()
     except BaseException:
-        print(daemon.log(), counters(), Path("/proc/swaps").read_text(), daemon.ctl("status").stdout, sep="\n")
+        print(daemon.log(), counters(), Path("/proc/swaps").read_text(), sep="\n")
+        with suppress(OSError):
+            print(urllib.request.urlopen(f"http://{HOST}:{daemon.port}/metrics", timeout=60).read().decode())
         raise
+
+
+def start(daemon: Daemon) -> None:
+    """Starts it (again) and waits until it serves, out of memory as the machine may be."""
+    daemon.launch()
+    wait_until(lambda: "INFO: serving " in daemon.log() or not daemon.running, "zswapd serves", DEADLINE_SECONDS)
+    assert daemon.running
 
 
 def ctl(daemon: Daemon, *arguments: str, status: int = 0) -> str:
