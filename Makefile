@@ -103,6 +103,8 @@ install: build
 	[[ -e $(CONFIG) ]] || install -Dm 644 config/zswapd.toml $(CONFIG)
 	install -Dm 644 config/sysctl.conf $(DESTDIR)$(PREFIX)/lib/sysctl.d/60-zswapd.conf
 	install -Dm 644 config/tmpfiles.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/zswapd.conf
+	install -Dm 644 -t $(DESTDIR)$(PREFIX)/share/zswapd/prometheus config/prometheus/*
+	install -Dm 644 -t $(DESTDIR)$(PREFIX)/share/zswapd/grafana config/grafana/*
 	install -Dm 644 -t $(DESTDIR)$(PREFIX)/share/doc/zswapd README.md ARCHITECTURE.md CHANGELOG.md LICENSE
 	for unit in $(UNITS); do
 	    install -Dm 644 systemd/$$unit $(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit
@@ -130,7 +132,7 @@ uninstall:
 	    fi
 	fi
 	if cmp -s config/zswapd.toml $(CONFIG); then rm $(CONFIG); fi
-	rm -rf --one-file-system $(DESTDIR)$(LIB) $(DESTDIR)$(PREFIX)/share/doc/zswapd
+	rm -rf --one-file-system $(DESTDIR)$(LIB) $(DESTDIR)$(PREFIX)/share/{,doc/}zswapd
 	rm -f $(DESTDIR)$(PREFIX)/bin/{zswapd,zswapctl} $(DESTDIR)$(PREFIX)/lib/sysctl.d/60-zswapd.conf \
 	    $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/zswapd.conf $(UNITS:%=$(DESTDIR)$(PREFIX)/lib/systemd/system/%)
 	rm -rf --one-file-system $(DESTDIR)$(PREFIX)/lib/systemd/system/zswapd-pager.service.d
@@ -147,7 +149,7 @@ test: build
 	cargo test --manifest-path native/Cargo.toml --quiet --locked --release
 	# Ends itself if a worker allocates: a test swaps through it.
 	cargo build --manifest-path native/Cargo.toml --quiet --locked --package zswapd-pager
-	$(PYTHON) -m pytest tests/unit tests/fuse tests/swap
+	$(PYTHON) -m pytest tests/unit tests/fuse tests/swap tests/prometheus
 	$(MAKE) --no-print-directory vm
 	$(PYTHON) -m pytest tests/qemu -k quick
 	echo "zswapd: all tests passed"

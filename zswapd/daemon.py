@@ -64,7 +64,9 @@ async def _run_pager(config: Config, signals: AsyncIterator[int], apart: bool) -
     leaked: dict[str, int] | None = None
     async with _pager(config, signals, apart) as (pager, relay):
         health = Health(pager.status())
-        with metrics.served(pager, config.metrics.address, health):
+        swap = metrics.SwapCollector(lambda: swapdev.discover(pager.mount_point, device_number=health.status["device"]))
+        process = metrics.process(lambda: health.status["pid"])
+        with metrics.served(pager, config.metrics.address, health, swap, process):
             async with relayed(pager, relay):
                 _ready(config, pager)
                 async with trio.open_nursery() as watchers:
@@ -160,7 +162,8 @@ async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:
         )
     except OSError as error:
         raise DaemonError(f"cannot make the pool: {error.strerror}", "see zswapctl doctor") from None
-    with metrics.served(engine, config.metrics.address):
+    swap = metrics.SwapCollector(lambda: swapdev.discover(config.swap.mount_point))
+    with metrics.served(engine, config.metrics.address, swap):
         async with mounted(engine, config.swap.mount_point):
             _ready(config, engine)
             await _until_stopped(config, lambda: not engine.opens, signals)

@@ -354,7 +354,7 @@ def _writeback(config: Config, root: Path) -> list[Check]:
     if others:
         detail = f"{detail} is on the same disk as the swap area {others[0]}: both are written at the same time"
         checks.append(Check(name, "warn", detail, f"swapoff {others[0]}, or name another disk"))
-    if counted["state"] == "ok" and wear.left_of(settings, counted["budget_bytes"]) == 0:
+    if counted["state"] == "ok" and wear.is_used_up(wear.left_of(settings, counted["budget_bytes"])):
         used = f"{settings.backing}: the budget is used up ({wear.describe(settings)})"
         checks.append(Check(name, "warn", used, "raise it, or write back less: writeback.idle_after, pressure"))
     return checks or [Check(name, "ok", detail)]

@@ -40,6 +40,12 @@ class Health(Collector):
                 status["resend"],
                 "1: the kernel sends requests again that a killed pager had not answered.",
             ),
+            (
+                "protected",
+                status["protected"],
+                "1: the pager may lock its memory, serve reclaim and outlive the OOM killer; 0: it is fit for tests.",
+            ),
+            ("footprint_bytes", status["footprint"], "Memory of the pager beside the pool and its tables."),
             ("probe_seconds", self.probe_seconds, "How long the last page read as a test took, with its process."),
             (
                 "page_stuck_seconds",

@@ -3,7 +3,7 @@
 Served by prometheus-client's own server, in its own threads: a scrape waits for no page, and no page for a scrape.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from zswapd import __version__
 from zswapd.engine import Engine, LatencyStats, WritebackStats
 from zswapd.errors import DaemonError
+from zswapd.swapdev import Attachment
 
 _IDLE_SECONDS = 10
 
@@ -92,8 +93,18 @@ class EngineCollector(Collector):
             value=stats["movers_awaited"],
         )
         for name, text, counts in (
-            ("zswapd_rejected_stores", "Writes that were refused, by reason.", stats["rejected_stores"]),
-            ("zswapd_load_errors", "Reads that failed, by reason.", stats["errors"]),
+            (
+                "zswapd_rejected_stores",
+                "Pages whose write was refused: the pool is full, the system has no memory, it is outside of the swap, "
+                "or the pool is full and nothing can be written back.",
+                stats["rejected_stores"],
+            ),
+            (
+                "zswapd_load_errors",
+                "Reads of pages that failed: it was refused or lost before, it is not as it was stored, or the backing "
+                "disk could not read it.",
+                stats["errors"],
+            ),
         ):
             family = CounterMetricFamily(name, text, labels=["reason"])
             for reason, count in counts.items():
@@ -125,6 +136,10 @@ class EngineCollector(Collector):
             ),
         ):
             yield _labelled_gauge(name, text, "size_bytes", values)
+        if classes:
+            waste = sum(entry["waste_bytes"] for entry in stats["classes"])
+            text = "Memory of the pool's zspages beyond their objects in use."
+            yield GaugeMetricFamily("zswapd_pool_waste_bytes", text, value=waste)
         # By fullness and class there would be some two thousand series: `zswapctl status --classes` has them.
         groups = zip(*(entry["zspages_by_fullness"][1:] for entry in stats["classes"]), strict=True)
         bounds = [*(f"{tenths / 10}" for tenths in range(1, 11)), "full"]
@@ -135,6 +150,25 @@ class EngineCollector(Collector):
             # No allocator but zsmalloc has any.
             dict(zip(bounds if stats["classes"] else (), map(sum, groups), strict=True)),
         )
+
+
+class SwapCollector(Collector):
+    """What the kernel says of the swap, as `look` finds it at each scrape: nobody waits for a page for that."""
+
+    def __init__(self, look: Callable[[], Attachment | None]) -> None:
+        self._look = look
+
+    def collect(self) -> Iterable[Metric]:
+        attached = self._look()
+        used = attached.used_bytes if attached else 0
+        in_use = attached is not None and attached.is_swap
+        yield GaugeMetricFamily("zswapd_swap_attached", "1: the kernel swaps to it.", value=in_use)
+        yield GaugeMetricFamily("zswapd_swap_used_bytes", "What the kernel has in use of the swap.", value=used)
+
+
+def process(pid: Callable[[], int]) -> Collector:
+    """Processor time, memory and descriptors of the pager that `pid` names at each scrape."""
+    return ProcessCollector(namespace="zswapd_pager", pid=pid, registry=None)
 
 
 def _writeback(stats: WritebackStats) -> Iterable[Metric]:

@@ -162,7 +162,7 @@ async def _watch(pager: Pager) -> None:
                 )
             else:
                 log.warning("the backing disk is written to again")
-        if used_up != (used_up := disk["budget_bytes"] == 0):
+        if used_up != (used_up := wear.is_used_up(disk["budget_bytes"])):
             log.warning("the budget is %s", "used up: a full pool refuses stores" if used_up else "there again")
         for kind, what in (("disk", "could not be read from the backing disk"), ("corrupt", "were corrupt")):
             if new := stats["errors"][kind] - errors[kind]:

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from zswapd import __version__
+from zswapd import __version__, wear
 from zswapd.config import PAGE_SIZE, format_size
 from zswapd.errors import DaemonError
 from zswapd.pager import Pager
@@ -155,7 +155,9 @@ def _backing(stats: dict[str, Any]) -> Iterator[tuple[str, Text]]:
     if (left := disk["budget_bytes"]) is not None:
         yield (
             "budget",
-            Text("used up", "bold yellow") if not left else Text(f"{format_size(left)} may still be written"),
+            Text("used up", "bold yellow")
+            if wear.is_used_up(left)
+            else Text(f"{format_size(left)} may still be written"),
         )
 
 

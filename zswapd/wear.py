@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
-from zswapd.config import Writeback, format_size
+from zswapd.config import SEGMENT_BYTES, Writeback, format_size
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +166,11 @@ def left_of(settings: Writeback, unused: int | None) -> int | None:
         return 0
     budget.observe(unused)
     return budget.left()
+
+
+def is_used_up(left: int | None) -> bool:
+    """Whether there is a budget, of which less is left than a segment: nothing more can be written."""
+    return left is not None and left < SEGMENT_BYTES
 
 
 def describe(settings: Writeback) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.writeback import writeback
 from zswapd import backing, doctor, wear
-from zswapd.config import load
+from zswapd.config import SEGMENT_BYTES, load
 
 CONFIG = load(None, ["swap.mount_point=/run/zswapd-test/mnt", "swap.priority=100"], {})
 FILES = {
@@ -194,8 +194,8 @@ def test_a_backing_disk_that_cannot_be_used_is_a_failure(machine: Path) -> None:
     ("counts", "status", "text"),
     [
         ({"state": "failed"}, "fail", "nothing more is written to it"),
-        ({"state": "ok", "budget_bytes": 5}, "ok", "/dev/x"),
-        ({"state": "ok", "budget_bytes": 0}, "warn", "the budget is used up (1.0 GiB per hour)"),
+        ({"state": "ok", "budget_bytes": SEGMENT_BYTES}, "ok", "/dev/x"),
+        ({"state": "ok", "budget_bytes": SEGMENT_BYTES - 1}, "warn", "the budget is used up (1.0 GiB per hour)"),
     ],
 )
 def test_a_backing_disk_in_use_says_how_it_is(

@@ -49,6 +49,10 @@ def test_everything_is_there_and_nothing_else(installed: tuple[Path, str]) -> No
         f"{under}/lib/tmpfiles.d/zswapd.conf",
         *(f"{under}/lib/systemd/system/{unit}" for unit in UNITS),
         *(f"{under}/share/doc/zswapd/{name}" for name in docs),
+        f"{under}/share/zswapd/grafana/provisioning.yml",
+        f"{under}/share/zswapd/grafana/zswapd.json",
+        f"{under}/share/zswapd/prometheus/prometheus.yml",
+        f"{under}/share/zswapd/prometheus/zswapd.rules.yml",
     }
     packages = {Path(name).relative_to(library).parts[0] for name in files(root) - own}
     assert {"zswapd", "trio", "pyfuse3", "pydantic", f"zswapd-{__version__}.dist-info"} <= packages

@@ -19,6 +19,7 @@ from zswapd import metrics
 from zswapd.engine import EmbeddedEngine, EngineStats
 from zswapd.errors import DaemonError
 from zswapd.health import Health
+from zswapd.swapdev import Attachment
 
 # https://prometheus.io/docs/practices/naming: base units, and no other.
 OTHER_UNITS = re.compile(r"_(ms|us|ns|milliseconds|microseconds|kb|kib|mb|mib|percent|pages_bytes)(_|$)")
@@ -108,7 +109,7 @@ def test_values_are_those_of_the_statistics(engine: EmbeddedEngine) -> None:
     assert sum(by_fullness) == sum(by_size.values()) > 0
     in_use = sum(entry["objects"] * entry["size_bytes"] for entry in stats["classes"])
     waste = sum(value for (name, _), value in values.items() if name == "zswapd_class_waste_bytes")
-    assert waste == stats["pool_bytes"] - in_use
+    assert waste == values["zswapd_pool_waste_bytes", ""] == stats["pool_bytes"] - in_use
 
 
 def test_z3fold_has_no_size_classes() -> None:
@@ -118,7 +119,7 @@ def test_z3fold_has_no_size_classes() -> None:
     engine.write(0, noise(1))
     values = samples(scrape(engine))
     assert values["zswapd_pool_bytes", ""] == 2 * PAGE
-    assert not any(name.startswith(("zswapd_class_", "zswapd_zspages")) for name, _ in values)
+    assert not any(name.startswith(("zswapd_class_", "zswapd_zspages", "zswapd_pool_waste")) for name, _ in values)
 
 
 @pytest.mark.parametrize("what", ["load", "store"])
@@ -212,7 +213,7 @@ def test_the_health_of_the_pager_is_told_by_its_conventions() -> None:
     """As the engine's counters are."""
 
     async def collect() -> str:
-        health = Health({"keeper": 40, "standby": 0, "resend": 1})
+        health = Health({"keeper": 40, "standby": 0, "resend": 1, "protected": 1, "footprint": 4096})
         health.probes, health.probe_failures, health.probe_seconds = 5, 2, 0.25
         health.page_waits_since = trio.current_time() - 30
         registry = CollectorRegistry()
@@ -228,6 +229,8 @@ def test_the_health_of_the_pager_is_told_by_its_conventions() -> None:
         "zswapd_keeper_up": 1,
         "zswapd_standby_up": 0,
         "zswapd_resend": 1,
+        "zswapd_protected": 1,
+        "zswapd_footprint_bytes": 4096,
         "zswapd_probe_seconds": 0.25,
         "zswapd_backing_stuck_seconds": 0,
         "zswapd_probes_total": 5,
@@ -236,3 +239,22 @@ def test_the_health_of_the_pager_is_told_by_its_conventions() -> None:
     for family in text_string_to_metric_families(text):
         assert re.fullmatch(r"zswapd(_[a-z]+)+", family.name)
         assert family.documentation.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("attached", "expected"),
+    [
+        (None, (0, 0)),
+        # Half attached.
+        (Attachment("/dev/loop9", False, True, 1 << 20, 0, 0), (0, 0)),
+        (Attachment("/dev/loop9", True, True, 1 << 20, 8192, 100), (1, 8192)),
+    ],
+)
+def test_the_swap_as_the_kernel_sees_it(attached: Attachment | None, expected: tuple[int, int]) -> None:
+    registry = CollectorRegistry()
+    registry.register(metrics.SwapCollector(lambda: attached))
+    values = samples(generate_latest(registry).decode())
+    assert values == {
+        ("zswapd_swap_attached", ""): expected[0],
+        ("zswapd_swap_used_bytes", ""): expected[1],
+    }

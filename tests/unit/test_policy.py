@@ -11,7 +11,7 @@ from trio.testing import MockClock
 
 from tests.writeback import writeback
 from zswapd import policy, swapdev, wear
-from zswapd.config import Writeback, load
+from zswapd.config import SEGMENT_BYTES, Writeback, load
 from zswapd.engine import Written
 from zswapd.errors import DaemonError
 from zswapd.policy import FEW_READS, Hysteresis
@@ -186,8 +186,8 @@ async def test_what_becomes_of_the_disk_is_in_the_log(
     said: tuple[tuple[str, Callable[[], object]], ...] = (
         ("the backing disk has failed", lambda: setattr(pager, "state", "failed")),
         ("the backing disk is written to again", lambda: setattr(pager, "state", "ok")),
-        ("the budget is used up", lambda: pager.counts.update(budget_bytes=0)),
-        ("the budget is there again", lambda: pager.counts.update(budget_bytes=1)),
+        ("the budget is used up", lambda: pager.counts.update(budget_bytes=SEGMENT_BYTES - 1)),
+        ("the budget is there again", lambda: pager.counts.update(budget_bytes=SEGMENT_BYTES)),
         ("2 pages could not be read from the backing disk", lambda: pager.errors.update(disk=6)),
         ("1 pages were corrupt", lambda: pager.errors.update(corrupt=4)),
     )

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from tests.writeback import BOUNDS, writeback
 from zswapd import status, swapdev
+from zswapd.config import SEGMENT_BYTES
 from zswapd.errors import DaemonError
 from zswapd.swapdev import Attachment
 
@@ -149,7 +150,7 @@ def test_the_backing_disk_is_shown() -> None:
 
 def test_a_failed_disk_is_red_and_a_used_up_budget_yellow() -> None:
     assert "\x1b[1;31mfailed: nothing more is written to it; it has 6.0 MiB of pages" in shown(on_disk(state="failed"))
-    assert "\x1b[1;33mused up" in shown(on_disk(budget_bytes=0))
+    assert "\x1b[1;33mused up" in shown(on_disk(budget_bytes=SEGMENT_BYTES - 1))
     assert "3.0 MiB may still be written" in shown(on_disk(budget_bytes=3 * MIB))
     assert "\x1b[1;31m7 segments that the backing disk could not write" in shown(on_disk(write_errors=7))
 
