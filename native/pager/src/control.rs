@@ -436,4 +436,6 @@ fn status(shared: &Shared) -> String {
 }
 
 #[cfg(test)]
+mod disk_tests;
+#[cfg(test)]
 mod tests;
