@@ -9,10 +9,15 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.daemon import Daemon
 from tests.machine import LACKS, lacks
 from zswapd.bench.ability import cannot_swap
+
+# Nothing is timed: machines are slow.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.hookimpl(wrapper=True)

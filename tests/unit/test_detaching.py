@@ -315,3 +315,35 @@ async def test_nothing_is_read_beside_a_page_that_may_not_be_readable(
     with pytest.raises(SwapError, match="cannot be run"):
         await detaching._swapoff(MOUNT_POINT, OURS.loop_device, lambda remaining: None)
     assert (seen, page_cluster.read_text().strip()) == ([during], after)
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(255, "swapoff: /dev/loop3: swapoff failed: Cannot allocate memory"), (-9, "")]
+)
+async def test_swapoff_without_memory_leaves_everything_serving(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, page_cluster: Path, status: int, said: str
+) -> None:
+    pager, commands_run = DiskPager("ok"), []
+
+    async def run(*command: str, check: bool = True) -> CompletedProcess[bytes]:
+        commands_run.append(command)
+        return CompletedProcess(command, status, b"", said.encode())
+
+    async def reset(mount_point: Path) -> None:
+        pytest.fail("the pages are still there")
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(swapdev, "discover", lambda mount_point: OURS)
+    monkeypatch.setattr(swapdev, "find_pager", lambda mount_point: pager)
+    monkeypatch.setattr(detaching, "refuse_full", lambda attachment: None)
+    monkeypatch.setattr(detaching, "_reset", reset)
+    monkeypatch.setattr(commands, "run", run)
+    message = r"\(memory cannot take the pages back\); /dev/loop3 stays in use with 1.0 GiB, everything goes on serving"
+    with pytest.raises(SwapError, match=message) as caught:
+        await detaching.detach(tmp_path / "mnt")
+    assert "free memory or add other swap, then detach again" in caught.value.hint
+    assert commands_run == [("swapoff", "/dev/loop3")]
+    # As before: pages move from the disk to the pool, the kernel reads ahead, and policies decide again.
+    assert pager.told == [False, True]
+    assert page_cluster.read_text().strip() == "3"
+    assert not swapdev.is_changing(tmp_path / "mnt")

@@ -302,10 +302,6 @@ impl Table {
     /// A free segment of a disk that has failed, to be written and finished, to see whether it is well again. None
     /// without budget.
     pub fn probe(&mut self) -> Option<u32> {
-        if self.free_segments() == 0 {
-            // Those that could not be written are free too.
-            self.give_another_chance();
-        }
         let index = Some(self.lists[FREE].first).filter(|&index| index != NONE && self.failed && self.has_budget())?;
         self.set_state(index, State::Filling);
         self.promised += SEGMENT_BYTES as u64;
