@@ -56,6 +56,8 @@ def beside_zram() -> None:
         daemon.configure()
         ctl(daemon, "attach")
         subprocess.run(["swapon", "--priority", "200", "/dev/zram0"], check=True)
+        # First: whom a lower limit does not find below it at once, the kernel kills.
+        hog.out()
         group.set_limit(24 << 20)
         hog.is_right("write")
         assert used_of("/dev/loop") > 32 << 20
