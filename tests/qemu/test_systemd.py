@@ -15,10 +15,9 @@ SLEEP = """\
 ExecStart=
 ExecStart=/bin/sh -c 'grep -q ^/dev/loop /proc/swaps && echo "with swap" >/run/slept || echo "without swap" >/run/slept'
 """
-#: Nobody detaches when the machine ends.
-NO_DETACH = {
-    f"{unit}.service.d/no-detach.conf": "[Service]\nExecStop=\n" for unit in ("zswapd-swap", "zswapd-pager", "zswapd")
-}
+#: Nobody detaches when the machine ends, and nobody is waited for.
+NO_STOP = "[Service]\nExecStop=\nTimeoutStopSec=20\nKillMode=control-group\nSendSIGKILL=yes\n"
+NO_DETACH = {f"{unit}.service.d/no-detach.conf": NO_STOP for unit in ("zswapd-swap", "zswapd-pager")}
 SHUTDOWN_MIB, SHUTDOWN_HOG_MIB = 640, 480
 
 

@@ -4,9 +4,20 @@ import os
 import signal
 
 from tests.daemon import Daemon, wait_until
-from tests.qemu.inside.machine import DEADLINE_SECONDS, Hog, attached, counters, ctl, say, start, used_of, when_swapped
+from tests.qemu.inside.machine import (
+    DEADLINE_SECONDS,
+    Hog,
+    attached,
+    counters,
+    ctl,
+    narrow,
+    say,
+    start,
+    used_of,
+    when_swapped,
+    widen,
+)
 from tests.takeover import kill_and_wait, status
-from zswapd.bench.cgroup import MemoryCgroup
 
 #: In a guest of 512 MiB.
 ALL_MEMORY = 420
@@ -17,16 +28,16 @@ PAGES_APART = 8000
 
 
 def quick() -> None:
-    """40 MiB in a cgroup of 16: the pager is killed while they are rewritten, and another takes over; then the swap is
-    detached with pages in it. Every page is right."""
-    with attached(swap__size="64MiB") as daemon, MemoryCgroup(16 << 20) as group, Hog(40, group) as hog:
+    """40 MiB, of which 16 may be in memory: the pager is killed while they are rewritten, and another takes over; then
+    the swap is detached with pages in it. Every page is right."""
+    with attached(swap__size="64MiB") as daemon, narrow(16) as group, Hog(40, group) as hog:
         hog.is_right("write")
         hog.ask("write")
         when_swapped(1000)
         kill_and_wait(daemon)
         assert hog.answer()[1:] == (0, 0)
         hog.is_right()
-        group.set_limit(64 << 20)
+        widen(group)
         assert used_of("/dev/loop") > 16 << 20
         ctl(daemon, "detach")
         hog.is_right()
@@ -63,7 +74,7 @@ def under_pressure() -> None:
 def without_resend() -> None:
     """The kernel does not send requests again (before 6.9). A pager that is killed when nothing is under way costs
     nothing; else it costs at most what was being read (SIGBUS). No page is wrong, and nothing waits for ever."""
-    with attached(swap__size="64MiB") as daemon, MemoryCgroup(16 << 20) as group, Hog(40, group) as hog:
+    with attached(swap__size="64MiB") as daemon, narrow(16) as group, Hog(40, group) as hog:
         hog.is_right("write")
         kill_and_wait(daemon)
         hog.is_right()

@@ -6,22 +6,18 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.qemu.inside.machine import Hog, attached, counters, ctl, say, used_of, when_swapped
+from tests.qemu.inside.machine import Hog, attached, counters, ctl, narrow, say, used_of, when_swapped, widen
 from tests.takeover import status
-from zswapd.bench.cgroup import MemoryCgroup
-
-
-def _group(stack: ExitStack, mebibytes: int, swap_mebibytes: int) -> MemoryCgroup:
-    group = stack.enter_context(MemoryCgroup(mebibytes << 20))
-    (group.path / "memory.swap.max").write_text(str(swap_mebibytes << 20))
-    return group
 
 
 def swap_max() -> None:
     """memory.max and memory.swap.max of cgroup v2: who needs no more than both swaps so much; who needs more is killed,
     he alone; who may not swap does not. Everybody else's pages are right."""
     with attached() as daemon, ExitStack() as stack:
-        enough, too_little, none = _group(stack, 16, 48), _group(stack, 16, 16), _group(stack, 16, 0)
+        enough, too_little, none = (stack.enter_context(group) for group in (narrow(16), narrow(16), narrow(16)))
+        too_little.set_limit(16 << 20)
+        for group, mebibytes in ((enough, 48), (too_little, 16), (none, 0)):
+            (group.path / "memory.swap.max").write_text(f"{mebibytes}M")
         with Hog(32, enough) as hog, Hog(8, none) as other:
             for _ in range(2):
                 hog.is_right("write")
@@ -42,13 +38,13 @@ def beside_zram() -> None:
     """zram of a higher priority is filled first and zswapd takes the rest; of a lower one, it gets nothing. After
     zswapd was detached in between every page is right."""
     subprocess.run("echo 16M >/sys/block/zram0/disksize && mkswap -q /dev/zram0", shell=True, check=True)
-    with attached() as daemon, MemoryCgroup(24 << 20) as group, Hog(64, group) as hog:
+    with attached() as daemon, narrow(24) as group, Hog(64, group) as hog:
         subprocess.run(["swapon", "--priority", "200", "/dev/zram0"], check=True)
         hog.is_right("write")
         assert used_of("/dev/zram") > 14 << 20
         assert used_of("/dev/loop") > 16 << 20
         hog.is_right()
-        group.set_limit(128 << 20)
+        widen(group)
         ctl(daemon, "detach")
         subprocess.run(["swapoff", "/dev/zram0"], check=True)
         hog.is_right()
@@ -56,13 +52,13 @@ def beside_zram() -> None:
         daemon.configure()
         ctl(daemon, "attach")
         subprocess.run(["swapon", "--priority", "200", "/dev/zram0"], check=True)
-        group.set_limit(24 << 20)
+        (group.path / "memory.high").write_text("24M")
         hog.is_right("write")
         assert used_of("/dev/loop") > 32 << 20
         assert used_of("/dev/zram") == 0
         hog.is_right()
         subprocess.run(["swapoff", "/dev/zram0"], check=True)
-        group.set_limit(128 << 20)
+        widen(group)
 
 
 def all_memory() -> None:
@@ -77,7 +73,7 @@ def all_memory() -> None:
 def suspend() -> None:
     """The machine is told to sleep with swap attached, and in use. It cannot (virtiofs has no way to), but has stopped
     every process for it by then, the pager too, or given that up: all go on, and every page is right."""
-    with attached() as daemon, MemoryCgroup(16 << 20) as group, Hog(48, group) as hog:
+    with attached() as daemon, narrow(16) as group, Hog(48, group) as hog:
         hog.is_right("write")
         pager = status(daemon)["pid"]
         for _ in range(2):

@@ -92,6 +92,19 @@ class Hog:
 
 
 @contextmanager
+def narrow(mebibytes: int) -> Iterator[MemoryCgroup]:
+    """A cgroup whose members are kept from having more (memory.high): at a limit the kernel would kill them if the swap
+    is slow, as it is where everything is."""
+    with MemoryCgroup(NO_LIMIT) as group:
+        (group.path / "memory.high").write_text(f"{mebibytes}M")
+        yield group
+
+
+def widen(group: MemoryCgroup) -> None:
+    (group.path / "memory.high").write_text("max")
+
+
+@contextmanager
 def attached(**settings: object) -> Iterator[Daemon]:
     """`zswapd run`, attached. At the end all is given back, unless a scenario has failed: then it is as it was."""
     daemon = Daemon(Path("/run"), **{"swap__size": "256MiB", "pool__mem_limit": "128MiB", **settings})
