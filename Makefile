@@ -157,7 +157,7 @@ test: build
 test-vm: build vm
 	$(PYTHON) -m pytest -v --durations=0 tests/qemu
 
-# What a virtual machine needs (with the kernels, which its tests get, about 90 MB), where it can be had: those tests are
+# What a virtual machine needs (with the kernels, which its tests get, about 80 MB), where it can be had: those tests are
 # skipped elsewhere, and say what is missing.
 vm:
 	@[[ $$(uname -m) == x86_64 && $$EUID == 0 ]] && command -v apt-get >/dev/null || exit 0
