@@ -44,6 +44,7 @@ def daemon(
             workload.verify()
             workload.run("rewrite", seed=1)
             workload.run("random", seed=2)
+            prometheus.evaluated()
             yield daemon
             workload.verify()
     finally:
@@ -80,7 +81,6 @@ def documented() -> set[str]:
 
 
 def test_all_series_are_there(prometheus: Prometheus, daemon: Daemon) -> None:
-    prometheus.evaluated()
     names, expected = prometheus.names("well"), documented()
     left_out = {name for name in expected if name.startswith("zswapd_class_")}
     assert len(expected) > 80
@@ -166,7 +166,6 @@ def test_the_dashboard_can_be_provisioned() -> None:
 
 
 def test_nothing_is_said_of_a_daemon_that_is_well(prometheus: Prometheus, daemon: Daemon) -> None:
-    prometheus.evaluated()
     # A scrape may have been late, and there may have been no standby yet.
     wait_until(lambda: not prometheus.alerts("well"), f"{prometheus.alerts('well')} are over")
     assert prometheus.alerts() == {}
