@@ -7,18 +7,20 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tests.daemon import HOST, Daemon, free_port, wait_until
+from tests.daemon import HOST, free_port, wait_until
 from tests.debian import unpacked
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config/prometheus/prometheus.yml"
 RULES = ROOT / "config/prometheus/zswapd.rules.yml"
+#: Who can be scraped. A target that is added later would be found five seconds later.
+INSTANCES = ("well", "full", "without a disk", "failing", "small", "hanging", "mortal")
 #: Whatever becomes of us, it does not outlive us.
 _WITH_US = ("setpriv", "--pdeathsig", "KILL")
 
@@ -41,6 +43,12 @@ def alert_names() -> list[str]:
     return re.findall(r"^ *- alert: (\w+)$", RULES.read_text(), re.MULTILINE)
 
 
+def listen(instance: str) -> str:
+    """For metrics.listen: a port of an address that nobody else has."""
+    first, second, rest = HOST.split(".", 2)
+    return f"{first}.{int(second) + 128}.{rest}:{9839 + INSTANCES.index(instance)}"
+
+
 def _once(pattern: str, replacement: str, text: str) -> str:
     text, count = re.subn(pattern, replacement, text, flags=re.MULTILINE | re.DOTALL)
     assert count == 1, pattern
@@ -54,8 +62,7 @@ class Prometheus:
     def __init__(self, directory: Path) -> None:
         self._url = f"http://{HOST}:{free_port()}"
         self._directory = directory
-        self._targets: dict[str, str] = {}
-        self._tell()
+        self._tell(INSTANCES)
         rules = re.sub(r"^( +for:) .*$", r"\1 1s", RULES.read_text(), flags=re.MULTILINE)
         (directory / "zswapd.rules.yml").write_text(rules)
         found_in = f"file_sd_configs: [{{files: [{directory}/targets.json], refresh_interval: 1s}}]\n"
@@ -82,17 +89,17 @@ class Prometheus:
             finally:
                 process.kill()
 
+    def wait_for(self, instance: str) -> None:
+        """Waits until it is scraped."""
+        wait_until(lambda: self.value(f'up{{instance="{instance}"}}') == 1, f"{instance} is scraped")
+
     @contextmanager
-    def scraping(self, daemon: Daemon, instance: str) -> Iterator[None]:
-        """It is a target, and has been scraped."""
-        self._targets[instance] = f"{HOST}:{daemon.port}"
-        self._tell()
+    def without_targets(self) -> Iterator[None]:
+        self._tell(())
         try:
-            wait_until(lambda: self.value(f'up{{instance="{instance}"}}') == 1, f"{instance} is scraped")
             yield
         finally:
-            del self._targets[instance]
-            self._tell()
+            self._tell(INSTANCES)
 
     def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
         """Labels and values of what it evaluates to now."""
@@ -147,11 +154,9 @@ class Prometheus:
         (group,) = self._get("rules")["groups"]
         return datetime.fromisoformat(group["lastEvaluation"]).timestamp()
 
-    def _tell(self) -> None:
-        """Of the targets."""
-        targets = [
-            {"targets": [address], "labels": {"instance": instance}} for instance, address in self._targets.items()
-        ]
+    def _tell(self, instances: Iterable[str]) -> None:
+        """Which are targets."""
+        targets = [{"targets": [listen(instance)], "labels": {"instance": instance}} for instance in instances]
         new = self._directory / "targets.new"
         new.write_text(json.dumps(targets))
         new.rename(self._directory / "targets.json")
