@@ -137,8 +137,8 @@ pub fn put(store: &Store, slot: u32, page: &Page, scratch: &mut Scratch) -> Resu
     for _ in 0..2000 {
         match store.store(slot, page, LZ4, scratch) {
             Err(Error::NoRoomYet) => {
-                let (shrinker, cleaner) = threads
-                    .get_or_insert_with(|| (Shrinker::new().expect("memory"), Cleaner::new().expect("memory")));
+                let (shrinker, cleaner) =
+                    threads.get_or_insert_with(|| (Shrinker::new().expect("memory"), Cleaner::new().expect("memory")));
                 if store.shrink(shrinker).is_err() {
                     let _full_perhaps = store.clean(cleaner);
                 }
