@@ -106,14 +106,14 @@ fn a_disk_that_is_not_well_yet_is_not_said_to_be() {
 
 #[test]
 fn a_sample_of_the_disk_is_read_and_nothing_moves() {
-    let control = with_disk(Faults::new(memory(), "read:13:eio").expect("valid"), 128);
+    let control = with_disk(Faults::new(memory(), "read:13:eio").expect("valid"), 130);
     assert_eq!(control.ask(b"sample 10"), "ok pages=0");
-    assert!(control.ask(b"writeback all").starts_with("ok pages=128 "));
+    assert!(control.ask(b"writeback all").starts_with("ok pages=130 "));
     assert_eq!(control.ask(b"sample 10"), "ok pages=10");
     assert!(control.ask(b"sample 4096").starts_with(&format!("error {} page ", libc::EIO)));
-    assert_eq!(control.ask(b"sample 4096"), "ok pages=128");
+    assert_eq!(control.ask(b"sample 4096"), "ok pages=130");
     let metrics = control.shared.engine.store().metrics();
-    assert_eq!((metrics.pages_on_disk.get(), metrics.pages_lost.get(), metrics.disk_read_errors.get()), (128, 0, 0));
+    assert_eq!((metrics.pages_on_disk.get(), metrics.pages_lost.get(), metrics.disk_read_errors.get()), (130, 0, 0));
     for wrong in ["sample", "sample 0", "sample 4097", "sample all"] {
         assert!(refused(&control.ask(wrong.as_bytes())), "{wrong}");
     }
