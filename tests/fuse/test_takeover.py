@@ -225,6 +225,7 @@ def test_while_descriptors_are_short_nobody_is_left_unreaped(daemon: Daemon) -> 
     limits = resource.prlimit(keeper, resource.RLIMIT_NOFILE)
     used = {int(path.name) for path in descriptors(keeper)}
     lowest = next(number for number in itertools.count() if number not in used)
+    resource.prlimit(keeper, resource.RLIMIT_NOFILE, (lowest, limits[1]))
     kill(daemon, before["standby"])
 
     def another() -> bool:
