@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -223,27 +224,28 @@ def test_while_descriptors_are_short_nobody_is_left_unreaped(daemon: Daemon) -> 
     before = with_standby(daemon)
     keeper = before["keeper"]
     limits = resource.prlimit(keeper, resource.RLIMIT_NOFILE)
-    used = {int(path.name) for path in descriptors(keeper)}
-    lowest = next(number for number in itertools.count() if number not in used)
-    kill(daemon, before["standby"])
 
-    def another() -> bool:
-        return status(daemon)["standby"] not in (0, before["standby"])
-
-    for limit in itertools.count(lowest):
-        said = daemon.log().count("cannot start a pager")
+    def leave(free: int) -> None:
+        """So many numbers for new descriptors; then waits until that was not enough."""
+        # Between two attempts.
+        used = set.intersection(*({int(path.name) for path in descriptors(keeper)} for _ in range(3)))
+        unused = (number for number in itertools.count() if number not in used)
+        limit = next(itertools.islice(unused, free, None))
         resource.prlimit(keeper, resource.RLIMIT_NOFILE, (limit, limits[1]))
+        tried = daemon.log().count("cannot start a pager: Too many open files")
+        with suppress(ProcessLookupError):  # the second time
+            kill(daemon, before["standby"])
+        wait_until(lambda: daemon.log().count("cannot start a pager: Too many open files") > tried + 1, "two tries")
 
-        def tried(said: int = said) -> bool:
-            return daemon.log().count("cannot start a pager") > said or another()
+    def children() -> list[int]:
+        return sorted(map(int, Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()))
 
-        wait_until(tried, "a try")
-        if another():
-            break
-    assert "cannot start a pager: Too many open files" in daemon.log()
-    children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
-    assert sorted(map(int, children)) == sorted(with_standby(daemon)[who] for who in ("pid", "standby"))
+    leave(0)
+    leave(2)
+    wait_until(lambda: children() == [before["pid"]], "all are reaped")
     resource.prlimit(keeper, resource.RLIMIT_NOFILE, limits)
+    after = with_standby(daemon)
+    assert children() == sorted([after["pid"], after["standby"]])
 
 
 def test_standbys_that_are_stopped_take_over(daemon: Daemon) -> None:
