@@ -31,13 +31,11 @@ BOOTS = {
     "limits": Boot(
         512,
         "6.12",
-        (256,),
+        (),
         (
             "limits.swap_max",
             "limits.beside_zram",
             "limits.suspend",
-            "limits.page_cache",
-            "limits.no_memory_for_swapoff",
         ),
     ),
 }

@@ -1,8 +1,7 @@
-"""Who else wants memory and swap: cgroups with limits, zram, the page cache, and swapoff without memory for it."""
+"""Who else wants memory and swap: cgroups with limits, zram, and sleep."""
 
 import signal
 import subprocess
-import threading
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -88,59 +87,3 @@ def suspend() -> None:
             assert hog.answer()[1:] == (0, 0)
         hog.is_right()
         assert status(daemon)["pid"] == pager
-
-
-def page_cache() -> None:
-    """A hog and somebody who reads and writes a disk of half the memory, through the page cache, again and again: both
-    get on, every page of the hog is right, the disk holds what it held, and nobody is killed for memory."""
-    disk = "/dev/vda"
-    before = _checksum(disk)
-    with attached(), Hog(360) as hog:
-        passes, enough = 0, threading.Event()
-
-        def read_and_write() -> None:
-            nonlocal passes
-            while not enough.is_set():
-                subprocess.run(["dd", f"if={disk}", f"of={disk}", "bs=1M", "conv=notrunc", "status=none"], check=True)
-                passes += 1
-
-        hog.is_right("write")
-        swapped = counters()["pswpout"]
-        other = threading.Thread(target=read_and_write)
-        other.start()
-        try:
-            for _ in range(2):
-                hog.is_right("write")
-        finally:
-            enough.set()
-            other.join()
-        hog.is_right()
-        say(f"through the disk: {passes} times")
-        assert passes > 0
-        assert counters()["pswpout"] > swapped
-        assert counters()["oom_kill"] == 0
-        hog.end()
-    assert _checksum(disk) == before
-
-
-def _checksum(path: str) -> str:
-    return subprocess.run(["cksum", path], check=True, capture_output=True, text=True).stdout
-
-
-def no_memory_for_swapoff() -> None:
-    """More is in swap than memory can take: detach refuses. Forced, swapoff is who the OOM killer ends, nobody else;
-    the swap stays in use, zswapd serves on, and every page is right."""
-    with attached() as daemon, Hog(420) as hog:
-        hog.is_right("write")
-        assert "memory cannot take the pages back" in ctl(daemon, "detach", status=1)
-        assert used_of("/dev/loop") > 0
-        hog.is_right()
-        said = ctl(daemon, "detach", "--force", status=1)
-        assert "(memory cannot take the pages back)" in said
-        assert "stays in use" in said
-        say(Path("/proc/swaps").read_text())
-        assert used_of("/dev/loop") > 0
-        hog.is_right()
-        hog.is_right("write")
-        assert counters()["oom_kill"] == 1
-        hog.end()
