@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from zswapd._native import Counters
@@ -101,9 +102,21 @@ class Pager:
         """Finds the pager that serves `mount_point`. Raises OSError if there is none."""
         self.mount_point = mount_point
         self._path = socket_path(mount_point)
+        self.status()
+
+    @cached_property
+    def _counters(self) -> Counters:
+        """Raises DaemonError if the pager is of another version, that counts in another form; it takes commands all the same."""
         _, fd = self._ask("counters")
         assert fd is not None, "the answer to counters"
-        self._counters = Counters(fd)
+        try:
+            return Counters(fd)
+        except ValueError as error:
+            hint = (
+                "give all back with the version that started it; or by hand: swapoff its loop device (see losetup), "
+                f"losetup --detach that, umount {self.mount_point}"
+            )
+            raise DaemonError(f"the pager of {self.mount_point} is of another version: {error}", hint) from None
 
     @classmethod
     def start(cls, config: Config, lock: int | None = None) -> "Pager":
@@ -120,18 +133,21 @@ class Pager:
             env={name: value for name, value in os.environ.items() if not name.startswith(("NOTIFY_", "LISTEN_"))},
         )
         deadline = time.monotonic() + _START_SECONDS
-        while process.poll() is None and time.monotonic() < deadline:
-            # It may have listened for a while before it answers: a large swap file has large tables.
-            with contextlib.suppress(OSError):
-                pager = cls(config.swap.mount_point)
-                # Somebody may have started one at the same moment: ours, then, finds the socket in use, and ends.
-                if pager.status()["keeper"] == process.pid:
-                    return pager
-            time.sleep(0.01)
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                # It may have listened for a while before it answers: a large swap file has large tables.
+                with contextlib.suppress(OSError):
+                    pager = cls(config.swap.mount_point)
+                    # Somebody may have started one at the same moment: ours, then, finds the socket in use, and ends.
+                    if pager.status()["keeper"] == process.pid:
+                        pager.stats()
+                        return pager
+                time.sleep(0.01)
+        except DaemonError:
+            _end(process)
+            raise
         if process.poll() is None:
-            # Nobody knows of it: nothing is attached. With all that it has started.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
             raise DaemonError(f"the pager did not start within {_START_SECONDS} s", "the machine is short of memory")
         raise DaemonError(f"the pager did not start (exit status {process.returncode})", "it says why above")
 
@@ -292,3 +308,11 @@ class Pager:
 
 def _numbers(text: str) -> dict[str, int]:
     return {name: int(value) for name, _, value in (word.partition("=") for word in text.split())}
+
+
+def _end(keeper: "subprocess.Popen[bytes]") -> None:
+    """With all that it has started. Nobody knows of it: nothing is attached. What it has mounted the next start
+    unmounts; until then who looks there gets an error, and does not wait for an answer that nobody would give."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(keeper.pid, signal.SIGKILL)
+    keeper.wait()

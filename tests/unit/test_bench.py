@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import trio
+from click.testing import CliRunner
 from rich.console import Console
 
 from tests.daemon import DEADLINE_SECONDS
@@ -21,12 +22,13 @@ from tests.machine import lacks
 from tests.pages import PAGE, noise, real_pages
 from zswapd import memcg
 from zswapd.bench.cgroup import MemoryCgroup
+from zswapd.bench.command import bench
 from zswapd.bench.commands import Interrupted, alongside, run, until_signal
 from zswapd.bench.corpus import Corpus, Source, build, gather
 from zswapd.bench.floor import why_not_forget
 from zswapd.bench.leftovers import leftovers
 from zswapd.bench.measure import kernel_threads, refuse_to_forget
-from zswapd.bench.plot import plot, require_matplotlib
+from zswapd.bench.plot import plot, require
 from zswapd.bench.programs import Running, known
 from zswapd.bench.rows import device
 from zswapd.bench.runner import WrongPages, workload
@@ -358,10 +360,19 @@ def test_the_plot_is_a_png(tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_a_plot_without_matplotlib_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plot_without_matplotlib_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ZswapdError, match="needs matplotlib"):
-        require_matplotlib()
+        require(tmp_path / "bench.png")
+
+
+def test_a_plot_that_could_not_be_written_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("zswapd.bench.command.cannot_swap", lambda: "nothing is measured")
+    monkeypatch.setattr("zswapd.bench.plot.find_spec", lambda name: name)
+    for picture, why in ((tmp_path / "no" / "bench.png", "cannot be written"), (tmp_path / "bench.png", "measured")):
+        assert why in str(CliRunner().invoke(bench, ["--rows", "file", "--plot", str(picture)]).exception)
 
 
 @pytest.mark.parametrize(

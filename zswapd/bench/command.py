@@ -17,7 +17,7 @@ from zswapd.bench.damon import switched_off
 from zswapd.bench.leftovers import leftovers
 from zswapd.bench.locked import lock_memory
 from zswapd.bench.measure import LIMIT_SHARE, measure, refuse_to_forget
-from zswapd.bench.plot import plot, require_matplotlib
+from zswapd.bench.plot import plot, require
 from zswapd.bench.programs import PAGE
 from zswapd.bench.rows import KNOWN, NULL, device, offered
 from zswapd.bench.screen import Screen, Size
@@ -79,7 +79,7 @@ def bench(
     """
     pages = size // PAGE
     if picture:
-        require_matplotlib()
+        require(picture)
     names = [row.strip() for row in rows.split(",") if row.strip()]
     for row in names:
         device(row, directory, PAGE, pool)

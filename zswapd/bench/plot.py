@@ -1,5 +1,6 @@
 """The benchmark as a picture, by matplotlib, which is imported only here."""
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,10 +27,14 @@ PANELS = {
 HEIGHT = 0.8  # of all bars of a row; rows are 1 apart
 
 
-def require_matplotlib() -> None:
-    """Raises ZswapdError where pictures cannot be drawn."""
+def require(picture: Path) -> None:
+    """Raises ZswapdError where pictures cannot be drawn, or not there: else it would be found when all is measured."""
     if find_spec("matplotlib") is None:
         raise ZswapdError("--plot needs matplotlib, which is not installed", "pip install 'zswapd[plot]'")
+    if not os.access(picture.parent, os.W_OK):
+        raise ZswapdError(
+            f"--plot {picture}: {picture.parent} cannot be written", "name a file in a directory that can"
+        )
 
 
 def plot(rows: Summary, title: str, path: Path) -> None:
