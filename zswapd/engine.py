@@ -95,6 +95,8 @@ class EngineStats(TypedDict):
     loads: int
     stores: int
     discards: int
+    #: What a pager holds for a machine that is out of memory, and stuck; less while it is given.
+    ballast_bytes: int
     #: Requests on the swap file that a pager is at; the end of paging waits for them.
     page_operations: int
     pages_compacted: int

@@ -83,6 +83,11 @@ class EngineCollector(Collector):
             "zswapd_compacted_pages", "Pages of the pool that compaction has freed.", value=stats["pages_compacted"]
         )
         yield GaugeMetricFamily(
+            "zswapd_ballast_bytes",
+            "Memory that the pager holds for a machine that is out of memory, and stuck; less while it is given.",
+            value=stats["ballast_bytes"],
+        )
+        yield GaugeMetricFamily(
             "zswapd_page_operations",
             "Requests on the swap file that the pager is at, and that the end of paging waits for.",
             value=stats["page_operations"],

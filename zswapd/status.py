@@ -190,8 +190,8 @@ def _server(stats: dict[str, Any]) -> str:
     if pager is None:
         return f"{version}, pid {stats['pid']}, {algorithm}"
     unprotected = "" if pager["protected"] else ", not protected: see its log"
-    footprint = format_size(pager["footprint"])
-    return f"{version}, pager pid {pager['pid']}, {algorithm}, {footprint} beside pool and tables{unprotected}"
+    own = f"{format_size(pager['footprint'])} and {format_size(stats['ballast_bytes'])} of ballast"
+    return f"{version}, pager pid {pager['pid']}, {algorithm}, {own} beside pool and tables{unprotected}"
 
 
 def _survival(stats: dict[str, Any]) -> Text:

@@ -181,6 +181,7 @@ SCHEMA = {
     "discards": int,
     "pages_compacted": int,
     "movers_awaited": int,
+    "ballast_bytes": int,
     "page_operations": int,
     "takeovers": int,
     "objects_verified": int,

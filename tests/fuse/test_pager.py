@@ -128,4 +128,5 @@ def test_its_own_memory_is_small_and_status_says_so(daemon: Daemon) -> None:
             os.pwrite(swapfile, noise(page), page * PAGE)
         footprint = json.loads(daemon.ctl("status", "--json").stdout)["pager"]["footprint"]
     assert 0 < footprint <= FOOTPRINT
-    assert " MiB beside pool and tables" in daemon.ctl("status").stdout
+    wait_until(lambda: daemon.stats()["ballast_bytes"] == 4 << 20, "the ballast is taken")
+    assert " MiB and 4.0 MiB of ballast beside pool and tables" in daemon.ctl("status").stdout

@@ -37,6 +37,7 @@ def stats(**changes: Any) -> dict[str, Any]:
         "discards": 0,
         "pages_compacted": 0,
         "movers_awaited": 0,
+        "ballast_bytes": 4 * MIB,
         "takeovers": 0,
         "takeover_seconds": 0.0,
         "objects_verified": 0,

@@ -164,6 +164,8 @@ pub struct Metrics {
     /// Bytes that may still be written; [`u64::MAX`]: no budget.
     pub writeback_budget_bytes: Counter,
 
+    /// What a pager holds for a machine that is out of memory, and stuck: less while it is given.
+    pub ballast_bytes: Counter,
     /// Requests on the swap file that workers of a pager are at: the end of paging waits for them. Among what the same
     /// worker counts for each page.
     pub page_operations: Counter,
@@ -213,7 +215,7 @@ pub struct Metrics {
 }
 
 /// Changes with every change of [`Metrics`], so that nobody reads one layout as another.
-pub const LAYOUT: u64 = 8;
+pub const LAYOUT: u64 = 9;
 
 impl Metrics {
     /// Sets to zero what is as of now. The peak of the pool stays, and settings are set by who has them.
@@ -235,6 +237,7 @@ impl Metrics {
             &self.backing_bytes,
             &self.backing_free_bytes,
             &self.disk_live_bytes,
+            &self.ballast_bytes,
         ];
         let at_work =
             [&self.page_operations, &self.movers_awaited, &self.writebacks_in_flight, &self.cleanings_in_flight];

@@ -59,6 +59,7 @@ impl Ballast {
             if let Err(error) = self.step(moved() > before, |bytes| watermark.leaves(bytes)) {
                 eprintln!("zswapd-pager: {error}; trying again");
             }
+            metrics.ballast_bytes.set((self.taken * PART) as u64);
         }
     }
 

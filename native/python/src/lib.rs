@@ -156,6 +156,7 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
             ("stores", metrics.stores.get()),
             ("discards", metrics.discards.get()),
             ("pages_compacted", metrics.pages_compacted.get()),
+            ("ballast_bytes", metrics.ballast_bytes.get()),
             ("page_operations", metrics.page_operations.get()),
             ("movers_awaited", metrics.movers_awaited.get()),
             ("takeovers", metrics.takeovers.get()),
