@@ -106,7 +106,7 @@ class Pager:
 
     @cached_property
     def _counters(self) -> Counters:
-        """Raises DaemonError if the pager is of a version that counts in another form; it takes commands all the same."""
+        """Raises DaemonError if the pager counts in a form of another version; it takes commands all the same."""
         _, fd = self._ask("counters")
         assert fd is not None, "the answer to counters"
         try:
