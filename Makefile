@@ -171,8 +171,10 @@ vm:
 	have dmsetup || missing+=(dmsetup)
 	if [[ -n $${missing[*]} ]]; then
 	    echo "zswapd: installing $${missing[*]}"
-	    DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $${missing[*]} >/dev/null ||
-	        echo "zswapd: apt-get could not install: $${missing[*]}" >&2
+	    export DEBIAN_FRONTEND=noninteractive
+	    install() { apt-get -qq install --no-install-recommends $${missing[*]} >/dev/null; }
+	    # The lists may be old.
+	    install || { apt-get -qq update && install; } || echo "zswapd: apt-get could not install: $${missing[*]}" >&2
 	fi
 
 FUZZ_SECONDS ?= 60

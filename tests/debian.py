@@ -20,10 +20,19 @@ def unpacked(package: str) -> Path:
     for program in ("apt-get", "dpkg"):
         if not shutil.which(program):
             lacks(f"{program}, to unpack Debian's {package}")
-    if not (version := _candidate(package)):
-        subprocess.run(["apt-get", "-qq", "update"], check=False)
-        if not (version := _candidate(package)):
-            lacks(f"a package {package}, as far as apt knows")
+    for lists_may_be_old in (True, False):
+        version = _candidate(package)
+        if version and (found := _unpack(package, version)):
+            return found
+        if lists_may_be_old:
+            subprocess.run(["apt-get", "-qq", "update"], check=False)
+    if not version:
+        lacks(f"a package {package}, as far as apt knows")
+    pytest.skip(f"apt-get could not download {package}")
+
+
+def _unpack(package: str, version: str) -> Path | None:
+    """None: the archive has no such version any more, or cannot be reached."""
     directory = BUILD / f"{package}_{version}"
     if not directory.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
@@ -31,7 +40,7 @@ def unpacked(package: str) -> Path:
             # Not as another user, who may not write here.
             download = ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", f"{package}={version}"]
             if subprocess.run(download, cwd=name, check=False).returncode:
-                pytest.skip(f"apt-get could not download {package}")
+                return None
             (archive,) = Path(name).glob("*.deb")
             subprocess.run(["dpkg", "-x", archive, f"{name}/root"], check=True)
             Path(name, "root").rename(directory)
