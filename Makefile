@@ -2,7 +2,7 @@
 # make install    what make build has made, under PREFIX (/usr) of DESTDIR, with units for systemd; make uninstall
 # make demo    real pages through a real swap device, every one checked
 # make test    all tests (needs root for the swap device; says what it skips)
-# make test-vm  virtual machines: tests/qemu/README.md (root, x86-64; about half an hour)
+# make test-vm  virtual machines: tests/qemu/README.md (root, x86-64; many minutes)
 # make model   the races of the native core, under model checkers (ARCHITECTURE.md, "How races are checked")
 # make mutants brings bugs back, one at a time, to see that the models notice
 # make sanitize  the core's tests under AddressSanitizer, ThreadSanitizer and Miri, as far as Rust here has them
