@@ -35,8 +35,8 @@ pub struct Session {
     /// How long [`Session::init`] is; 0: the kernel has not sent it. Set last.
     init_bytes: AtomicU64,
     init: [AtomicU64; MAX_INIT / 8],
-    /// 1: the kernel has had its reply to INIT.
-    pub negotiated: AtomicU64,
+    /// 1: the pyfuse3 of now has been given INIT, and has answered it.
+    pub greeted: AtomicU64,
     /// How often the swap file is open: whoever counts says how.
     pub opens: AtomicU64,
     /// 1: the gate is closed, and the swap file cannot be opened any more.

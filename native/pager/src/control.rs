@@ -187,7 +187,7 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
             Ok(Reply::Descriptor(file.into()))
         }
         ["relay"] => {
-            let descriptor = shared.relay.connect().map_err(system("another zswapd is connected"))?;
+            let descriptor = shared.relay.connect(shared.session()).map_err(system("another zswapd is connected"))?;
             // The last one may have been killed between `drain` and `stop`.
             shared.gate().open();
             // Or in the middle of a detach, as may be a zswapctl.

@@ -2,7 +2,7 @@
 //!
 //! A send to a socket allocates in the kernel, so that no worker does it: a worker puts the request into a queue of
 //! fixed size, or answers EAGAIN if that is full. pyfuse3 may be gone at any time: what it had not answered by then is
-//! answered EINTR, and what comes before its successor is there, EAGAIN.
+//! answered EINTR, and what comes before its successor is there, EAGAIN. INIT is answered by the pager itself.
 //!
 //! The pager may be gone at any time too. Its successor goes on with the same pair, and pyfuse3 does not notice. What the
 //! kernel then sends again may have been relayed before: it is relayed again if that makes no difference, and answered
@@ -67,11 +67,10 @@ struct Inner {
 }
 
 impl Inner {
-    /// Keeps the kernel's INIT, as pyfuse3 may see it, and has it sent.
-    fn take_init(&mut self, request: &[u8]) {
+    /// Keeps the kernel's INIT, as pyfuse3 may see it.
+    fn keep_init(&mut self, request: &[u8]) {
         self.init.set(request);
         init::mask_request(&mut self.init.bytes[..request.len()]);
-        self.send_init = true;
     }
 }
 
@@ -116,13 +115,12 @@ impl Relay {
     pub fn go_on(&self, session: &Session, peer: Option<OwnedFd>) {
         let mut inner = self.lock();
         let mut room = [0; MAX_INIT];
-        // Else the kernel sends INIT again; and a pyfuse3 that may have had it would not take it twice: it is left to
-        // notice.
-        if let Some(request) = session.init(&mut room).filter(|_| session.negotiated.load(SeqCst) != 0) {
-            inner.take_init(request);
-            inner.send_init = false;
-            inner.peer = peer.map(Arc::new);
+        // Else the kernel sends it, again if need be.
+        if let Some(request) = session.init(&mut room) {
+            inner.keep_init(request);
         }
+        // One that may have had INIT and has not answered would not take it twice: it is left to notice.
+        inner.peer = peer.filter(|_| session.greeted.load(SeqCst) != 0).map(Arc::new);
     }
 
     /// Takes a request from a worker. Never waits for pyfuse3. An error means that the device is gone.
@@ -133,21 +131,34 @@ impl Relay {
         if request.is_resent() && request.opcode != opcode::INIT && !request.may_be_repeated() {
             return self.refuse(request, libc::EINTR);
         }
-        let mut inner = self.lock();
         if request.opcode == opcode::INIT {
-            // It has had no reply.
-            session.negotiated.store(0, SeqCst);
-            session.set_init(request.bytes);
-            inner.take_init(request.bytes);
-        } else if inner.peer.is_none() || inner.queued == QUEUE {
+            return self.answer_init(request, session);
+        }
+        let mut inner = self.lock();
+        if inner.peer.is_none() || inner.queued == QUEUE {
             drop(inner);
             return self.refuse(request, libc::EAGAIN);
-        } else {
-            let last = (inner.first + inner.queued) % QUEUE;
-            inner.ring[last].set(request.bytes);
-            inner.queued += 1;
         }
+        let last = (inner.first + inner.queued) % QUEUE;
+        inner.ring[last].set(request.bytes);
+        inner.queued += 1;
         self.changed.notify_all();
+        Ok(())
+    }
+
+    fn answer_init(&self, request: &Request<'_>, session: &Session) -> io::Result<()> {
+        let Some(payload) = init::reply(request.bytes).filter(|_| session.set_init(request.bytes)) else {
+            return self.refuse(request, libc::EPROTO);
+        };
+        // A process that ends before this is sent INIT again; after it, `session` has it.
+        reply::send(self.device.as_fd(), request.unique, Ok(&payload))?;
+        let mut inner = self.lock();
+        // If it was sent again, `go_on` has it, and a pyfuse3 may have been given it.
+        if inner.init.length == 0 {
+            inner.keep_init(request.bytes);
+            inner.send_init = true;
+            self.changed.notify_all();
+        }
         Ok(())
     }
 
@@ -161,13 +172,14 @@ impl Relay {
     /// Makes a new pair, sends INIT through it if the kernel has, and returns the end for pyfuse3.
     ///
     /// Errors: EBUSY while another pyfuse3 has the last one.
-    pub fn connect(&self) -> io::Result<OwnedFd> {
+    pub fn connect(&self, session: &Session) -> io::Result<OwnedFd> {
         let (ours, theirs) = socket_pair()?;
         let mut inner = self.lock();
         if inner.peer.is_some() {
             return Err(io::Error::from_raw_os_error(libc::EBUSY));
         }
-        // Before anything is sent over it.
+        // In this order, and before anything is sent over it: a successor must not take it for the last one.
+        session.greeted.store(0, SeqCst);
         self.keeper.keep_relay(Some(ours.as_fd()));
         inner.peer = Some(Arc::new(ours));
         inner.send_init = inner.init.length > 0;
@@ -251,7 +263,7 @@ impl Relay {
         loop {
             let peer = self.wait_for_peer();
             while let Some(length) = receive(&peer, &mut buffer) {
-                self.pass_on(&mut buffer[..length], session);
+                self.pass_on(&peer, &buffer[..length], session);
             }
             self.hung_up(&peer);
         }
@@ -268,23 +280,24 @@ impl Relay {
     }
 
     /// Passes a reply or a notification of pyfuse3 to the kernel, if the kernel waits for it.
-    fn pass_on(&self, message: &mut [u8], session: &Session) {
+    fn pass_on(&self, peer: &Arc<OwnedFd>, message: &[u8], session: &Session) {
         let Some(unique) = u64_at(message, 8).filter(|_| u32_at(message, 0) == Some(message.len() as u32)) else {
             return;
         };
         let mut inner = self.lock();
+        // Not of one that the other thread has found gone.
+        if !inner.peer.as_ref().is_some_and(|current| Arc::ptr_eq(current, peer)) {
+            return;
+        }
         if unique != 0 {
             if u64_at(inner.init.bytes(), 8) == Some(unique) {
-                // Before the kernel has it: it sends INIT again if it has not. What a later pyfuse3 replies is not for it.
-                if session.negotiated.swap(1, SeqCst) != 0 {
-                    return;
-                }
-                init::raise_reply(inner.init.bytes(), message);
-            } else {
-                let Some(at) = inner.in_flight.iter().position(|&other| other == unique) else { return };
-                inner.in_flight.swap_remove(at);
-                self.changed.notify_all();
+                // The kernel has had its reply from the pager.
+                session.greeted.store(1, SeqCst);
+                return;
             }
+            let Some(at) = inner.in_flight.iter().position(|&other| other == unique) else { return };
+            inner.in_flight.swap_remove(at);
+            self.changed.notify_all();
         }
         drop(inner);
         // What the kernel refuses, it does not wait for.

@@ -7,14 +7,14 @@ use std::sync::atomic::Ordering::SeqCst;
 use zswapd_core::session::MAX_INIT;
 use zswapd_fuse::init::MAX_WRITE;
 use zswapd_fuse::swapfile::NODEID;
-use zswapd_fuse::wire::{opcode, u32_at, RESENT};
+use zswapd_fuse::wire::{opcode, u32_at, u64_at, RESENT};
 
 const ROOT: u64 = 1;
 /// Splice and the writeback cache, which pyfuse3 must not see.
 const HIDDEN: u32 = 1 << 7 | 1 << 9 | 1 << 16;
 
 fn connect(kernel: &Kernel) -> OwnedFd {
-    let peer = kernel.shared.relay.connect().expect("nobody else is connected");
+    let peer = kernel.shared.relay.connect(kernel.shared.session()).expect("nobody else is connected");
     set_patience(&peer);
     peer
 }
@@ -78,7 +78,8 @@ fn without_pyfuse3_the_answer_is_try_again_and_pages_are_served() {
     let kernel = Kernel::new();
     expect_error(&kernel, look_up(&kernel), libc::EAGAIN);
     let peer = connect(&kernel);
-    assert_eq!(kernel.shared.relay.connect().expect_err("one at a time").raw_os_error(), Some(libc::EBUSY));
+    let second = kernel.shared.relay.connect(kernel.shared.session());
+    assert_eq!(second.expect_err("one at a time").raw_os_error(), Some(libc::EBUSY));
     let unanswered = look_up(&kernel);
     assert!(receive(&peer).is_some());
     assert_eq!(kernel.write(0, &noise(1, 1)), Ok(4096));
@@ -150,39 +151,67 @@ fn replies_that_nobody_waits_for_do_not_pass() {
     kernel.expect_quiet();
 }
 
+/// INIT as the kernel sends it, of that name.
+fn init(unique: u64, offered: u32) -> Vec<u8> {
+    let words = [7, 38, 128 << 10, offered].map(u32::to_ne_bytes);
+    request(opcode::INIT, unique, 0, &arguments(64, &[(0, words.as_flattened())]))
+}
+
+/// pyfuse3 gets INIT, as `shown`, and answers it; and then a request, so that the answer has been looked at.
+fn greet(kernel: &Kernel, peer: &OwnedFd, shown: &[u8]) {
+    assert_eq!(receive(peer).as_deref(), Some(shown));
+    let unique = u64_at(shown, 8).expect("long enough");
+    send(peer, &reply(unique, 0, &arguments(64, &[(0, &7u32.to_ne_bytes()), (4, &31u32.to_ne_bytes())])));
+    let unique = look_up(kernel);
+    let asked = receive(peer).expect("in time");
+    assert_eq!(u32_at(&asked, 4), Some(opcode::LOOKUP));
+    send(peer, &reply(unique, 0, &[]));
+    expect_error(kernel, unique, 0);
+    kernel.expect_quiet();
+}
+
 #[test]
-fn init_is_shown_without_what_is_hidden_and_answered_to_the_kernel_once() {
+fn init_is_answered_at_once_and_shown_to_every_pyfuse3_without_what_is_hidden() {
     let kernel = Kernel::new();
     let unique = next_unique();
     let offered = HIDDEN | 1 << 5 | 1 << 22;
-    let fields: [(usize, &[u8]); 3] =
-        [(0, &7u32.to_ne_bytes()), (4, &38u32.to_ne_bytes()), (12, &offered.to_ne_bytes())];
-    let init = request(opcode::INIT, unique, 0, &arguments(64, &fields));
-    // Nobody is there yet: it waits.
-    kernel.send(&init);
-    let answer = reply(unique, 0, &arguments(64, &[(0, &7u32.to_ne_bytes()), (4, &31u32.to_ne_bytes())]));
-    for first in [true, false] {
+    kernel.send(&init(unique, offered));
+    // Nobody is there yet.
+    let agreed = kernel.reply();
+    assert_eq!((agreed.unique, agreed.errno, agreed.payload.len()), (unique, 0, 64));
+    assert_eq!(u32_at(&agreed.payload, 12), Some(1 << 5 | 1 << 22));
+    assert_eq!(u32_at(&agreed.payload, 20), Some(MAX_WRITE as u32));
+    expect_error(&kernel, look_up(&kernel), libc::EAGAIN);
+    for _ in 0..2 {
         let peer = connect(&kernel);
-        let mut shown = init.clone();
-        shown[52..56].copy_from_slice(&(offered & !HIDDEN).to_ne_bytes());
-        assert_eq!(receive(&peer), Some(shown));
-        send(&peer, &answer);
-        if first {
-            let raised = kernel.reply();
-            assert_eq!((raised.unique, raised.errno, raised.payload.len()), (unique, 0, 64));
-            assert_eq!(u32_at(&raised.payload, 12), Some(1 << 5 | 1 << 22));
-            assert_eq!(u32_at(&raised.payload, 20), Some(MAX_WRITE as u32));
-        }
-        let unique = look_up(&kernel);
-        assert!(receive(&peer).is_some());
-        send(&peer, &reply(unique, 0, &[]));
-        expect_error(&kernel, unique, 0);
-        kernel.expect_quiet();
+        greet(&kernel, &peer, &init(unique, offered & !HIDDEN));
         let unanswered = look_up(&kernel);
         assert!(receive(&peer).is_some());
         drop(peer);
         expect_error(&kernel, unanswered, libc::EINTR);
     }
+}
+
+#[test]
+fn what_pyfuse3_waits_for_comes_when_the_kernel_has_sent_it() {
+    let kernel = Kernel::new();
+    let peer = connect(&kernel);
+    assert_eq!(receive_now(&peer), None);
+    let unique = next_unique();
+    kernel.send(&init(unique, 0));
+    assert_eq!(kernel.reply().unique, unique);
+    greet(&kernel, &peer, &init(unique, 0));
+}
+
+#[test]
+fn a_protocol_that_is_not_spoken_is_refused() {
+    let kernel = Kernel::new();
+    let unique = next_unique();
+    let mut older = init(unique, 0);
+    older[44] = 20;
+    kernel.send(&older);
+    expect_error(&kernel, unique, libc::EPROTO);
+    assert_eq!(receive_now(&connect(&kernel)), None, "INIT that was refused");
 }
 
 #[test]
@@ -206,61 +235,81 @@ fn what_is_sent_again_is_relayed_only_if_it_may_be_done_twice() {
     kernel.expect_quiet();
 }
 
+/// Takes over: what the keeper has kept, and the state.
+fn succeed(first: &Kernel, ours: OwnedFd) -> Kernel {
+    let second = Kernel::new();
+    let mut room = [0; MAX_INIT];
+    let (theirs, session) = (first.shared.session(), second.shared.session());
+    assert!(session.set_init(theirs.init(&mut room).expect("kept")));
+    session.greeted.store(theirs.greeted.load(SeqCst), SeqCst);
+    second.shared.relay.go_on(session, Some(ours));
+    second.shared.relay.changed.notify_all();
+    second
+}
+
 #[test]
 fn a_successor_goes_on_with_the_same_pyfuse3_and_knows_the_kernel_s_init() {
     let first = Kernel::new();
     let unique = next_unique();
-    let init = request(opcode::INIT, unique, 0, &arguments(64, &[(0, &7u32.to_ne_bytes()), (4, &38u32.to_ne_bytes())]));
-    first.send(&init);
-    let peer = connect(&first);
-    assert_eq!(receive(&peer).as_ref(), Some(&init));
-    let answer = reply(unique, 0, &arguments(64, &[(0, &7u32.to_ne_bytes()), (4, &31u32.to_ne_bytes())]));
-    send(&peer, &answer);
+    first.send(&init(unique, 0));
     assert_eq!(first.reply().unique, unique);
+    greet(&first, &connect(&first), &init(unique, 0));
 
-    // What the keeper has kept, and the state.
     let (ours, peer) = socket_pair().expect("sockets");
     set_patience(&peer);
-    let second = Kernel::new();
-    let mut room = [0; MAX_INIT];
-    let kept = first.shared.session().init(&mut room).expect("kept");
-    let session = second.shared.session();
-    assert!(session.set_init(kept));
-    session.negotiated.store(1, SeqCst);
-    second.shared.relay.go_on(session, Some(ours));
-    second.shared.relay.changed.notify_all();
+    let second = succeed(&first, ours);
     // To what the first one has passed on, and to what the second one does.
     let unanswered = next_unique();
     send(&peer, &reply(unanswered, 0, b"late"));
     let again = look_up(&second);
-    let first = receive(&peer).expect("in time");
-    assert_eq!(u32_at(&first, 4), Some(opcode::LOOKUP), "INIT again?");
+    let asked = receive(&peer).expect("in time");
+    assert_eq!(u32_at(&asked, 4), Some(opcode::LOOKUP), "INIT again?");
     send(&peer, &reply(again, 0, b"right"));
     assert_eq!(second.reply(), Reply { unique: again, errno: 0, payload: b"right".to_vec() });
-    // The next pyfuse3 is given the same INIT, and what it replies is not for the kernel.
+    // The next pyfuse3 is given the same INIT.
     let unanswered = look_up(&second);
     assert!(receive(&peer).is_some());
     drop(peer);
     expect_error(&second, unanswered, libc::EINTR);
-    let next = connect(&second);
-    assert_eq!(receive(&next).as_ref(), Some(&init));
-    send(&next, &answer);
-    second.expect_quiet();
+    greet(&second, &connect(&second), &init(unique, 0));
 }
 
 #[test]
 fn one_that_has_not_answered_init_is_not_gone_on_with() {
-    let kernel = Kernel::new();
+    let first = Kernel::new();
+    let unique = next_unique();
+    first.send(&init(unique, 0));
+    assert_eq!(first.reply().unique, unique);
+    // One that has answered; but that is not the one of now.
+    let peer = connect(&first);
+    greet(&first, &peer, &init(unique, 0));
+    let unanswered = look_up(&first);
+    drop(peer);
+    expect_error(&first, unanswered, libc::EINTR);
+    let asked = connect(&first);
+    assert_eq!(receive(&asked), Some(init(unique, 0)));
+
     let (ours, peer) = socket_pair().expect("sockets");
     set_patience(&peer);
-    kernel.shared.relay.go_on(kernel.shared.session(), Some(ours));
+    let second = succeed(&first, ours);
     assert_eq!(receive(&peer), Some(vec![]), "it hangs up");
-    // INIT is sent again, and kept for the next one.
-    let unique = next_unique() | RESENT;
-    let init = request(opcode::INIT, unique, 0, &arguments(64, &[(0, &7u32.to_ne_bytes())]));
-    kernel.send(&init);
-    let peer = connect(&kernel);
-    assert_eq!(receive(&peer), Some(init));
-    send(&peer, &reply(unique, 0, &arguments(64, &[(0, &7u32.to_ne_bytes())])));
-    assert_eq!(kernel.reply().unique, unique);
+    greet(&second, &connect(&second), &init(unique, 0));
+}
+
+#[test]
+fn init_that_was_not_answered_is_sent_again_and_given_to_nobody_twice() {
+    let (first, second) = (Kernel::new(), Kernel::new());
+    let unique = next_unique();
+    // The first one ends before it has answered.
+    assert!(first.shared.session().set_init(&init(unique, 0)));
+    let session = second.shared.session();
+    assert!(session.set_init(&init(unique, 0)));
+    second.shared.relay.go_on(session, None);
+    let peer = connect(&second);
+    assert_eq!(receive(&peer), Some(init(unique, 0)));
+    second.send(&init(unique | RESENT, 0));
+    assert_eq!(second.reply().unique, unique | RESENT);
+    let unanswered = look_up(&second);
+    let asked = receive(&peer).expect("in time");
+    assert_eq!(u64_at(&asked, 8), Some(unanswered), "INIT again?");
 }
