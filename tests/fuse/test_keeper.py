@@ -190,6 +190,27 @@ def test_keeper_and_pagers_are_killed_and_the_next_keeper_goes_on(
     assert not Path(f"{daemon.mount_point}.sock").exists()
 
 
+def test_who_looks_at_a_mount_before_zswapd_serves_it_is_told_so(
+    make_daemon: Callable[..., Daemon], systemd: Systemd
+) -> None:
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+    daemon = make_daemon(swap__data_path="pager")
+    daemon.configure()
+    looks = [sys.executable, "-c", "import os, sys; os.stat(sys.argv[1])", str(daemon.mount_point)]
+    with keeper(daemon, systemd) as first:
+        looking = subprocess.Popen(looks, stderr=subprocess.PIPE)
+        try:
+            assert b"BlockingIOError: [Errno 11]" in looking.communicate(timeout=DEADLINE_SECONDS)[1]
+        finally:
+            if looking.poll() is None:
+                os.killpg(first.pid, signal.SIGKILL)
+        daemon.start()
+        assert os.path.ismount(daemon.mount_point)
+        assert daemon.stop() == 0
+        assert first.wait(DEADLINE_SECONDS) == 0
+
+
 def test_a_state_that_cannot_be_gone_on_with_is_refused_and_nothing_destroyed(
     make_daemon: Callable[..., Daemon], systemd: Systemd, tmp_path: Path
 ) -> None:
