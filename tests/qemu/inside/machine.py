@@ -1,6 +1,5 @@
 """What scenarios work with: a zswapd that is attached, memory of which every page is known, and the kernel's counts."""
 
-import os
 import re
 import select
 import subprocess
@@ -35,7 +34,7 @@ class Hog:
     """hog.c, in memory of `mebibytes`, of which `noise` percent do not compress. In `group`, or one without a limit."""
 
     def __init__(self, mebibytes: int, group: MemoryCgroup | None = None, noise: int = 25, secret: str = "") -> None:
-        command = [os.environ["HOG"], str(mebibytes), str(noise), *([secret] if secret else [])]
+        command = ["./hog", str(mebibytes), str(noise), *([secret] if secret else [])]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         self._mebibytes = mebibytes
         self._stack = ExitStack()
