@@ -41,7 +41,7 @@ POLL_SECONDS = 0.2
 #: How long a guest sleeps (suspend to memory) at most: it is woken so often.
 WAKE_SECONDS = 3
 #: How often a guest that may hang is looked at, and how often in a row a task is found at the same place then.
-LOOK_SECONDS = 15
+LOOK_SECONDS = 30
 LOOKS = 3
 #: ZSWAPD_TEST_WITHOUT=locking, encryption or detaching: the test that guards it goes without, and must fail.
 WITHOUT = os.environ.get("ZSWAPD_TEST_WITHOUT", "")
@@ -149,12 +149,13 @@ class Guest:
                         _tell(qemu, "system_wakeup")
                         woken = now
                     if watched and now > look_at + LOOK_SECONDS:
-                        _sysrq(qemu, "w")
                         looks.append(_blocked(watched, _text(kernel_log)))
+                        _sysrq(qemu, "w")
                         look_at = now
                     cut = bool(power_off_at) and power_off_at in text()
                 if qemu.returncode is None and not cut:
                     _sysrq(qemu, "wmlt")
+                    _ends(qemu, SYSRQ_SECONDS)
             ended = re.search(r"^exit status (\d+)$", text(), re.MULTILINE)
             status = int(ended[1]) if ended else None
             return Outcome(status, _hangs(looks), text(), _text(kernel_log))
@@ -173,9 +174,8 @@ def _ends(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 def _sysrq(qemu: subprocess.Popen[bytes], keys: str) -> None:
-    """Has the guest's kernel say in its log: w, what tasks are blocked; m, its memory; l and t, where all tasks are."""
+    """Has the guest's kernel log, soon: w, what tasks are blocked; m, its memory; l and t, where all tasks are."""
     _tell(qemu, *(f"sendkey alt-sysrq-{key}" for key in keys))
-    _ends(qemu, SYSRQ_SECONDS)
 
 
 def _tell(qemu: subprocess.Popen[bytes], *commands: str) -> None:

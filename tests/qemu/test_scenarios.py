@@ -22,14 +22,14 @@ class Boot:
 
 
 BOOTS = {
-    "quick": Boot(512, "6.12", (), ("kills.quick",)),
-    "kills": Boot(512, "6.12", (), ("kills.under_pressure",)),
-    "disks": Boot(512, "6.12", (64,), ("disks.full", "disks.fails_to_write", "disks.fails", "disks.slow")),
-    "old": Boot(512, "6.1", (), ("kills.without_resend", "limits.all_memory")),
+    "quick": Boot(320, "6.12", (), ("kills.quick",)),
+    "kills": Boot(320, "6.12", (), ("kills.under_pressure",)),
+    "disks": Boot(320, "6.12", (64,), ("disks.full", "disks.fails_to_write", "disks.fails", "disks.slow")),
+    "old": Boot(320, "6.1", (), ("kills.without_resend", "limits.all_memory")),
     "limits": Boot(
-        512,
+        320,
         "6.12",
-        (256,),
+        (160,),
         (
             "limits.swap_max",
             "limits.beside_zram",
