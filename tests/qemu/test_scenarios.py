@@ -22,12 +22,12 @@ class Boot:
 
 
 BOOTS = {
-    "quick": Boot(320, "6.12", (), ("kills.quick",)),
-    "kills": Boot(320, "6.12", (), ("kills.under_pressure",)),
-    "disks": Boot(320, "6.12", (64,), ("disks.full", "disks.fails_to_write", "disks.fails", "disks.slow")),
-    "old": Boot(320, "6.1", (), ("kills.without_resend", "limits.all_memory")),
+    "quick": Boot(384, "6.12", (), ("kills.quick",)),
+    "kills": Boot(384, "6.12", (), ("kills.under_pressure",)),
+    "disks": Boot(384, "6.12", (64,), ("disks.full", "disks.fails_to_write", "disks.fails", "disks.slow")),
+    "old": Boot(384, "6.1", (), ("kills.without_resend", "limits.all_memory")),
     "limits": Boot(
-        320,
+        384,
         "6.12",
         (160,),
         (
@@ -68,11 +68,7 @@ def boot(
 
 @pytest.mark.parametrize(
     ("name", "scenario"),
-    [
-        pytest.param(name, one, id=f"{name}-{one}", marks=pytest.mark.xdist_group(name))
-        for name, boot in BOOTS.items()
-        for one in boot.scenarios
-    ],
+    [pytest.param(name, one, id=f"{name}-{one}") for name, boot in BOOTS.items() for one in boot.scenarios],
 )
 def test_scenario(boot: Callable[[str], Outcome], name: str, scenario: str) -> None:
     outcome = boot(name)
