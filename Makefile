@@ -177,7 +177,6 @@ vm:
 	have mksquashfs || missing+=(squashfs-tools)
 	have busybox || missing+=(busybox-static)
 	have depmod || missing+=(kmod)
-	have dmsetup || missing+=(dmsetup)
 	if [[ -n $${missing[*]} ]]; then
 	    echo "zswapd: installing $${missing[*]}"
 	    export DEBIAN_FRONTEND=noninteractive

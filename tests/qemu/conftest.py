@@ -11,6 +11,7 @@ from tests.qemu import images
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of what make install makes, with the tests, and the program that takes memory in a guest."""
+    images.require()
     directory = tmp_path_factory.mktemp("installed")
     hog = directory / images.HOG.relative_to("/")
     images.install(directory)

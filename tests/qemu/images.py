@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,16 @@ KERNELS = {
 MODULES = ("virtio_pci", "virtio_blk", "squashfs", "overlay", "fuse", "loop", "zram", "dm_flakey", "dm_delay")
 #: Beside what is essential.
 PACKAGES = ("systemd-sysv", "python3", "fuse3", "libfuse3-3", "dmsetup", "kmod", "mount", "procps")
+PROGRAMS = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "mmdebstrap": "mmdebstrap",
+    "mksquashfs": "squashfs-tools",
+    "busybox": "busybox-static",
+    "depmod": "kmod",
+    "gcc": "gcc",
+    "apt-get": "apt",
+    "dpkg": "dpkg",
+}
 PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 #: Where what make install makes has its Python packages; the tests are laid beside them, in the guest.
 LIB = Path("/usr/lib/zswapd")
@@ -34,6 +45,15 @@ TESTS = Path("/usr/local/lib/zswapd-tests")
 HOG = TESTS / "hog"
 #: So many bytes are read from the root at once: little, since where memory is short it is read again and again.
 _BLOCK = "16K"
+
+
+def require() -> None:
+    """Skips the test where there can be no guest."""
+    if platform.machine() != "x86_64" or os.geteuid() != 0:
+        lacks("root on x86-64, for a virtual machine")
+    for program, package in PROGRAMS.items():
+        if not shutil.which(program, path=PATH):
+            lacks(f"{program} (Debian: {package}): make test-vm installs it")
 
 
 @contextmanager
@@ -77,11 +97,18 @@ def root() -> Path:
     checksums = re.findall(r"^SHA256: (\w+)$", packages, re.MULTILINE)
     if len(checksums) < len(PACKAGES):
         lacks("Debian's packages of a guest's root, or apt's lists of them")
+    python = re.search(r"^Package: python3$(?:\n.+)*?\nVersion: (\d+\.\d+)", packages, re.MULTILINE)
+    if not python or python[1] != f"{sys.version_info.major}.{sys.version_info.minor}":
+        lacks(
+            "a .venv of the Python that Debian has, which is the guest's: python3 -m venv --clear .venv && make build"
+        )
     release = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
     key = hashlib.sha256("\n".join([*checksums, _BLOCK]).encode()).hexdigest()
     image = CACHE / f"root-{release}-{key[:16]}"
     with _made_once(image) as made:
         if made:
+            for old in CACHE.glob(f"root-{release}-*"):
+                old.unlink()
             archive = made.with_suffix(".tar")
             command = [
                 "mmdebstrap",
