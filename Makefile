@@ -154,8 +154,16 @@ test: build
 	$(PYTHON) -m pytest tests/qemu -k quick
 	echo "zswapd: all tests passed"
 
+# Two guests at a time, one from each half: a guest keeps little more than one processor busy.
 test-vm: build vm
-	$(PYTHON) -m pytest -v --durations=0 tests/qemu
+	@mkdir -p build
+	half() { $(PYTHON) -m pytest -v --durations=0 "$$@"; }
+	half tests/qemu/test_scenarios.py >build/test-vm.log 2>&1 &
+	status=0
+	half tests/qemu --ignore=tests/qemu/test_scenarios.py || status=$$?
+	wait $$! || status=$$?
+	cat build/test-vm.log
+	exit $$status
 
 # What a virtual machine needs (with the kernels, which its tests get, about 80 MB), where it can be had: those tests are
 # skipped elsewhere, and say what is missing.
@@ -163,12 +171,12 @@ vm:
 	@[[ $$(uname -m) == x86_64 && $$EUID == 0 ]] && command -v apt-get >/dev/null || exit 0
 	apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || apt-get -qq update
 	missing=()
-	have() { PATH=$$PATH:/usr/lib/qemu:/usr/libexec command -v "$$1" >/dev/null; }
+	have() { command -v "$$1" >/dev/null; }
 	have qemu-system-x86_64 || missing+=(qemu-system-x86)
-	have virtiofsd || { apt-cache show virtiofsd >/dev/null 2>&1 && missing+=(virtiofsd); }
+	have mmdebstrap || missing+=(mmdebstrap)
+	have mksquashfs || missing+=(squashfs-tools)
 	have busybox || missing+=(busybox-static)
 	have depmod || missing+=(kmod)
-	have dmsetup || missing+=(dmsetup)
 	if [[ -n $${missing[*]} ]]; then
 	    echo "zswapd: installing $${missing[*]}"
 	    export DEBIAN_FRONTEND=noninteractive

@@ -1,10 +1,7 @@
 #!/bin/sh
 # In the guest: more memory is written than it has, and the only swap is zswapd's. Nothing has a limit of its own.
-# $HOG fills $MEBIBYTES; with $LOCKING=off the pager may not lock its memory.
+# A hog fills $MEBIBYTES; with $LOCKING=off the pager may not lock its memory.
 set -eu
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin
-cd "$(dirname "$0")/../.."
-
 confined=
 unsafe=
 if [ "$LOCKING" = off ]; then
@@ -13,7 +10,7 @@ if [ "$LOCKING" = off ]; then
 fi
 mkdir -p /run/zswapd/mnt
 # shellcheck disable=SC2086 # words
-$confined "$PYTHON" -m zswapd run --set swap.size=256MiB --set metrics.listen= >/run/zswapd/log 2>&1 &
+$confined zswapd run --set swap.size=256MiB --set metrics.listen= >/run/zswapd/log 2>&1 &
 daemon=$!
 until grep -q serving /run/zswapd/log; do
     kill -0 $daemon || { cat /run/zswapd/log; exit 1; }
@@ -25,13 +22,13 @@ cat /run/zswapd/log
 if [ "$LOCKING" = on ]; then
     enough=$(sysctl -n vm.min_free_kbytes)
     sysctl -qw vm.min_free_kbytes=512
-    ! "$PYTHON" -m zswapd.ctl attach
+    ! zswapctl attach
     sysctl -qw vm.watermark_boost_factor=0
-    ! "$PYTHON" -m zswapd.ctl attach
+    ! zswapctl attach
     sysctl -qw vm.min_free_kbytes="$enough"
 fi
 sysctl -qw vm.watermark_boost_factor=0
-"$PYTHON" -m zswapd.ctl attach --json $unsafe
+zswapctl attach --json $unsafe
 
 # Minor and major page faults of the threads that serve pages (proc_pid_stat(5)).
 faults() {
@@ -40,12 +37,12 @@ faults() {
 
 status=0
 faults before
-printf 'write\nwrite\nwrite\n' | "$HOG" "$MEBIBYTES" || status=$?
+printf 'write\nwrite\nwrite\n' | ./hog "$MEBIBYTES" || status=$?
 faults after
 grep -E '^(pswpin|pswpout|oom_kill) ' /proc/vmstat
 grep VmSwap "/proc/$daemon/status"
-"$PYTHON" -m zswapd.ctl status --json >/dev/null
-"$PYTHON" -m zswapd.ctl detach --json
+zswapctl status --json >/dev/null
+zswapctl detach --json
 kill $daemon
 wait $daemon || status=$?
 tail -n 1 /run/zswapd/log

@@ -39,4 +39,4 @@ until [ "$(awk '/^\/dev\/loop/ { print $4 }' /proc/swaps)" -gt 100000 ]; do slee
 cat /proc/swaps
 grep -E '^(pswpin|pswpout|oom_kill) ' /proc/vmstat
 echo "exit status 0"
-systemctl --no-block "$ACTION"
+systemctl --no-block --job-mode=replace-irreversibly start "$ACTION.target"

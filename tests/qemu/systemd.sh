@@ -43,8 +43,13 @@ print(dict(word.split('=') for word in status.split())['$1'])"
 }
 main_pid() { systemctl show --value --property MainPID "$1"; }
 entered() { systemctl show --value --property ActiveEnterTimestampMonotonic "$1"; }
+slept() { cat /sys/power/suspend_stats/success; }
 is_swap() { grep -q ^/dev/loop /proc/swaps; }
 differs() { [ "$1" != "$(main_pid "$2")" ] && systemctl is-active --quiet "$2"; }
+stored() { systemctl show --value --property NFileDescriptorStore zswapd-pager; }
+all_stored() { [ "$(stored)" = 5 ]; }
+# What systemd has handed to the keeper that runs.
+handed() { tr '\0' '\n' <"/proc/$(main_pid zswapd-pager)/environ" | sed -n 's/^LISTEN_FDNAMES=//p' | tr : '\n' | sort | xargs; }
 other_pager() { local now; now=$(of_pager pid) && [ "$now" != "$1" ] && [ "$(of_pager standby)" != 0 ]; }
 
 never() { # a command that is to fail
@@ -68,6 +73,8 @@ is_swap
 ok "in the order: pager, zswapd, swap, swap.target"
 never said -i "ordering cycle"
 [ "$(of_pager protected)" = 1 ]
+[ -z "$(handed)" ]
+wait_for "systemd keeps five descriptors" all_stored
 zswapctl status
 for pid in $(of_pager keeper) $(of_pager pid) $(of_pager standby); do
     [ "$(cat /proc/$pid/oom_score_adj)" = -1000 ]
@@ -141,6 +148,10 @@ before=$(main_pid zswapd-pager)
 kill -KILL "$before"
 wait_for "systemd starts another keeper" differs "$before" zswapd-pager
 wait_for "which has a standby" other_pager "$pager"
+[ "$(handed)" = "zswapd-control zswapd-counters zswapd-fuse zswapd-program zswapd-state" ]
+# The program too is the one that was upgraded to.
+[ "$(readlink /proc/$(of_pager standby)/exe)" = $program ]
+wait_for "which systemd keeps on keeping" all_stored
 verify "with another keeper"
 before=$(main_pid zswapd-pager)
 kill -KILL "$before" "$(of_pager pid)" "$(of_pager standby)"
@@ -153,13 +164,14 @@ is_swap
 
 # Sleep: not without room for the pages.
 never systemctl start systemd-suspend.service
-[ ! -e /run/slept ]
+[ "$(slept)" = 0 ]
 is_swap
 ok "the machine stays awake"
-# With it: what would put the machine to sleep looks at it instead (systemd-suspend.service.d).
+# With it, until somebody wakes the machine. What is swap by then is kept (systemd-suspend.service.d).
 systemctl set-property --runtime workload.service MemoryMax=infinity
 systemctl start systemd-suspend.service
-grep -qx "without swap" /run/slept
+[ "$(slept)" = 1 ]
+[ -e /run/swaps-asleep ] && [ ! -s /run/swaps-asleep ]
 ok "detached while it sleeps"
 wait_for "attached when it wakes up" is_swap
 verify "after a sleep"
@@ -178,4 +190,4 @@ ok "a stop gives everything back"
 systemctl start zswapd-swap
 wait_for "a start makes all of it anew" is_swap
 # The rest is the shutdown's, and in the kernel's log.
-systemctl --no-block poweroff
+systemctl --no-block --job-mode=replace-irreversibly start poweroff.target

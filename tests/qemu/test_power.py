@@ -1,12 +1,10 @@
 """A power cut: nothing of memory can be read from the backing disk afterwards, and the next boot has it again."""
 
 import secrets
-import sys
 from pathlib import Path
 
 from tests.qemu.guest import WITHOUT, Guest, Outcome
 
-HERE = Path(__file__).parent
 MEMORY_MIB, DISK_MIB = 512, 64
 #: Pages that do not compress take this much by themselves.
 LEAST_WRITTEN = 16 << 20
@@ -16,22 +14,20 @@ DEADLINE_SECONDS = 900
 class Machine:
     """A disk that outlives its guests."""
 
-    def __init__(self, hog: Path, disk: Path, encryption: str) -> None:
-        self._hog, self._disk, self._encryption = hog, disk, encryption
+    def __init__(self, image: Path, disk: Path, encryption: str) -> None:
+        self._image, self._disk, self._encryption = image, disk, encryption
         self.secret = secrets.token_hex(16)
         with disk.open("wb") as file:
             file.truncate(DISK_MIB << 20)
 
     def boot(self, scenario: str, power_off_at: str = "") -> Outcome:
         environment = {
-            "PYTHON": sys.executable,
-            "HOG": str(self._hog),
             "SCENARIOS": f"power.{scenario}",
             "SECRET": self.secret,
             "ENCRYPTION": self._encryption,
         }
-        outcome = Guest(MEMORY_MIB).run(
-            HERE / "inside.sh", environment, DEADLINE_SECONDS, disks=[self._disk], power_off_at=power_off_at
+        outcome = Guest(MEMORY_MIB, self._image).run(
+            "inside.sh", environment, DEADLINE_SECONDS, disks=[self._disk], power_off_at=power_off_at
         )
         print(outcome.output)
         return outcome
@@ -50,8 +46,8 @@ class Machine:
         assert outcome.status is None
 
 
-def test_nothing_can_be_read_after_a_power_cut(hog: Path, tmp_path: Path) -> None:
-    machine = Machine(hog, tmp_path / "disk", "off" if WITHOUT == "encryption" else "on")
+def test_nothing_can_be_read_after_a_power_cut(image: Path, tmp_path: Path) -> None:
+    machine = Machine(image, tmp_path / "disk", "off" if WITHOUT == "encryption" else "on")
     machine.cut()
     assert not machine.found()
     outcome = machine.boot("again")
@@ -59,8 +55,8 @@ def test_nothing_can_be_read_after_a_power_cut(hog: Path, tmp_path: Path) -> Non
     assert not machine.found()
 
 
-def test_without_encryption_it_can(hog: Path, tmp_path: Path) -> None:
+def test_without_encryption_it_can(image: Path, tmp_path: Path) -> None:
     """So that the test above is known to see it."""
-    machine = Machine(hog, tmp_path / "disk", "off")
+    machine = Machine(image, tmp_path / "disk", "off")
     machine.cut()
     assert len(machine.found()) == 2

@@ -1,36 +1,34 @@
 """Zswapd as the only swap of a machine that runs out of memory as a whole."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.qemu.guest import WITHOUT, Guest, Outcome
 
-HERE = Path(__file__).parent
-MEMORY_MIB = 512
-HOG_MIB = 420
+MEMORY_MIB = 384
+HOG_MIB = 290
 LEAST_SWAPPED_PAGES = (100 << 20) // 4096
 #: Software emulation is slow, and the machine may be busy.
 DEADLINE_SECONDS = 1800
 
 
 @pytest.fixture(scope="module")
-def guest() -> Guest:
-    return Guest(MEMORY_MIB)
+def guest(image: Path) -> Guest:
+    return Guest(MEMORY_MIB, image)
 
 
-def press(guest: Guest, hog: Path, locking: str) -> Outcome:
-    environment = {"PYTHON": sys.executable, "HOG": str(hog), "MEBIBYTES": str(HOG_MIB), "LOCKING": locking}
-    outcome = guest.run(HERE / "pressure.sh", environment, DEADLINE_SECONDS, watched="hog")
+def press(guest: Guest, locking: str) -> Outcome:
+    environment = {"MEBIBYTES": str(HOG_MIB), "LOCKING": locking}
+    outcome = guest.run("pressure.sh", environment, DEADLINE_SECONDS, watched="hog")
     print(outcome.output, outcome.kernel_log, sep="\n")
     assert '"is_swap": true' in outcome.output
     return outcome
 
 
-def test_every_page_survives(guest: Guest, hog: Path) -> None:
-    outcome = press(guest, hog, "off" if WITHOUT == "locking" else "on")
+def test_every_page_survives(guest: Guest) -> None:
+    outcome = press(guest, "off" if WITHOUT == "locking" else "on")
     assert (outcome.status, outcome.hung) == (0, False)
     refused = (
         r"zswapctl: vm\.watermark_boost_factor = 15000: .*\n.*\n",
@@ -48,9 +46,9 @@ def test_every_page_survives(guest: Guest, hog: Path) -> None:
     assert not re.search(r"^VmSwap:\s+0 kB$", outcome.output, re.MULTILINE)
 
 
-def test_it_hangs_without_locking(guest: Guest, hog: Path) -> None:
+def test_it_hangs_without_locking(guest: Guest) -> None:
     """So that the test above is known to see it. The pager's worker waits, or tries again for ever, for a page of its
     own or for memory, which only it could give: at its first write."""
-    outcome = press(guest, hog, "off")
+    outcome = press(guest, "off")
     assert "zswapd-pager: may not lock its memory" in outcome.output
     assert (outcome.status, outcome.hung) == (None, True)

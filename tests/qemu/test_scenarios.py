@@ -1,6 +1,5 @@
 """Scenarios that need no systemd: tests/qemu/inside, several to a boot. Each is a test; README.md lists them."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 
 from tests.qemu.guest import Guest, Outcome
 
-HERE = Path(__file__).parent
 DEADLINE_SECONDS = 3600
 
 
@@ -24,18 +22,20 @@ class Boot:
 
 
 BOOTS = {
-    "quick": Boot(512, "6.12", (), ("kills.quick",)),
-    "kills": Boot(512, "6.12", (), ("kills.under_pressure",)),
-    "disks": Boot(512, "6.12", (64,), ("disks.full", "disks.fails_to_write", "disks.fails", "disks.slow")),
-    "old": Boot(512, "6.1", (), ("kills.without_resend", "limits.all_memory")),
+    "quick": Boot(384, "6.12", (), ("kills.quick",)),
+    "kills": Boot(384, "6.12", (), ("kills.under_pressure",)),
+    "disks": Boot(384, "6.12", (64,), ("disks.full", "disks.fails_to_write", "disks.fails", "disks.slow")),
+    "old": Boot(384, "6.1", (), ("kills.without_resend", "limits.all_memory")),
     "limits": Boot(
-        512,
+        384,
         "6.12",
-        (),
+        (160,),
         (
             "limits.swap_max",
             "limits.beside_zram",
             "limits.suspend",
+            "limits.page_cache",
+            "limits.no_memory_for_swapoff",
         ),
     ),
 }
@@ -43,7 +43,7 @@ BOOTS = {
 
 @pytest.fixture(scope="module")
 def boot(
-    request: pytest.FixtureRequest, hog: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, image: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Outcome]:
     """What became of a boot, which runs those of its scenarios that are selected."""
     outcomes: dict[str, Outcome] = {}
@@ -51,7 +51,7 @@ def boot(
     def run(name: str) -> Outcome:
         if name not in outcomes:
             boot = BOOTS[name]
-            guest = Guest(boot.memory, boot.kernel)
+            guest = Guest(boot.memory, image, boot.kernel)
             selected = {item.name for item in request.session.items}
             scenarios = [one for one in boot.scenarios if f"test_scenario[{name}-{one}]" in selected]
             disks = []
@@ -59,8 +59,8 @@ def boot(
                 disks.append(tmp_path_factory.mktemp(name) / f"disk{number}")
                 with disks[-1].open("wb") as file:
                     file.truncate(mebibytes << 20)
-            environment = {"PYTHON": sys.executable, "HOG": str(hog), "SCENARIOS": ",".join(scenarios)}
-            outcomes[name] = guest.run(HERE / "inside.sh", environment, DEADLINE_SECONDS, watched="hog", disks=disks)
+            environment = {"SCENARIOS": ",".join(scenarios)}
+            outcomes[name] = guest.run("inside.sh", environment, DEADLINE_SECONDS, watched="hog", disks=disks)
         return outcomes[name]
 
     return run

@@ -5,6 +5,7 @@ import signal
 
 from tests.daemon import Daemon, wait_until
 from tests.qemu.inside.machine import (
+    ALL_MEMORY,
     DEADLINE_SECONDS,
     Hog,
     attached,
@@ -19,8 +20,6 @@ from tests.qemu.inside.machine import (
 )
 from tests.takeover import kill_and_wait, status
 
-#: In a guest of 512 MiB.
-ALL_MEMORY = 420
 #: Pages of the requests that one task may have under way, read-ahead and all.
 MOST_UNDER_WAY = 32
 #: Between two kills.

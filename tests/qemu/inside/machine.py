@@ -1,6 +1,5 @@
 """What scenarios work with: a zswapd that is attached, memory of which every page is known, and the kernel's counts."""
 
-import os
 import re
 import select
 import subprocess
@@ -19,6 +18,8 @@ from zswapd.bench.cgroup import MemoryCgroup
 
 PAGE = 4096
 NO_LIMIT = 1 << 40
+#: MiB, in a guest of 384: some 50 more than it has beside everything else.
+ALL_MEMORY = 290
 #: For what takes a moment, in a machine that is emulated on a busy one, and out of memory.
 DEADLINE_SECONDS = 600
 
@@ -35,7 +36,7 @@ class Hog:
     """hog.c, in memory of `mebibytes`, of which `noise` percent do not compress. In `group`, or one without a limit."""
 
     def __init__(self, mebibytes: int, group: MemoryCgroup | None = None, noise: int = 25, secret: str = "") -> None:
-        command = [os.environ["HOG"], str(mebibytes), str(noise), *([secret] if secret else [])]
+        command = ["./hog", str(mebibytes), str(noise), *([secret] if secret else [])]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         self._mebibytes = mebibytes
         self._stack = ExitStack()
