@@ -8,7 +8,6 @@ everyone may read, so no secret gets into its pages.
 
 import fcntl
 import os
-import re
 import shutil
 import signal
 import struct
@@ -21,7 +20,9 @@ from dataclasses import dataclass
 
 import trio
 
-PAGE = 4096
+from zswapd.anonymous import PAGE as PAGE
+from zswapd.anonymous import Memory, family
+
 PATIENCE_SECONDS = 180  # a program that is not ready by then is left out
 
 # Every program below gets: its memory budget in bytes, the seconds it may take, then what it works on. It reads its
@@ -199,22 +200,30 @@ class Running:
 
     def present_bytes(self) -> int:
         """Anonymous private memory that is in RAM now, bytes."""
-        return sum(end - start for pid in _family(self._process.pid) for start, end in _present(pid))
+        return sum(end - start for _, start, end in self._runs())
 
     def pages(self) -> Iterator[bytes]:
-        """Its present anonymous pages in address order. Ends early where the memory may not be read."""
-        for pid in _family(self._process.pid):
-            with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-                for start, end in _present(pid):
-                    for at in range(start, end, 256 * PAGE):
-                        chunk = os.pread(memory.fileno(), min(256 * PAGE, end - at), at)
-                        yield from (chunk[i : i + PAGE] for i in range(0, len(chunk), PAGE))
+        """Its present anonymous pages in address order."""
+        buffer = memoryview(bytearray(256 * PAGE))
+        for memory, start, end in self._runs():
+            at = start
+            while at < end:
+                got = memory.read(at, buffer[: end - at])
+                yield from (bytes(buffer[i : i + PAGE]) for i in range(0, got, PAGE))
+                at += max(got, PAGE)
+
+    def _runs(self) -> Iterator[tuple[Memory, int, int]]:
+        frames: set[int] = set()
+        for pid in family(self._process.pid):
+            with Memory(pid) as memory:
+                for mapping in memory.mappings(frames):
+                    yield from ((memory, start, end) for start, end in mapping.runs)
 
     def end(self) -> None:
         """Kill it and what it started. Children go first, so that a compiler driver still reaps its own."""
         self._pipe.close()
         try:
-            for child in _family(self._process.pid)[1:]:
+            for child in family(self._process.pid)[1:]:
                 os.kill(child, signal.SIGKILL)
                 self._process.wait(timeout=2)
         except (OSError, subprocess.TimeoutExpired):
@@ -222,34 +231,3 @@ class Running:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-
-
-def _family(pid: int) -> list[int]:
-    """A process and its descendants: a compiler driver keeps its memory in a child."""
-    family = [pid]
-    for member in family:
-        for task in os.listdir(f"/proc/{member}/task"):
-            with open(f"/proc/{member}/task/{task}/children") as children:
-                family += map(int, children.read().split())
-    return family
-
-
-def _present(pid: int) -> Iterator[tuple[int, int]]:
-    """Ranges of anonymous private writable memory that are in RAM."""
-    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
-        for line in maps:
-            match = re.match(r"([0-9a-f]+)-([0-9a-f]+) rw.p \S+ \S+ 0\s*(\[heap\]|\[anon.*|)$", line)
-            if not match:
-                continue
-            start, end = int(match[1], 16), int(match[2], 16)
-            for at in range(start, end, 512 * PAGE):
-                count = min(512, (end - at) // PAGE)
-                entries = struct.unpack(f"{count}Q", os.pread(pagemap.fileno(), 8 * count, at // PAGE * 8))
-                first = 0
-                while first < count:
-                    last = first
-                    while last < count and entries[last] >> 63:
-                        last += 1
-                    if last > first:
-                        yield at + first * PAGE, at + last * PAGE
-                    first = last + 1
