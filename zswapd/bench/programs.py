@@ -132,6 +132,42 @@ class Words { public static void main(String[] args) throws Exception {
 } }
 """
 
+_AWK_WORDS = """
+function seconds_now(  uptime, part) {
+    getline uptime < "/proc/uptime"; close("/proc/uptime"); split(uptime, part, " ")
+    return part[1]
+}
+function look(  sizes, part) {
+    getline sizes < "/proc/self/statm"; close("/proc/self/statm"); split(sizes, part, " ")
+    over = part[2] * 4096 > ARGV[1] || seconds_now() > end
+}
+BEGIN {
+    end = seconds_now() + ARGV[2]
+    for (file = 3; file < ARGC && !over; file++) {
+        for (number = 1; (getline line < ARGV[file]) > 0 && !over; number++) {
+            count = split(line, words, /[^A-Za-z0-9_]+/)
+            for (at = 1; at <= count; at++) places[words[at], ARGV[file], number] = at
+            if (number % 256 == 0) look()
+        }
+        close(ARGV[file])
+        look()
+    }
+    while ((getline line < "-") > 0);
+}
+"""
+
+# A table of the files of /usr, with indexes, up to about the budget.
+_SQLITE_FILES = """
+exec sqlite3 :memory: 'CREATE TABLE files(path, bytes INTEGER, mode, changed REAL, inode INTEGER)' '.mode tabs' \\
+    ".import '|find /usr -xdev -printf \"%p\\\\t%s\\\\t%m\\\\t%T@\\\\t%i\\\\n\" | head -c $(($1 / 3))' files" \\
+    'CREATE INDEX by_path ON files(path)' 'CREATE INDEX by_change ON files(changed, bytes)' '.read /dev/stdin'
+"""
+
+# Lines of text, as they were read.
+_SORT_LINES = """
+budget=$1; shift 2; exec sort --buffer-size="${budget}b" "$@" -
+"""
+
 # The compiler has read every header by the time it asks for the last one, which is its standard input.
 _CPP_HEADERS = '#include <bits/stdc++.h>\n#include <regex>\n#include "/dev/stdin"\n'
 
@@ -145,6 +181,7 @@ class Program:
     command: Sequence[str]
     source: str = ""  # given as a memfd where the command says {source}
     sized: bool = True  # takes budget, seconds and files as arguments
+    needs: str = ""  # another program that it starts
 
 
 def known() -> list[Program]:
@@ -156,9 +193,12 @@ def known() -> list[Program]:
         Program("perl-words", 1, ["perl", "-e", _PERL_WORDS]),
         Program("node-words", 2, ["node", "-e", _NODE_WORDS, "--"]),
         Program("java-words", 1, ["java", "-Xmx1g", "--source", "11", "{source}"], source=_JAVA_WORDS),
+        Program("awk-words", 1, ["awk", _AWK_WORDS]),
+        Program("sqlite3-files", 1, ["sh", "-c", _SQLITE_FILES, "sqlite3"], needs="sqlite3"),
+        Program("sort-lines", 1, ["sh", "-c", _SORT_LINES, "sort"]),
         Program("g++", 1, ["g++", "-fsyntax-only", "-x", "c++", "{source}"], source=_CPP_HEADERS, sized=False),
     ]
-    return [program for program in every if shutil.which(program.command[0])]
+    return [program for program in every if shutil.which(program.needs or program.command[0])]
 
 
 class Running:
