@@ -228,6 +228,10 @@ class Running:
         self._pipe.write(b"\n")
         self._pipe.flush()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     async def ready(self) -> bool:
         """Wait until the program has done its work. False when it ended instead, or took too long."""
         with trio.move_on_after(PATIENCE_SECONDS):
