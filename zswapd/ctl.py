@@ -1,4 +1,4 @@
-"""`zswapctl`: attaches and detaches the swap, shows its status, checks the machine, benchmarks."""
+"""`zswapctl`: attaches and detaches the swap, shows its status, checks the machine, benchmarks, analyzes pages."""
 
 import dataclasses
 import io
@@ -34,16 +34,20 @@ LINE_SHARE = 10  # without a terminal: a line of progress per this many percent
 
 
 class _Cli(click.Group):
-    """Shows ZswapdError as `zswapctl: message`, and imports the benchmarks only when they are asked for."""
+    """Shows ZswapdError as `zswapctl: message`, and imports `bench` and `analyze` only when they are asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), "bench"])
+        return sorted([*super().list_commands(ctx), "analyze", "bench"])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name == "bench":
             from zswapd.bench.command import bench
 
             return bench
+        if cmd_name == "analyze":
+            from zswapd.analyze.command import analyze
+
+            return analyze
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:

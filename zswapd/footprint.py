@@ -7,6 +7,8 @@ from zswapd.errors import ConfigError
 SLOT_BYTES, LRU_BYTES = 8, 12
 #: Per page of the pool, taken as it grows: its descriptor (zsmalloc's, the larger one).
 DESCRIPTOR_BYTES = 24
+#: Of each object in the pool: its header. What would be larger than a page with it is stored as it is.
+HEADER_BYTES = 10
 #: A page takes two pages of the pool at worst: itself, and a header.
 _WORST = 2
 #: The tables may take one part in this many of RAM: there have to be pages, and others, too.

@@ -8,7 +8,6 @@ everyone may read, so no secret gets into its pages.
 
 import fcntl
 import os
-import re
 import shutil
 import signal
 import struct
@@ -21,7 +20,9 @@ from dataclasses import dataclass
 
 import trio
 
-PAGE = 4096
+from zswapd.anonymous import PAGE as PAGE
+from zswapd.anonymous import Memory, family
+
 PATIENCE_SECONDS = 180  # a program that is not ready by then is left out
 
 # Every program below gets: its memory budget in bytes, the seconds it may take, then what it works on. It reads its
@@ -131,6 +132,42 @@ class Words { public static void main(String[] args) throws Exception {
 } }
 """
 
+_AWK_WORDS = """
+function seconds_now(  uptime, part) {
+    getline uptime < "/proc/uptime"; close("/proc/uptime"); split(uptime, part, " ")
+    return part[1]
+}
+function look(  sizes, part) {
+    getline sizes < "/proc/self/statm"; close("/proc/self/statm"); split(sizes, part, " ")
+    over = part[2] * 4096 > ARGV[1] || seconds_now() > end
+}
+BEGIN {
+    end = seconds_now() + ARGV[2]
+    for (file = 3; file < ARGC && !over; file++) {
+        for (number = 1; (getline line < ARGV[file]) > 0 && !over; number++) {
+            count = split(line, words, /[^A-Za-z0-9_]+/)
+            for (at = 1; at <= count; at++) places[words[at], ARGV[file], number] = at
+            if (number % 256 == 0) look()
+        }
+        close(ARGV[file])
+        look()
+    }
+    while ((getline line < "-") > 0);
+}
+"""
+
+# A table of the files of /usr, with indexes, up to about the budget.
+_SQLITE_FILES = """
+exec sqlite3 :memory: 'CREATE TABLE files(path, bytes INTEGER, mode, changed REAL, inode INTEGER)' '.mode tabs' \\
+    ".import '|find /usr -xdev -printf \"%p\\\\t%s\\\\t%m\\\\t%T@\\\\t%i\\\\n\" | head -c $(($1 / 3))' files" \\
+    'CREATE INDEX by_path ON files(path)' 'CREATE INDEX by_change ON files(changed, bytes)' '.read /dev/stdin'
+"""
+
+# Lines of text, as they were read.
+_SORT_LINES = """
+budget=$1; shift 2; exec sort --buffer-size="${budget}b" "$@" -
+"""
+
 # The compiler has read every header by the time it asks for the last one, which is its standard input.
 _CPP_HEADERS = '#include <bits/stdc++.h>\n#include <regex>\n#include "/dev/stdin"\n'
 
@@ -144,6 +181,7 @@ class Program:
     command: Sequence[str]
     source: str = ""  # given as a memfd where the command says {source}
     sized: bool = True  # takes budget, seconds and files as arguments
+    needs: str = ""  # another program that it starts
 
 
 def known() -> list[Program]:
@@ -155,9 +193,12 @@ def known() -> list[Program]:
         Program("perl-words", 1, ["perl", "-e", _PERL_WORDS]),
         Program("node-words", 2, ["node", "-e", _NODE_WORDS, "--"]),
         Program("java-words", 1, ["java", "-Xmx1g", "--source", "11", "{source}"], source=_JAVA_WORDS),
+        Program("awk-words", 1, ["awk", _AWK_WORDS]),
+        Program("sqlite3-files", 1, ["sh", "-c", _SQLITE_FILES, "sqlite3"], needs="sqlite3"),
+        Program("sort-lines", 1, ["sh", "-c", _SORT_LINES, "sort"]),
         Program("g++", 1, ["g++", "-fsyntax-only", "-x", "c++", "{source}"], source=_CPP_HEADERS, sized=False),
     ]
-    return [program for program in every if shutil.which(program.command[0])]
+    return [program for program in every if shutil.which(program.needs or program.command[0])]
 
 
 class Running:
@@ -187,6 +228,10 @@ class Running:
         self._pipe.write(b"\n")
         self._pipe.flush()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     async def ready(self) -> bool:
         """Wait until the program has done its work. False when it ended instead, or took too long."""
         with trio.move_on_after(PATIENCE_SECONDS):
@@ -199,22 +244,30 @@ class Running:
 
     def present_bytes(self) -> int:
         """Anonymous private memory that is in RAM now, bytes."""
-        return sum(end - start for pid in _family(self._process.pid) for start, end in _present(pid))
+        return sum(end - start for _, start, end in self._runs())
 
     def pages(self) -> Iterator[bytes]:
-        """Its present anonymous pages in address order. Ends early where the memory may not be read."""
-        for pid in _family(self._process.pid):
-            with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-                for start, end in _present(pid):
-                    for at in range(start, end, 256 * PAGE):
-                        chunk = os.pread(memory.fileno(), min(256 * PAGE, end - at), at)
-                        yield from (chunk[i : i + PAGE] for i in range(0, len(chunk), PAGE))
+        """Its present anonymous pages in address order."""
+        buffer = memoryview(bytearray(256 * PAGE))
+        for memory, start, end in self._runs():
+            at = start
+            while at < end:
+                got = memory.read(at, buffer[: end - at])
+                yield from (bytes(buffer[i : i + PAGE]) for i in range(0, got, PAGE))
+                at += max(got, PAGE)
+
+    def _runs(self) -> Iterator[tuple[Memory, int, int]]:
+        frames: set[int] = set()
+        for pid in family(self._process.pid):
+            with Memory(pid) as memory:
+                for mapping in memory.mappings(frames):
+                    yield from ((memory, start, end) for start, end in mapping.runs)
 
     def end(self) -> None:
         """Kill it and what it started. Children go first, so that a compiler driver still reaps its own."""
         self._pipe.close()
         try:
-            for child in _family(self._process.pid)[1:]:
+            for child in family(self._process.pid)[1:]:
                 os.kill(child, signal.SIGKILL)
                 self._process.wait(timeout=2)
         except (OSError, subprocess.TimeoutExpired):
@@ -222,34 +275,3 @@ class Running:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-
-
-def _family(pid: int) -> list[int]:
-    """A process and its descendants: a compiler driver keeps its memory in a child."""
-    family = [pid]
-    for member in family:
-        for task in os.listdir(f"/proc/{member}/task"):
-            with open(f"/proc/{member}/task/{task}/children") as children:
-                family += map(int, children.read().split())
-    return family
-
-
-def _present(pid: int) -> Iterator[tuple[int, int]]:
-    """Ranges of anonymous private writable memory that are in RAM."""
-    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
-        for line in maps:
-            match = re.match(r"([0-9a-f]+)-([0-9a-f]+) rw.p \S+ \S+ 0\s*(\[heap\]|\[anon.*|)$", line)
-            if not match:
-                continue
-            start, end = int(match[1], 16), int(match[2], 16)
-            for at in range(start, end, 512 * PAGE):
-                count = min(512, (end - at) // PAGE)
-                entries = struct.unpack(f"{count}Q", os.pread(pagemap.fileno(), 8 * count, at // PAGE * 8))
-                first = 0
-                while first < count:
-                    last = first
-                    while last < count and entries[last] >> 63:
-                        last += 1
-                    if last > first:
-                        yield at + first * PAGE, at + last * PAGE
-                    first = last + 1

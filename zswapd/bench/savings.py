@@ -1,0 +1,159 @@
+"""What zswapd and zram save on the memory of real programs, all memory counted: `python -m zswapd.bench.savings`.
+
+The memory of each program is captured as it is, with pages that are equal or same-filled, and goes through every device
+as swap: a process in a cgroup of its own fills memory with it and is then made to give nearly all of it to the device.
+What the device then takes is read, with its tables and reserve, and every page is checked. In the end the same with the
+pages of all programs together.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import trio
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from zswapd import swapdev
+from zswapd.bench.ability import cannot_swap
+from zswapd.bench.cgroup import MemoryCgroup
+from zswapd.bench.commands import until_signal
+from zswapd.bench.corpus import Corpus, files
+from zswapd.bench.devices import Zram
+from zswapd.bench.leftovers import leftovers
+from zswapd.bench.locked import lock_memory
+from zswapd.bench.programs import PAGE, Program, Running, known
+from zswapd.bench.rows import device
+from zswapd.bench.runner import workload
+from zswapd.bench.screen import Screen, Size
+from zswapd.config import format_size
+from zswapd.errors import ZswapdError
+
+LEFT = 48 << 20  # what the process keeps in the end: its own memory, which is locked, and little else
+TOTAL = "all together"
+
+
+async def capture(program: Program, size: int, seconds: float, texts: Sequence[str]) -> Corpus | None:
+    """A program's anonymous pages in the order of their addresses, up to `size` bytes; None where it gave none."""
+    corpus = Corpus(os.memfd_create("zswapd-bench-corpus", os.MFD_CLOEXEC), 0)
+    running = Running(program, size, seconds, texts)
+    try:
+        if await running.ready():
+            for page in running.pages():
+                if corpus.pages == size // PAGE:
+                    break
+                os.write(corpus.fd, page)
+                corpus.pages += 1
+    except BaseException:
+        os.close(corpus.fd)
+        raise
+    finally:
+        running.end()
+    if not corpus.pages:
+        os.close(corpus.fd)
+        return None
+    return corpus
+
+
+def together(corpora: Sequence[Corpus]) -> Corpus:
+    """The pages of all, one after the other."""
+    corpus = Corpus(os.memfd_create("zswapd-bench-corpus", os.MFD_CLOEXEC), 0)
+    for one in corpora:
+        for at in range(0, one.pages * PAGE, 1 << 20):
+            os.write(corpus.fd, os.pread(one.fd, min(1 << 20, one.pages * PAGE - at), at))
+        corpus.pages += one.pages
+    return corpus
+
+
+async def measure(row: str, corpus: Corpus, directory: Path, screen: Screen, what: str) -> dict[str, Any]:
+    """What the device holds when nearly all of the pages are there. Raises WrongPages if one does not come back."""
+    size = corpus.pages * PAGE
+    # Above half full the kernel would free the slots of what it reads.
+    swap = device(row, directory, 2 * size)
+
+    def report(phase: str, done: int, total: int) -> None:
+        screen.report(f"{what}, {row}: {phase}", done, total)
+
+    with MemoryCgroup(2 * size + LEFT) as group:
+        async with swap, workload(corpus, group, report) as load:
+            await load.run("fill")
+            await trio.to_thread.run_sync(group.set_limit, LEFT)
+            held = await swap.held()
+            assert held
+            group.set_limit(2 * size + LEFT)
+            await load.run("verify")
+    return {**dataclasses.asdict(held), "ratio": held.ratio}
+
+
+def table(found: dict[str, dict[str, dict[str, Any]]], rows: Sequence[str]) -> Table:
+    """Effective ratios: programs by devices."""
+    grid = Table("program", "MiB", *rows, box=SIMPLE_HEAD)
+    for what, figures in found.items():
+        size = max(one["original_bytes"] for one in figures.values())
+        ratios = [f"{figures[row]['ratio']:.2f}" for row in rows]
+        grid.add_row(what, f"{size >> 20}", *ratios)
+    return grid
+
+
+@click.command()
+@click.option("--rows", default="", help="Devices, by commas, as for zswapctl bench. Default: zswapd's and every zram.")
+@click.option("--size", default="128MiB", type=Size(), show_default=True, help="The most memory of each program.")
+@click.option("--seed", default=1, show_default=True, help="Decides which files the programs work on.")
+@click.option("--directory", default=Path("/var/tmp"), show_default=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def main(rows: str, size: int, seed: int, directory: Path, as_json: bool) -> None:
+    """Effective ratio of each program's pages, and of all together, by device."""
+    if reason := cannot_swap():
+        raise ZswapdError(f"this machine cannot swap: {reason}")
+    programs = known()
+    if 3 * len(programs) * size > swapdev.mem_available():
+        raise ZswapdError(f"too little memory is free: {format_size(swapdev.mem_available())}", "use a smaller --size")
+    names = [row.strip() for row in rows.split(",") if row.strip()]
+    texts, _ = files(random.Random(seed))
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    corpora: dict[str, Corpus] = {}
+    lock_memory()
+    with Screen(Console(stderr=True)) as screen:
+
+        async def work() -> None:
+            devices = names or ["zswapd-lz4", "zswapd-zstd", *(f"zram-{name}" for name in await Zram.algorithms())]
+            names[:] = devices
+            try:
+                for program in programs:
+                    screen.report(f"capturing {program.name}", 0, 1)
+                    if corpus := await capture(program, size, 40, texts[:2000]):
+                        corpora[program.name] = corpus
+                    else:
+                        screen.line(program.name, "left out: it ended, or took too long", "yellow")
+                corpora[TOTAL] = together(list(corpora.values()))
+                for what, corpus in corpora.items():
+                    found[what] = {row: await measure(row, corpus, directory, screen, what) for row in devices}
+                    ratios = ", ".join(f"{row} {found[what][row]['ratio']:.2f}" for row in devices)
+                    screen.line(what, f"{format_size(corpus.pages * PAGE)}: {ratios}")
+            finally:
+                for corpus in corpora.values():
+                    os.close(corpus.fd)
+
+        try:
+            trio.run(until_signal, work)
+        finally:
+            if left := leftovers(directory):
+                screen.line("left behind", "; ".join(left), "red")
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        Console().print(table(found, names))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ZswapdError, OSError) as error:
+        sys.exit(f"savings: {error}")
