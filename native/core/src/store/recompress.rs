@@ -204,6 +204,7 @@ impl Store {
         self.metrics.pages_not_smaller.add(done.not_smaller);
         self.metrics.recompression_saved_bytes.add(done.saved_bytes);
         self.metrics.recompression_ns.add(done.processor_time.as_nanos() as u64);
+        self.refresh_dictionary_gauges();
         done
     }
 
@@ -348,6 +349,7 @@ impl Store {
         self.dictionaries.retire();
         let serial = self.dictionaries.install(bytes)?;
         self.dictionaries.retire();
+        self.refresh_dictionary_gauges();
         Ok(serial)
     }
 
