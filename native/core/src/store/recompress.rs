@@ -108,6 +108,11 @@ impl Recompressor {
     pub fn new() -> Result<Recompressor> {
         Ok(Recompressor { codecs: Codecs::new()?, page: Box::new([1; PAGE_SIZE]), encoder: None, next: 0 })
     }
+
+    /// Has the next call begin at the first slot.
+    pub fn begin_anew(&mut self) {
+        self.next = 0;
+    }
 }
 
 /// A page whose word says WRITEBACK for us.
