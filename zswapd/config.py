@@ -180,6 +180,15 @@ class Writeback(_Section):
     shrinkers: Annotated[int, Field(ge=1, le=8, description="an integer from 1 to 8")] = 2
 
 
+class Recompression(_Section):
+    cpu_percent: Annotated[int, Field(ge=0, le=100, description="percent of a processor, 0 to 100; 0 for never")] = 2
+    idle_after: Annotated[int, Field(ge=1, le=86400, description="seconds, from 1 to a day")] = 60
+    idle_level: Annotated[int, Field(ge=1, le=22, description="an integer from 1 to 22")] = 3
+    cold_after: Annotated[int, Field(ge=1, le=30 * 86400, description="seconds, from 1 to 30 days")] = 600
+    cold_level: Annotated[int, Field(ge=1, le=22, description="an integer from 1 to 22")] = 9
+    dictionaries: Annotated[bool, Field(description="true or false")] = True
+
+
 class Metrics(_Section):
     listen: Annotated[
         str,
@@ -209,6 +218,7 @@ class Config(_Section):
     pool: Pool = Pool()
     pager: Pager = Pager()
     compression: Compression = Compression()
+    recompression: Recompression = Recompression()
     writeback: Writeback = Writeback()
     metrics: Metrics = Metrics()
     daemon: Daemon = Daemon()
@@ -219,6 +229,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "pool": Pool,
     "pager": Pager,
     "compression": Compression,
+    "recompression": Recompression,
     "writeback": Writeback,
     "metrics": Metrics,
     "daemon": Daemon,

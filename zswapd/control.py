@@ -29,6 +29,13 @@ ENDS = {
 }
 
 
+#: The same of a command to recompress.
+RECOMPRESSION_ENDS = {
+    "full": (errno.ENOSPC, "the pool has no room for what is smaller"),
+    "stopped": (errno.ESHUTDOWN, "the pager is ending"),
+}
+
+
 @dataclass(frozen=True)
 class ControlFile:
     """`read` gives the contents; `write` takes a command and raises ValueError (EINVAL) or OSError.
@@ -77,6 +84,7 @@ def control_files(engine: Engine) -> dict[str, ControlFile]:
         "reset": ControlFile(write=reset),
         "writeback": ControlFile(write=lambda command: _write_back(engine, command), slow=True),
         "idle": ControlFile(write=lambda command: _mark_idle(engine, command), slow=True),
+        "recompress": ControlFile(write=lambda command: _recompress(engine, command), slow=True),
         "bd_stat": ControlFile(read=lambda: _bd_stat(engine)),
         "backing_dev": ControlFile(read=lambda: f"{engine.backing() or 'none'}\n"),
         "writeback_limit": ControlFile(
@@ -199,6 +207,35 @@ def _write_back(engine: Engine, command: str) -> None:
     if written.ended != "done":
         number, why = ENDS[written.ended]
         log.warning("writeback %s: %s after %d pages", command, why, written.pages)
+        raise OSError(number, why)
+
+
+def _recompress(engine: Engine, command: str) -> None:
+    """Takes "tick" (all pages get a tick older), or zram's words: algo=zstd (or lz4, dictionary), level=N,
+    priority=N (the tier, 1 to 3), max_pages=N; and age=N, in ticks. An early end is an error."""
+    if command == "tick":
+        _logged(engine.tick, "recompress")
+        return
+    values = {"algo": "zstd", "level": "9", "priority": "1", "age": "0", "max_pages": str(1 << 32)}
+    for word in command.split():
+        name, _, value = word.partition("=")
+        if name not in values or not value:
+            raise ValueError(f"not {', '.join(values)} with a value, nor tick: {word!r}")
+        values[name] = value
+    codec = values.pop("algo")
+    if codec not in (*ALGORITHMS, "dictionary"):
+        raise ValueError(f"not {', '.join(ALGORITHMS)} nor dictionary: {codec!r}")
+    for name, value in values.items():
+        if not (value.isdecimal() and len(value) < 15):
+            raise ValueError(f"{name} is no number: {value!r}")
+    tier, level, age, pages = (int(values[name]) for name in ("priority", "level", "age", "max_pages"))
+    done = _logged(
+        lambda: engine.recompress(codec, tier=tier, level=level, age=age, pages=pages),
+        "recompress",
+    )
+    if done.ended in RECOMPRESSION_ENDS:
+        number, why = RECOMPRESSION_ENDS[done.ended]
+        log.warning("recompress %s: %s after %d pages", command, why, done.recompressed)
         raise OSError(number, why)
 
 

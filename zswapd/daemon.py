@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 
 import trio
 
-from zswapd import launch, memcg, metrics, policy, survival, swapdev, watchdog
+from zswapd import launch, memcg, metrics, policy, recompression, survival, swapdev, watchdog
 from zswapd.config import Config, format_size
 from zswapd.engine import EmbeddedEngine, Engine, protect_process
 from zswapd.errors import ConfigError, DaemonError
@@ -71,6 +71,7 @@ async def _run_pager(config: Config, signals: AsyncIterator[int], apart: bool) -
                 _ready(config, pager)
                 async with trio.open_nursery() as watchers:
                     watchers.start_soon(policy.run, pager, config.writeback)
+                    watchers.start_soon(recompression.run, pager, config.recompression)
                     watchers.start_soon(survival.follow, pager, health)
                     watchers.start_soon(watchdog.run, pager, health)
                     if apart:

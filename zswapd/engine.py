@@ -15,6 +15,7 @@ from zswapd._native import become_io_flusher, lock_memory
 log = logging.getLogger(__name__)
 
 NO_BACKING = "there is no backing disk (writeback.backing)"
+NO_PAGER = "only a pager recompresses pages (swap.data_path)"
 
 
 class LatencyStats(TypedDict):
@@ -72,6 +73,32 @@ class WritebackStats(TypedDict):
     write_latency: LatencyStats
 
 
+class DictionaryStats(TypedDict):
+    """A dictionary that the pager has. `pages` take it to be read, in the pool or on the backing disk."""
+
+    serial: int
+    bytes: int
+    pages: int
+
+
+class RecompressionStats(TypedDict):
+    """What is counted of recompressing pages. `bytes` of compressed pages in the pool by codec, `dictionaries` and what
+    they take (`dictionary_bytes`; `encoder_bytes`: to compress with the newest): as of now; the rest: since the start.
+
+    `saved_bytes`: of the pool, by size class. `pages_not_smaller` were tried and left as they were.
+    """
+
+    pages_recompressed: int
+    pages_not_smaller: int
+    saved_bytes: int
+    processor_seconds: float
+    in_flight: int
+    bytes: dict[str, int]
+    dictionaries: list[DictionaryStats]
+    dictionary_bytes: int
+    encoder_bytes: int
+
+
 class EngineStats(TypedDict):
     """What the engine counts. Pages and bytes: as of now; the rest: since the start.
 
@@ -114,6 +141,7 @@ class EngineStats(TypedDict):
     mover_waits: LatencyStats
     #: Empty for z3fold, which has no size classes.
     classes: list[ClassStats]
+    recompression: RecompressionStats
     writeback: WritebackStats
 
 
@@ -124,6 +152,19 @@ class Written:
 
     pages: int
     bytes: int
+    ended: str
+
+
+@dataclass(frozen=True)
+class Recompressed:
+    """What a command to recompress pages has done. `ended`: done (with the last page), budget (the next command goes
+    on), full (no room in the pool), or stopped."""
+
+    looked: int
+    recompressed: int
+    not_smaller: int
+    saved: int
+    microseconds: int
     ended: str
 
 
@@ -157,6 +198,16 @@ class Engine(Protocol):
         does not compress), "huge_idle" (both), or "page N", one slot. Takes as long as the disk does. ENODEV without a
         backing disk."""
 
+    def tick(self) -> None:
+        """Makes all pages a tick older, but those that are used; up to 63. ENODEV without a pager."""
+
+    def recompress(
+        self, codec: str, *, tier: int, level: int, age: int, pages: int = 1 << 32, microseconds: int = (1 << 32) - 1
+    ) -> Recompressed:
+        """Makes pages smaller that are at least `age` ticks old, with "lz4", "zstd" or (zstd with) "dictionary", until
+        so many were tried, or so much processor time used. What was tried for this tier (1 to 3) or a higher one is
+        left alone. ENOENT: there is no dictionary; ENODEV without a pager."""
+
     def limit_writing(self, size_bytes: int | None) -> None:
         """Sets what may still be written to the backing disk; None: there is no limit. Of a budget in the configuration
         it takes away what is more, which counts as written; EPERM for more than that leaves. ENODEV without a backing
@@ -182,6 +233,14 @@ class EmbeddedEngine(_native.Engine):
 
     def write_back(self, what: str) -> Written:
         raise OSError(errno.ENODEV, NO_BACKING)
+
+    def tick(self) -> None:
+        raise OSError(errno.ENODEV, NO_PAGER)
+
+    def recompress(
+        self, codec: str, *, tier: int, level: int, age: int, pages: int = 1 << 32, microseconds: int = (1 << 32) - 1
+    ) -> Recompressed:
+        raise OSError(errno.ENODEV, NO_PAGER)
 
     def limit_writing(self, size_bytes: int | None) -> None:
         raise OSError(errno.ENODEV, NO_BACKING)

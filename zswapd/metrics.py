@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from zswapd import __version__
-from zswapd.engine import Engine, LatencyStats, WritebackStats
+from zswapd.engine import Engine, LatencyStats, RecompressionStats, WritebackStats
 from zswapd.errors import DaemonError
 from zswapd.swapdev import Attachment
 
@@ -124,6 +124,7 @@ class EngineCollector(Collector):
             stats["mover_waits"],
         )
 
+        yield from _recompression(stats["recompression"])
         yield from _writeback(stats["writeback"])
 
         classes = {str(entry["size_bytes"]): entry for entry in stats["classes"]}
@@ -174,6 +175,46 @@ class SwapCollector(Collector):
 def process(pid: Callable[[], int]) -> Collector:
     """Processor time, memory and descriptors of the pager that `pid` names at each scrape."""
     return ProcessCollector(namespace="zswapd_pager", pid=pid, registry=None)
+
+
+def _recompression(stats: RecompressionStats) -> Iterable[Metric]:
+    text = "Size of the pool's pages after compression, without headers, by how they are stored."
+    yield _labelled_gauge("zswapd_stored_bytes", text, "kind", stats["bytes"])
+    for name, text, values in (
+        (
+            "bytes",
+            "Size of a dictionary, by its serial number.",
+            {str(d["serial"]): d["bytes"] for d in stats["dictionaries"]},
+        ),
+        (
+            "pages",
+            "Pages that need a dictionary to be read, by its serial number.",
+            {str(d["serial"]): d["pages"] for d in stats["dictionaries"]},
+        ),
+    ):
+        if values:
+            yield _labelled_gauge(f"zswapd_dictionary_{name}", text, "serial", values)
+    for name, value, text in (
+        (
+            "dictionary_memory_bytes",
+            stats["dictionary_bytes"],
+            "Memory of all dictionaries, and to decompress with them.",
+        ),
+        ("encoder_memory_bytes", stats["encoder_bytes"], "Memory to compress with the newest dictionary."),
+        ("recompressions_in_flight", stats["in_flight"], "Commands to recompress pages that are under way."),
+    ):
+        yield GaugeMetricFamily(f"zswapd_{name}", text, value=value)
+    for name, count, text in (
+        ("recompressed_pages", stats["pages_recompressed"], "Pages that were recompressed."),
+        (
+            "not_smaller_pages",
+            stats["pages_not_smaller"],
+            "Pages that were to be recompressed, and would not get smaller.",
+        ),
+        ("recompression_saved_bytes", stats["saved_bytes"], "Memory of the pool that recompressing has saved."),
+        ("recompression_cpu_seconds", stats["processor_seconds"], "Processor time that it took."),
+    ):
+        yield CounterMetricFamily(f"zswapd_{name}", text, value=count)
 
 
 def _writeback(stats: WritebackStats) -> Iterable[Metric]:

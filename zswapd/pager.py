@@ -18,8 +18,8 @@ from functools import cached_property
 from pathlib import Path
 
 from zswapd._native import Counters
-from zswapd.config import SEGMENT_BYTES, Config
-from zswapd.engine import EngineStats, Written
+from zswapd.config import PAGE_SIZE, SEGMENT_BYTES, Config
+from zswapd.engine import EngineStats, Recompressed, Written
 from zswapd.errors import DaemonError
 from zswapd.pager_socket import ask, socket_path
 from zswapd.wear import Budget
@@ -267,7 +267,44 @@ class Pager:
     def write_back(self, what: str) -> Written:
         return self._write_back(f"writeback {what}")
 
+    def tick(self) -> None:
+        self._ask("tick")
+
+    def recompress(
+        self, codec: str, *, tier: int, level: int, age: int, pages: int = 1 << 32, microseconds: int = (1 << 32) - 1
+    ) -> Recompressed:
+        text, _ = self._ask(f"recompress {tier} {codec} {level} {age} {pages} {microseconds}")
+        words = dict(word.split("=", 1) for word in text.split())
+        return Recompressed(
+            looked=int(words["looked"]),
+            recompressed=int(words["recompressed"]),
+            not_smaller=int(words["not_smaller"]),
+            saved=int(words["saved"]),
+            microseconds=int(words["microseconds"]),
+            ended=words["end"],
+        )
+
     # What policy decides
+
+    def sample_cold(self, age: int, pages: int) -> bytes:
+        """The contents of so many pages of the pool that are at least `age` ticks old, from all over the swap file, or
+        of all. Secrets: to be kept in memory."""
+        text, fd = self._ask(f"sample-pool {age} {pages}")
+        assert fd is not None, "the answer to sample-pool"
+        try:
+            return os.pread(fd, _numbers(text)["pages"] * PAGE_SIZE, 0)
+        finally:
+            os.close(fd)
+
+    def install_dictionary(self, dictionary: bytes) -> int:
+        """Makes a dictionary the newest, and returns its serial number. EBUSY: pages need all that there are."""
+        fd = os.memfd_create("zswapd-dictionary", os.MFD_CLOEXEC)
+        try:
+            os.pwrite(fd, dictionary, 0)
+            text, _ = ask(self._path, "dictionary", fd)
+        finally:
+            os.close(fd)
+        return _numbers(text)["serial"]
 
     def shrink(self, size_bytes: int) -> Written:
         """Moves so many bytes of the coldest objects out of the pool."""

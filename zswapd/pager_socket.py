@@ -11,7 +11,7 @@ ANSWER_SECONDS = 10
 GONE = (FileNotFoundError, ConnectionError)
 _PROBE = "status"
 #: What is not asked again when the pager goes away over it: it could be done twice.
-_ONCE = ("writeback ", "shrink ", "writeback-limit +", "upgrade")
+_ONCE = ("writeback ", "shrink ", "writeback-limit +", "upgrade", "tick", "dictionary")
 _TRIES = 8
 
 
@@ -24,8 +24,8 @@ def socket_path(mount_point: Path) -> Path:
     return mount_point.with_name(mount_point.name + ".sock")
 
 
-def ask(path: Path, command: str) -> tuple[str, int | None]:
-    """What the pager replies to `command`, and the descriptor that comes with it.
+def ask(path: Path, command: str, fd: int | None = None) -> tuple[str, int | None]:
+    """What the pager replies to `command`, given with the descriptor `fd`, and the descriptor that comes with it.
 
     A command takes as long as there are pages for it: it is waited for as long as the pager answers others meanwhile,
     which it does between two steps. If another pager takes over, that one is asked again, unless the command could then
@@ -34,7 +34,7 @@ def ask(path: Path, command: str) -> tuple[str, int | None]:
     """
     for _ in range(_TRIES):
         try:
-            return _ask(path, command)
+            return _ask(path, command, fd)
         except _CutOffError:
             if command.startswith(_ONCE):
                 what = f"the pager has gone away over {command!r}, which may be done in part"
@@ -42,13 +42,13 @@ def ask(path: Path, command: str) -> tuple[str, int | None]:
     raise BrokenPipeError(errno.EPIPE, "the pager is gone")
 
 
-def _ask(path: Path, command: str) -> tuple[str, int | None]:
+def _ask(path: Path, command: str, fd: int | None) -> tuple[str, int | None]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(ANSWER_SECONDS)
         try:
             connection.connect(os.fspath(path))
             try:
-                connection.send(command.encode())
+                socket.send_fds(connection, [command.encode()], [] if fd is None else [fd])
                 data, fds = _receive(connection, path, command)
             except ConnectionError:
                 raise _CutOffError from None

@@ -136,7 +136,7 @@ async def _keep_to_budget(pager: Pager, budget: wear.Budget) -> None:
         budget.observe(pager.unused_budget())
         budget.top_up(pager.grant)
 
-    complaint = _Complaint()
+    complaint = Complaint()
     while True:
         await trio.sleep(BUDGET_SECONDS)
         try:
@@ -173,7 +173,7 @@ async def _watch(pager: Pager) -> None:
 
 
 async def _by_pressure(pager: Pager, threshold: int) -> None:
-    hysteresis, complaint = Hysteresis(threshold), _Complaint()
+    hysteresis, complaint = Hysteresis(threshold), Complaint()
     promoting = True
     while True:
         await trio.sleep(PRESSURE_SECONDS)
@@ -191,7 +191,7 @@ async def _by_pressure(pager: Pager, threshold: int) -> None:
 
 
 async def _by_age(pager: Pager, seconds: int) -> None:
-    complaint = _Complaint()
+    complaint = Complaint()
     while True:
         await trio.sleep(min(max(seconds / 4, AGE_LEAST_SECONDS), AGE_MOST_SECONDS))
         if _may_write(pager):
@@ -206,7 +206,7 @@ def _may_write(pager: Pager) -> bool:
     return pager.stats()["writeback"]["state"] == "ok" and not swapdev.is_changing(pager.mount_point)
 
 
-async def _command(command: Callable[[], T], complaint: "_Complaint") -> T | None:
+async def _command(command: Callable[[], T], complaint: "Complaint") -> T | None:
     """Waits for the pager. What fails is logged once, until it goes well again; None then."""
     try:
         result = await trio.to_thread.run_sync(command, abandon_on_cancel=True)
@@ -222,7 +222,7 @@ async def _command(command: Callable[[], T], complaint: "_Complaint") -> T | Non
     return result
 
 
-class _Complaint:
+class Complaint:
     """Says a thing once, and again only after it was over."""
 
     def __init__(self) -> None:

@@ -75,8 +75,9 @@ def quantile(q: float, bounds: Sequence[float], counts: Sequence[int]) -> float 
 
 
 def effective_ratio(stats: dict[str, Any]) -> float | None:
-    """Bytes stored in memory over all that they take of it, reserve and metadata included; None: they take none."""
-    cost = stats["pool_bytes"] + stats["pool_reserve_bytes"] + stats["metadata_bytes"]
+    """Bytes stored in memory over all that they take of it: reserve, metadata and dictionaries too; None: none."""
+    dictionaries = stats["recompression"]["dictionary_bytes"] + stats["recompression"]["encoder_bytes"]
+    cost = stats["pool_bytes"] + stats["pool_reserve_bytes"] + stats["metadata_bytes"] + dictionaries
     return in_memory(stats) / cost if cost else None
 
 
@@ -115,12 +116,37 @@ def render(stats: dict[str, Any], attachment: Attachment | None) -> RenderableTy
         "limit",
         f"{stats['pool_bytes'] / limit:.1%} of {format_size(limit)} used, peak {format_size(stats['pool_peak_bytes'])}",
     )
+    if recompressed := _recompression(stats):
+        table.add_row("recompressed", recompressed)
     for name, text in _backing(stats):
         table.add_row(name, text)
     for operation in ("load", "store"):
         table.add_row(f"{operation}s", f"{stats[f'{operation}s']:,}{_latency(stats[f'{operation}_latency'])}")
     table.add_row("discards", f"{stats['discards']:,}")
     return Group(table, *_errors(stats))
+
+
+def _recompression(stats: dict[str, Any]) -> str:
+    """What each tier holds, and what it took to make it so; empty where nothing was ever recompressed."""
+    counts, pages = stats["recompression"], stats["pages"]
+    if not counts["pages_recompressed"] and not counts["dictionaries"]:
+        return ""
+    tiers = ", ".join(
+        f"{kind.replace('_', ' with ')} {pages[kind]:,} as {format_size(size)}"
+        for kind, size in counts["bytes"].items()
+        if pages[kind]
+    )
+    dictionaries = ", ".join(
+        f"{entry['serial']} ({format_size(entry['bytes'])}) for {entry['pages']:,} pages"
+        for entry in counts["dictionaries"]
+    )
+    memory = counts["dictionary_bytes"] + counts["encoder_bytes"]
+    return (
+        f"{counts['pages_recompressed']:,} pages, {format_size(counts['saved_bytes'])} saved, "
+        f"in {_duration(counts['processor_seconds'])}; {counts['pages_not_smaller']:,} would not get smaller"
+        + (f"\nnow: {tiers}" if tiers else "")
+        + (f"\ndictionaries: {dictionaries}; {format_size(memory)} of memory" if dictionaries else "")
+    )
 
 
 def _backing(stats: dict[str, Any]) -> Iterator[tuple[str, Text]]:

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.daemon import CONTROLS, DEADLINE_SECONDS, HOST, Daemon, wait_until
 from tests.errnos import raises_errno
 from tests.pages import PAGE, noise
-from tests.writeback import COUNTS
+from tests.writeback import COUNTS, RECOMPRESSION
 
 SIZE = 64 << 20
 
@@ -168,7 +168,7 @@ SCHEMA = {
     "algorithm": str,
     "allocator": str,
     "zstd_level": int,
-    "pages": dict.fromkeys(("lz4", "zstd", "same_filled", "incompressible", "on_disk", "lost"), int),
+    "pages": dict.fromkeys(("lz4", "zstd", "zstd_dictionary", "same_filled", "incompressible", "on_disk", "lost"), int),
     "original_bytes": int,
     "compressed_bytes": int,
     "pool_bytes": int,
@@ -193,6 +193,10 @@ SCHEMA = {
     "store_latency": HISTOGRAM,
     "mover_waits": HISTOGRAM,
     "classes": list,
+    "recompression": {
+        key: dict.fromkeys(value, int) if isinstance(value, dict) else type(value)
+        for key, value in RECOMPRESSION.items()
+    },
     "writeback": {key: HISTOGRAM if key.endswith("_latency") else type(value) for key, value in COUNTS.items()},
 }
 CLASS = {
@@ -215,7 +219,8 @@ def test_stats_json(daemon: Daemon, swapfile: int) -> None:
     assert shape(stats, SCHEMA) == SCHEMA
     assert all(shape(entry, CLASS) == CLASS for entry in stats["classes"])
     assert (stats["pid"], stats["swap_size_bytes"], stats["page_size_bytes"]) == (daemon.pid, SIZE, PAGE)
-    assert stats["pages"] == {"lz4": 1, "zstd": 0, "same_filled": 1, "incompressible": 1, "on_disk": 0, "lost": 0}
+    pages = {"lz4": 1, "zstd": 0, "zstd_dictionary": 0, "same_filled": 1, "incompressible": 1, "on_disk": 0, "lost": 0}
+    assert stats["pages"] == pages
     assert stats["original_bytes"] == 3 * PAGE
     assert PAGE < stats["compressed_bytes"] < 2 * PAGE
     classes = stats["classes"]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.writeback import BOUNDS, writeback
+from tests.writeback import BOUNDS, RECOMPRESSION, writeback
 from zswapd import status, swapdev
 from zswapd.config import SEGMENT_BYTES
 from zswapd.errors import DaemonError
@@ -47,6 +47,7 @@ def stats(**changes: Any) -> dict[str, Any]:
         "load_latency": HISTOGRAM,
         "store_latency": {"bounds_seconds": BOUNDS, "counts": [0, 0, 0, 0], "sum_seconds": 0},
         "mover_waits": {"bounds_seconds": BOUNDS, "counts": [0, 0, 0, 0], "sum_seconds": 0},
+        "recompression": RECOMPRESSION,
         "writeback": writeback(),
         **changes,
     }
@@ -88,6 +89,27 @@ def test_the_state_is_shown() -> None:
     assert "100, p50 1.5 ms, p99 2.0 ms" in text
     assert "zstd level 5" in text
     assert "\x1b[1;31m" not in text
+
+
+def test_what_was_recompressed_is_shown() -> None:
+    assert "recompressed" not in shown(stats())
+    counts = {
+        **RECOMPRESSION,
+        "pages_recompressed": 1234,
+        "pages_not_smaller": 56,
+        "saved_bytes": 2 * MIB,
+        "processor_seconds": 0.5,
+        "bytes": {"lz4": 3 * MIB, "zstd": 2 * MIB, "zstd_dictionary": MIB, "incompressible": 0},
+        "dictionaries": [{"serial": 3, "bytes": 65536, "pages": 99}],
+        "dictionary_bytes": 65536,
+        "encoder_bytes": 3 * MIB - 65536,
+    }
+    pages = {"lz4": 10, "zstd": 20, "zstd_dictionary": 99, "incompressible": 0, "on_disk": 0, "lost": 0}
+    text = shown(stats(recompression=counts, pages=pages))
+    assert "1,234 pages, 2.0 MiB saved, in 500.0 ms; 56 would not get smaller" in text
+    assert "lz4 10 as 3.0 MiB, zstd 20 as 2.0 MiB, zstd with dictionary 99 as 1.0 MiB" in text
+    assert "3 (64.0 KiB) for 99 pages; 3.0 MiB of memory" in text
+    assert "(effective ratio 1.33)" in text
 
 
 def test_classes_are_shown_with_their_sum() -> None:

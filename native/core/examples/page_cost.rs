@@ -55,7 +55,7 @@ fn bare_store<'a>(page: &'a Page, with: Compression, scratch: &'a mut Scratch) -
 #[inline(never)]
 fn bare_load(codec: Codec, payload: &[u8], page: &mut Page, scratch: &mut Scratch) {
     black_box(xxh3_64_with_seed(payload, 1));
-    assert!(scratch.codecs.decompress(codec, payload, page));
+    assert!(scratch.codecs.decompress(codec, payload, page, None));
 }
 
 #[inline(never)]

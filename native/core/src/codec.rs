@@ -1,8 +1,11 @@
 //! The codecs: lz4 and zstd from their C libraries, working in memory that is made once per worker: neither allocates.
 
+pub mod dictionary;
+
 use crate::error::{Error, Result};
 use crate::object;
 use crate::page::{Page, PAGE_SIZE};
+use dictionary::{Decoder, Encoder};
 use lz4_sys::{c_char, c_int, LZ4_decompress_safe};
 use std::ffi::c_void;
 use std::ptr::NonNull;
@@ -32,6 +35,8 @@ pub enum Codec {
     Lz4 = 2,
     /// One zstd frame without magic number, content size, checksum or dictionary id.
     Zstd = 3,
+    /// One byte that names the version of a dictionary, then a frame as above that takes it.
+    ZstdDictionary = 4,
 }
 
 impl Codec {
@@ -40,11 +45,12 @@ impl Codec {
             Codec::Raw => "incompressible",
             Codec::Lz4 => "lz4",
             Codec::Zstd => "zstd",
+            Codec::ZstdDictionary => "zstd_dictionary",
         }
     }
 
     pub fn from_number(number: u16) -> Option<Codec> {
-        [Codec::Raw, Codec::Lz4, Codec::Zstd].into_iter().find(|&codec| codec as u16 == number)
+        [Codec::Raw, Codec::Lz4, Codec::Zstd, Codec::ZstdDictionary].into_iter().find(|&codec| codec as u16 == number)
     }
 }
 
@@ -204,21 +210,48 @@ impl Codecs {
             zstd_result(unsafe { zstd::ZSTD_CCtx_setParameter(compressor, parameter, level) })?;
             self.level = Some(level);
         }
-        // SAFETY: as above; source and destination are valid for the lengths given, and do not overlap.
+        self.compress_frame(page, 0)
+    }
+
+    /// Encodes a page with a dictionary: returns its payload, None if it does not get smaller.
+    pub fn compress_with(&mut self, page: &Page, encoder: &Encoder) -> Option<&[u8]> {
+        let compressor = self.compressor.as_ptr();
+        // SAFETY: the context is alive and borrowed exclusively, and forgets the dictionary before that may end.
+        let frame = unsafe {
+            zstd_result(zstd::ZSTD_CCtx_refCDict(compressor, encoder.as_ptr()))?;
+            let frame = self.compress_frame(page, 1);
+            zstd_result(zstd::ZSTD_CCtx_refCDict(compressor, std::ptr::null())).and(frame)
+        };
+        self.compressed[0] = encoder.version();
+        Some(&self.compressed[..1 + frame?])
+    }
+
+    /// Makes a frame, `at` bytes behind the start of the buffer, and returns its length.
+    fn compress_frame(&mut self, page: &Page, at: usize) -> Option<usize> {
+        let room = &mut self.compressed[at..MAX_COMPRESSED];
+        // SAFETY: the context is alive, and this scratch is borrowed exclusively; source and destination are valid for
+        // the lengths given, and do not overlap.
         zstd_result(unsafe {
             zstd::ZSTD_compress2(
-                compressor,
-                self.compressed.as_mut_ptr().cast(),
-                MAX_COMPRESSED,
+                self.compressor.as_ptr(),
+                room.as_mut_ptr().cast(),
+                room.len(),
                 page.as_ptr().cast(),
                 PAGE_SIZE,
             )
         })
     }
 
-    /// Decodes a payload into `page`. Returns false, with `page` undefined, if it is not the encoding of a page.
+    /// Decodes a payload into `page`. Returns false, with `page` undefined, if it is not the encoding of a page, or takes
+    /// another dictionary than this one.
     #[must_use]
-    pub fn decompress(&mut self, codec: Codec, payload: &[u8], page: &mut Page) -> bool {
+    pub fn decompress(
+        &mut self,
+        codec: Codec,
+        payload: &[u8],
+        page: &mut Page,
+        dictionary: Option<Decoder<'_>>,
+    ) -> bool {
         match codec {
             Codec::Raw => {
                 let whole = payload.len() == PAGE_SIZE;
@@ -250,6 +283,26 @@ impl Codecs {
                         PAGE_SIZE,
                         payload.as_ptr().cast(),
                         payload.len(),
+                    )
+                };
+                zstd_result(written) == Some(PAGE_SIZE)
+            }
+            Codec::ZstdDictionary => {
+                let (Some(dictionary), Some((version, frame))) = (dictionary, payload.split_first()) else {
+                    return false;
+                };
+                if *version != dictionary.version() {
+                    return false;
+                }
+                // SAFETY: as above; who has made the dictionary answers for it.
+                let written = unsafe {
+                    zstd::ZSTD_decompress_usingDDict(
+                        self.decompressor.as_ptr(),
+                        page.as_mut_ptr().cast(),
+                        PAGE_SIZE,
+                        frame.as_ptr().cast(),
+                        frame.len(),
+                        dictionary.as_ptr(),
                     )
                 };
                 zstd_result(written) == Some(PAGE_SIZE)
@@ -293,17 +346,17 @@ mod tests {
             let payload = payload.to_vec();
             prop_assert!(codec == Codec::Raw || payload.len() <= MAX_COMPRESSED);
             let mut back = Box::new([0xff; PAGE_SIZE]);
-            prop_assert!(scratch.decompress(codec, &payload, &mut back));
+            prop_assert!(scratch.decompress(codec, &payload, &mut back, None));
             prop_assert!(back == page);
         }
 
         #[test]
         fn any_bytes_are_refused_or_decoded_but_never_overrun(
-            number in 1u16..=3, payload in prop::collection::vec(any::<u8>(), 0..=PAGE_SIZE),
+            number in 1u16..=4, payload in prop::collection::vec(any::<u8>(), 0..=PAGE_SIZE),
         ) {
             let mut scratch = Codecs::new().expect("scratch");
             let codec = Codec::from_number(number).expect("exists");
-            let _ = scratch.decompress(codec, &payload, &mut [0; PAGE_SIZE]);
+            let _ = scratch.decompress(codec, &payload, &mut [0; PAGE_SIZE], None);
         }
     }
 

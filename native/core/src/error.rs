@@ -45,10 +45,13 @@ pub enum Error {
     Corrupt { slot: u32 },
     #[error("the range {offset}+{length} is outside the swap file of {size} bytes")]
     OutOfRange { offset: u64, length: u64, size: u64 },
-    /// Others are at work where a teardown needs to be alone: writing segments of evicted pages, cleaning segments, or
-    /// moving objects of the pool.
-    #[error("still at work: {writebacks} writing back, {cleanings} cleaning, {movers} moving objects of the pool")]
-    Busy { writebacks: u32, cleanings: u32, movers: u32 },
+    /// Others are at work where a teardown needs to be alone: writing segments of evicted pages, cleaning segments,
+    /// recompressing pages, or moving objects of the pool.
+    #[error(
+        "still at work: {writebacks} writing back, {cleanings} cleaning, {recompressions} recompressing, \
+         {movers} moving objects of the pool"
+    )]
+    Busy { writebacks: u32, cleanings: u32, recompressions: u32, movers: u32 },
     #[error("{0}")]
     Invalid(String),
     /// The system refused memory or a system call at start.

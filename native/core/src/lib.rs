@@ -6,13 +6,15 @@
 //! Dependencies point one way:
 //!
 //! ```text
-//! engine → store → {slots, lru, scratch → codec, pool, backing, object}
+//! engine → store → {slots, lru, ages, dictionaries, scratch → codec, pool, backing, object}
 //!        → {state, touched, page, metrics, locks, gate} → {session, sync, crash}
 //! ```
 
+pub mod ages;
 pub mod backing;
 pub mod codec;
 pub mod crash;
+pub mod dictionaries;
 pub mod engine;
 pub mod error;
 pub mod gate;

@@ -4,6 +4,7 @@
 //!
 //! | rank | lock | protects |
 //! | --- | --- | --- |
+//! | `Recompression` | one for the store | which dictionaries there are, while pages are recompressed |
 //! | `Slot` | a stripe of the slot table | the slot word, and the life of the object that it names |
 //! | `Zspage` | a zspage, shared (`pool/lock.rs`) | where the objects are whose bytes are read or written |
 //! | `Class` | one size class, or all of z3fold | its lists and the descriptors of their zspages |
@@ -27,6 +28,7 @@ use std::sync::TryLockError;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Rank {
+    Recompression,
     Slot,
     Zspage,
     Class,

@@ -122,6 +122,19 @@ impl Lru {
         rings.push(self.ring_of(flags), index);
     }
 
+    /// The page of a slot on the list is not incompressible any more. It stays as old as it is; on another ring it is the
+    /// oldest. To be called with the slot locked.
+    pub fn compressed(&self, index: u32) {
+        let mut rings = self.rings.lock();
+        let note = self.notes[index as usize].0.fetch_and(!RAW, Relaxed);
+        let [before, after] = [note, note & !RAW].map(|note| self.ring_of(note));
+        if note & LISTED != 0 && before != after {
+            rings.take(before, index);
+            rings.push(after, index);
+            rings.rings[after].oldest = index;
+        }
+    }
+
     /// Takes a slot off the list, if it is on it.
     pub fn remove(&self, index: u32) {
         self.unlink(&mut self.rings.lock(), index);

@@ -3,6 +3,8 @@
 //! The block can lie in a file that another process maps read-only: it is recorded on the page path and read at any
 //! time, and neither waits for the other.
 
+use crate::codec::Codec;
+use crate::dictionaries::PLACES;
 use crate::error::{Error, Result};
 use crate::memory::{length_of, memory_file, Backing, Zeroable, ZeroedTable};
 use std::ops::Deref;
@@ -116,6 +118,15 @@ pub struct ClassMetrics {
     pub groups: [Counter; FULLNESS_GROUPS],
 }
 
+/// A dictionary.
+#[derive(Default)]
+#[repr(C)]
+pub struct DictionaryMetrics {
+    pub serial: Counter,
+    pub bytes: Counter,
+    pub pages: Counter,
+}
+
 /// What is counted. Pages and bytes are as of now, events since the start.
 #[repr(C)]
 pub struct Metrics {
@@ -130,6 +141,8 @@ pub struct Metrics {
 
     pub pages_lz4: Counter,
     pub pages_zstd: Counter,
+    /// Those that take a dictionary to be read.
+    pub pages_zstd_dictionary: Counter,
     pub pages_same_filled: Counter,
     pub pages_incompressible: Counter,
     pub pages_lost: Counter,
@@ -137,8 +150,11 @@ pub struct Metrics {
     pub pages_on_disk: Counter,
     /// Pages of the pool that nobody has read or written since they were last marked idle.
     pub idle_pages: Counter,
-    /// Bytes of all objects of the pool without their headers.
+    /// Bytes of all objects of the pool without their headers; and by codec, but for incompressible ones.
     pub compressed_bytes: Counter,
+    pub bytes_lz4: Counter,
+    pub bytes_zstd: Counter,
+    pub bytes_zstd_dictionary: Counter,
     /// Bytes of the pages that objects lie on, now and at most, and their limit.
     pub pool_bytes: Counter,
     pub pool_peak_bytes: Counter,
@@ -150,6 +166,14 @@ pub struct Metrics {
     /// Bytes of slot words, locks and descriptors, and of the arena's own bookkeeping.
     pub metadata_bytes: Counter,
     pub arena_metadata_bytes: Counter,
+
+    /// Of each place for a dictionary: its serial number (0: none), its bytes, and pages that need it, in the pool or on the
+    /// disk. Then the memory that all take, and what is at hand to compress with the newest.
+    pub dictionaries: [DictionaryMetrics; PLACES],
+    pub dictionary_bytes: Counter,
+    pub encoder_bytes: Counter,
+    /// Who recompresses pages.
+    pub recompressions_in_flight: Counter,
 
     /// 0: there is no backing disk, 1: it serves, 2: it has failed, and nothing more is written to it.
     pub backing_state: Counter,
@@ -184,6 +208,12 @@ pub struct Metrics {
     pub errors_corrupt: Counter,
     /// Pages of zspages that compaction has freed.
     pub pages_compacted: Counter,
+    /// Pages that were recompressed, and the bytes of the pool that this has saved; those that would not have got smaller;
+    /// and the processor time that it took, in nanoseconds.
+    pub pages_recompressed: Counter,
+    pub recompression_saved_bytes: Counter,
+    pub pages_not_smaller: Counter,
+    pub recompression_ns: Counter,
     /// Pages moved to the disk, and back to the pool when they were read.
     pub pages_written_back: Counter,
     pub pages_promoted: Counter,
@@ -215,14 +245,25 @@ pub struct Metrics {
 }
 
 /// Changes with every change of [`Metrics`], so that nobody reads one layout as another.
-pub const LAYOUT: u64 = 9;
+pub const LAYOUT: u64 = 10;
 
 impl Metrics {
+    /// Pages and bytes of the pool by codec: those of incompressible pages are known.
+    pub fn of_codec(&self, codec: Codec) -> (&Counter, Option<&Counter>) {
+        match codec {
+            Codec::Raw => (&self.pages_incompressible, None),
+            Codec::Lz4 => (&self.pages_lz4, Some(&self.bytes_lz4)),
+            Codec::Zstd => (&self.pages_zstd, Some(&self.bytes_zstd)),
+            Codec::ZstdDictionary => (&self.pages_zstd_dictionary, Some(&self.bytes_zstd_dictionary)),
+        }
+    }
+
     /// Sets to zero what is as of now. The peak of the pool stays, and settings are set by who has them.
     fn reset_gauges(&self) {
         let pages = [
             &self.pages_lz4,
             &self.pages_zstd,
+            &self.pages_zstd_dictionary,
             &self.pages_same_filled,
             &self.pages_incompressible,
             &self.pages_lost,
@@ -231,6 +272,11 @@ impl Metrics {
         ];
         let bytes = [
             &self.compressed_bytes,
+            &self.bytes_lz4,
+            &self.bytes_zstd,
+            &self.bytes_zstd_dictionary,
+            &self.dictionary_bytes,
+            &self.encoder_bytes,
             &self.pool_bytes,
             &self.backed_bytes,
             &self.backing_state,
@@ -239,8 +285,13 @@ impl Metrics {
             &self.disk_live_bytes,
             &self.ballast_bytes,
         ];
-        let at_work =
-            [&self.page_operations, &self.movers_awaited, &self.writebacks_in_flight, &self.cleanings_in_flight];
+        let at_work = [
+            &self.page_operations,
+            &self.movers_awaited,
+            &self.writebacks_in_flight,
+            &self.cleanings_in_flight,
+            &self.recompressions_in_flight,
+        ];
         pages.iter().chain(&bytes).chain(&at_work).for_each(|gauge| gauge.set(0));
         for class in &self.classes {
             [&class.zspages, &class.objects].into_iter().chain(&class.groups).for_each(|gauge| gauge.set(0));

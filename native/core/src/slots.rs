@@ -3,7 +3,8 @@
 //! ```text
 //! bits 63..60  check: makes the exclusive or of the word's sixteen groups of 4 bits zero
 //! bits 59..57  state: EMPTY, LOST, SAME_FILLED, POOL, WRITEBACK, DISK
-//! bits 56..45  generation: grows by one with every change, so that an old word can be told from a new one
+//! bits 56..54  dictionary: 0, or one more than the place of the one that POOL, WRITEBACK, DISK are compressed with
+//! bits 53..45  generation: grows by one with every change, so that an old word can be told from a new one
 //! bits 44..0   SAME_FILLED: the 32-bit word that the page repeats; POOL, WRITEBACK: the location of the object in the
 //!              arena; DISK: that of the record on the backing disk
 //! ```
@@ -13,16 +14,20 @@
 //! A change publishes the new word first and frees the old object afterwards: whoever reads the word finds either
 //! the old page whole or the new one.
 //!
-//! WRITEBACK is POOL, while a shrinker writes a copy of the object to the disk: it is read where it lies, and is not
-//! moved. Whoever takes the word away leaves the object to that shrinker, who frees it when it comes back and no longer
-//! finds its word. So the location is not used again before, and the word cannot come back meanwhile: that nobody is
-//! deceived does not depend on the generation, which begins anew after 4096 changes.
+//! WRITEBACK is POOL, while a shrinker writes a copy of the object to the disk, or the recompressor makes a smaller one of
+//! it: it is read where it lies, and is not moved. Whoever takes the word away leaves the object to that one, who frees
+//! it when it comes back and no longer finds its word. So the location is not used again before, and the word cannot come
+//! back meanwhile: that nobody is deceived does not depend on the generation, which begins anew after 512 changes.
+//!
+//! That the word says which dictionary it takes to read the page, on the disk too, is how it is known when a dictionary is
+//! needed no more ([`crate::dictionaries`]).
 //!
 //! What a slot holds changes under its lock. Where it lies may also change without: [`SlotTable::relocate`], by who
 //! has moved the object. Both exchange the word they have seen for a new one, so that one of them wins.
 
 use crate::backing::DiskLocation;
 use crate::crash::crash_point;
+use crate::dictionaries::Place;
 use crate::error::Result;
 use crate::locks::{Guard, Rank, Ranked};
 use crate::pool::Location;
@@ -35,8 +40,9 @@ use std::sync::Arc;
 
 const CHECK_SHIFT: u32 = 60;
 const STATE_SHIFT: u32 = 57;
+const DICTIONARY_SHIFT: u32 = 54;
 const GENERATION_SHIFT: u32 = 45;
-const GENERATION_MASK: u16 = (1 << (STATE_SHIFT - GENERATION_SHIFT)) - 1;
+const GENERATION_MASK: u16 = (1 << (DICTIONARY_SHIFT - GENERATION_SHIFT)) - 1;
 const VALUE_MASK: u64 = (1 << GENERATION_SHIFT) - 1;
 
 /// What a slot holds.
@@ -50,7 +56,7 @@ pub enum Entry {
     SameFilled(u32),
     /// The page is the object at this location.
     Pool(Location),
-    /// As `Pool`; a shrinker writes a copy, and frees the object.
+    /// As `Pool`; a shrinker writes a copy, or the recompressor makes a smaller one, and frees the object.
     Writeback(Location),
     /// The page is the record at this location of the backing disk.
     Disk(DiskLocation),
@@ -73,7 +79,7 @@ impl Entry {
 pub struct Word(u64);
 
 impl Word {
-    fn new(entry: Entry, generation: u16) -> Word {
+    fn new(entry: Entry, dictionary: Option<Place>, generation: u16) -> Word {
         let (state, value) = match entry {
             Entry::Empty => (0, 0),
             Entry::Lost | Entry::Damaged => (1, 0),
@@ -83,14 +89,15 @@ impl Word {
             Entry::Disk(location) => (5, location.to_bits()),
         };
         debug_assert!(value <= VALUE_MASK);
-        let word = state << STATE_SHIFT | u64::from(generation & GENERATION_MASK) << GENERATION_SHIFT | value;
+        let generation = u64::from(generation & GENERATION_MASK) << GENERATION_SHIFT;
+        let word = state << STATE_SHIFT | Place::to_bits(dictionary) << DICTIONARY_SHIFT | generation | value;
         Word(word | fold(word) << CHECK_SHIFT)
     }
 
     pub fn entry(self) -> Entry {
         let value = self.0 & VALUE_MASK;
         match self.0 >> STATE_SHIFT & 7 {
-            _ if fold(self.0) != 0 => Entry::Damaged,
+            _ if fold(self.0) != 0 || Place::from_bits(self.0 >> DICTIONARY_SHIFT & 7).is_err() => Entry::Damaged,
             0 => Entry::Empty,
             1 => Entry::Lost,
             2 => Entry::SameFilled(value as u32),
@@ -99,6 +106,11 @@ impl Word {
             5 => Entry::Disk(DiskLocation::from_bits(value)),
             _ => Entry::Damaged,
         }
+    }
+
+    /// What it takes to decompress the page. It means nothing in a damaged word.
+    pub fn dictionary(self) -> Option<Place> {
+        Place::from_bits(self.0 >> DICTIONARY_SHIFT & 7).ok().flatten()
     }
 
     pub fn generation(self) -> u16 {
@@ -198,7 +210,7 @@ impl SlotTable {
     pub fn relocate(&self, index: u32, from: Location, to: Location) -> bool {
         let Some(word) = self.state.words().get(index as usize) else { return false };
         let old = Word(word.load(Acquire));
-        let new = Word::new(Entry::Pool(to), old.generation_after(1));
+        let new = Word::new(Entry::Pool(to), old.dictionary(), old.generation_after(1));
         crash_point("move: before the word");
         let moved = old.entry() == Entry::Pool(from) && word.compare_exchange(old.0, new.0, AcqRel, Acquire).is_ok();
         crash_point("move: after the word");
@@ -225,27 +237,29 @@ impl Slot<'_> {
         Word(self.table.state.words()[self.index as usize].load(Acquire))
     }
 
-    /// Makes `entry` what the slot holds, in a new generation, and returns what it held.
+    /// Makes `entry`, which takes this dictionary to be read, what the slot holds, in a new generation, and returns the
+    /// word that was there.
     ///
     /// Release order: the object's bytes are written before its location can be seen.
-    pub fn publish(&mut self, entry: Entry) -> Entry {
+    pub fn publish(&mut self, entry: Entry, dictionary: Option<Place>) -> Word {
         self.table.touched.mark(self.index);
         crash_point("before the word");
         loop {
             let old = self.word();
-            let new = Word::new(entry, old.generation_after(1));
+            let new = Word::new(entry, dictionary, old.generation_after(1));
             let word = &self.table.state.words()[self.index as usize];
             // It fails if the old object has just been moved: then it is the copy that is to be freed.
             if word.compare_exchange(old.0, new.0, AcqRel, Acquire).is_ok() {
                 crash_point("after the word");
-                return old.entry();
+                return old;
             }
         }
     }
 
-    /// Makes `entry` what the slot holds, in the next generation, if its word is still `old`. Returns whether it was.
+    /// Makes `entry` what the slot holds, in the next generation, if its word is still `old`. Returns whether it was. The
+    /// dictionary stays: it is the same page in another place.
     pub fn publish_over(&mut self, old: Word, entry: Entry) -> bool {
-        let new = Word::new(entry, old.generation_after(1));
+        let new = Word::new(entry, old.dictionary(), old.generation_after(1));
         let word = &self.table.state.words()[self.index as usize];
         crash_point("writeback: before the word");
         let published = word.compare_exchange(old.0, new.0, AcqRel, Acquire).is_ok();
@@ -270,16 +284,24 @@ mod tests {
         ]
     }
 
+    fn dictionaries() -> impl Strategy<Value = Option<Place>> {
+        (0..=4u64).prop_map(|bits| Place::from_bits(bits).expect("a place"))
+    }
+
     proptest! {
         #[test]
-        fn a_word_gives_back_what_it_was_made_of(entry in entries(), generation in 0..=GENERATION_MASK) {
-            let word = Word::new(entry, generation);
-            prop_assert_eq!((word.entry(), word.generation()), (entry, generation));
+        fn a_word_gives_back_what_it_was_made_of(
+            entry in entries(), dictionary in dictionaries(), generation in 0..=GENERATION_MASK,
+        ) {
+            let word = Word::new(entry, dictionary, generation);
+            prop_assert_eq!((word.entry(), word.dictionary(), word.generation()), (entry, dictionary, generation));
         }
 
         #[test]
-        fn a_flipped_bit_is_damage(entry in entries(), generation in 0..=GENERATION_MASK, bit in 0..64) {
-            let word = Word(Word::new(entry, generation).0 ^ 1u64 << bit);
+        fn a_flipped_bit_is_damage(
+            entry in entries(), dictionary in dictionaries(), generation in 0..=GENERATION_MASK, bit in 0..64,
+        ) {
+            let word = Word(Word::new(entry, dictionary, generation).0 ^ 1u64 << bit);
             prop_assert_eq!(word.entry(), Entry::Damaged);
         }
 
@@ -287,9 +309,9 @@ mod tests {
         fn every_change_is_a_new_generation(before in entries(), after in entries()) {
             let table = SlotTable::new(Arc::new(State::create(1, 512, 0, None).expect("state"))).expect("table");
             let mut slot = table.lock(0);
-            slot.publish(before);
+            slot.publish(before, None);
             let old = slot.word();
-            prop_assert_eq!(slot.publish(after), before);
+            prop_assert_eq!(slot.publish(after, None).entry(), before);
             prop_assert_ne!(slot.word(), old);
             prop_assert_eq!(slot.word().generation(), old.generation_after(1));
         }
@@ -298,7 +320,7 @@ mod tests {
         fn a_word_is_published_over_the_one_that_was_seen_and_no_other(entries in prop::array::uniform3(entries())) {
             let table = SlotTable::new(Arc::new(State::create(1, 512, 0, None).expect("state"))).expect("table");
             let mut slot = table.lock(0);
-            slot.publish(entries[0]);
+            slot.publish(entries[0], None);
             let old = slot.word();
             prop_assert!(slot.publish_over(old, entries[1]));
             let new = slot.word();
@@ -314,7 +336,7 @@ mod tests {
         let table = SlotTable::new(Arc::new(State::create(slots, 512, 0, None).expect("state"))).expect("table");
         table.populate().expect("memory");
         assert_eq!(table.touched(0..slots).count(), 0);
-        table.lock(700_000).publish(Entry::Lost);
+        table.lock(700_000).publish(Entry::Lost, None);
         let found: Vec<u32> = table.touched(0..slots).collect();
         assert!(found.contains(&700_000) && found.len() <= 512, "{} slots", found.len());
         assert_eq!(table.touched(700_000..700_001).collect::<Vec<_>>(), [700_000]);
@@ -323,7 +345,8 @@ mod tests {
     #[test]
     fn fresh_memory_is_empty_and_a_state_that_does_not_exist_is_damage() {
         assert_eq!(Word(0).entry(), Entry::Empty);
-        let unknown = 7 << STATE_SHIFT;
-        assert_eq!(Word(unknown | fold(unknown) << CHECK_SHIFT).entry(), Entry::Damaged);
+        for unknown in [7 << STATE_SHIFT, 3 << STATE_SHIFT | 5 << DICTIONARY_SHIFT] {
+            assert_eq!(Word(unknown | fold(unknown) << CHECK_SHIFT).entry(), Entry::Damaged);
+        }
     }
 }

@@ -1,10 +1,12 @@
 //! The state file: what must outlive the process, addressed by index and never by pointer.
 //!
 //! ```text
-//! page 0      header: magic, version, sizes, checksum; key and next nonce of the backing disk; settings; the session
+//! page 0      header: magic, version, sizes, checksum; key and next nonce of the backing disk; settings; the session; which
+//!             dictionaries there are
 //! then        slot words, 8 bytes per page of the swap file
 //! then        the page map, 2 bytes per page of the arena (`pool/page_map.rs`)
-//! then        tables that are made anew by whoever opens the state
+//! then        tables that are made anew by whoever opens the state; of them, the ages of pages are kept
+//! then        dictionaries (`dictionaries.rs`)
 //! at 2 MiB·n  the arena: objects, each with its own header
 //! ```
 //!
@@ -16,6 +18,7 @@
 
 mod shape;
 
+use crate::dictionaries::{Header, PLACES};
 use crate::error::{Error, Result};
 use crate::memory::{length_of, memory_file, punch, set_length, status_of, Backing, Mapping, Zeroable, ZeroedTable};
 use crate::page::PAGE_SIZE;
@@ -24,6 +27,7 @@ use crate::sync::AtomicU64;
 use shape::{Shape, HEADER_BYTES};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::ptr::NonNull;
 use std::sync::atomic::AtomicU16;
 
 /// The arena ends at 1 TiB: a location in a slot word counts 8 bytes, and has 45 bits.
@@ -33,9 +37,11 @@ pub const MAX_ARENA_PAGES: u64 = 1 << 28;
 const CIPHER_AT: usize = 64;
 const SETTINGS_AT: usize = 256;
 const SESSION_AT: usize = 512;
+const DICTIONARIES_AT: usize = 1024;
 const _: () = assert!(HEADER_BYTES <= CIPHER_AT && CIPHER_AT + size_of::<CipherState>() <= SETTINGS_AT);
 const _: () = assert!(SETTINGS_AT + size_of::<Settings>() <= SESSION_AT);
-const _: () = assert!(SESSION_AT + size_of::<Session>() <= PAGE_SIZE);
+const _: () = assert!(SESSION_AT + size_of::<Session>() <= DICTIONARIES_AT);
+const _: () = assert!(DICTIONARIES_AT + size_of::<[Header; PLACES]>() <= PAGE_SIZE);
 
 /// What the cipher of the backing disk must not forget as long as the state lives.
 #[derive(Default)]
@@ -65,6 +71,8 @@ pub enum Table {
     /// The list of cold pages: 4 bytes for each slot, and 8 bytes, which mean nothing until they are written.
     Notes,
     Links,
+    /// A byte for each slot (`ages.rs`). Whatever stands there is valid, and a successor goes on with it.
+    Ages,
 }
 
 impl State {
@@ -156,6 +164,28 @@ impl State {
         }
     }
 
+    pub fn dictionary_headers(&self) -> &[Header; PLACES] {
+        // SAFETY: as of the others of page 0.
+        unsafe { &*self.mapping.start().as_ptr().add(DICTIONARIES_AT).cast() }
+    }
+
+    /// Where a dictionary lies: so many bytes ([`crate::dictionaries::PLACE_BYTES`]), page-aligned, as long as the state.
+    pub fn dictionary(&self, place: usize) -> NonNull<u8> {
+        // SAFETY: inside the mapping.
+        unsafe { self.mapping.start().add(self.shape.dictionary(place).start) }
+    }
+
+    /// Takes memory for a part of a dictionary's place, as [`State::populate`] does for arena pages.
+    pub fn populate_dictionary(&self, place: usize, part: Range<usize>) -> Result<()> {
+        let start = self.shape.dictionary(place).start;
+        self.mapping.populate(start + part.start..start + part.end)
+    }
+
+    /// Gives the memory of a dictionary back to the system, if that can be done.
+    pub fn forget_dictionary(&self, place: usize) {
+        let _kept_for_the_next_one = punch(self.file.as_fd(), self.shape.dictionary(place));
+    }
+
     /// Bytes of memory that the file takes now: header, touched slot words and resident arena pages.
     pub fn resident_bytes(&self) -> u64 {
         status_of(self.file.as_fd()).map_or(0, |status| status.st_blocks as u64 * 512)
@@ -207,7 +237,7 @@ impl State {
     pub fn table<T: Zeroable>(&self, table: Table) -> Result<ZeroedTable<T>> {
         let (area, elements) = self.shape.area(table);
         assert!(elements * size_of::<T>() <= area.len(), "{table:?} with elements that are too long");
-        if self.found && table != Table::Links {
+        if self.found && !matches!(table, Table::Links | Table::Ages) {
             self.clear(area.clone())?;
         }
         ZeroedTable::over(elements, Backing::Part(self.file.as_fd(), area.start as u64))

@@ -90,13 +90,22 @@ pub fn send_with_descriptor(socket: &OwnedFd, bytes: &[u8], descriptor: Option<B
 
 /// Waits for a message: its length (0 at the end), and the descriptor that came with it. What does not fit is cut off.
 pub fn receive_with_descriptor(socket: &OwnedFd, room: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+    receive(socket, room, 0)
+}
+
+/// As [`receive_with_descriptor`], of a message that is there: else EAGAIN. The length is that of the whole message.
+pub fn try_receive_with_descriptor(socket: &OwnedFd, room: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+    receive(socket, room, libc::MSG_DONTWAIT | libc::MSG_TRUNC)
+}
+
+fn receive(socket: &OwnedFd, room: &mut [u8], flags: libc::c_int) -> io::Result<(usize, Option<OwnedFd>)> {
     let mut part = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len() };
     let mut control: Control = [0; 8];
     let mut message = header(&mut part, &mut control);
     message.msg_controllen = size_of::<Control>() as _;
     let length = loop {
         // SAFETY: all that `message` points to lives until the call returns.
-        let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC) };
+        let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC | flags) };
         match usize::try_from(received) {
             Ok(length) => break length,
             Err(_) => match io::Error::last_os_error() {

@@ -13,6 +13,15 @@
 //! | `upgrade` | `ok` when a pager of the program's new version has all set to take over, which it then does; EINVAL with the reason if there is none, and all goes on |
 //! | `stop` | as `drain`, with every page dropped; then the pager unmounts and ends |
 //!
+//! Of pages that nobody uses (`recompressor.rs`), one of these at a time, in the order in which they come:
+//!
+//! | command | reply |
+//! | --- | --- |
+//! | `tick` | `ok`: all pages are a tick older, but those that are used; they can be told up to 63 |
+//! | `recompress TIER CODEC LEVEL AGE PAGES MICROSECONDS` | `ok looked=N recompressed=N not_smaller=N saved=N microseconds=N end=...`: pages of the pool that are at least AGE ticks old were recompressed, with `lz4`, `zstd` or `dictionary`, until so many were tried, or so much processor time used. Those that were tried for this tier (1 to 3) or a higher one are left alone. The next call goes on where this one has ended; `done`: at the last page |
+//! | `dictionary`, with the descriptor of a file | `ok serial=N`: its contents are the newest dictionary; EBUSY: pages need all four that there are |
+//! | `sample-pool AGE PAGES` | `ok pages=N`, with the descriptor of a memory file that has the contents of so many such pages, or all |
+//!
 //! With a backing disk; without one these fail with ENODEV:
 //!
 //! | command | reply |
@@ -39,6 +48,7 @@
 //! No connection waits for another one: whoever says nothing is not waited for, and what takes long is done in steps.
 
 use crate::keeper::hand_over;
+use crate::recompressor::Order as Recompression;
 use crate::shrinker::{End, Swept};
 use crate::socket::{Connection, Listener};
 use crate::Shared;
@@ -51,13 +61,14 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::str::FromStr;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
+use zswapd_core::ages::{MAX_AGE, MAX_TIER};
 use zswapd_core::backing::Backing;
 use zswapd_core::codec::{Algorithm, Compression, ZSTD_LEVELS};
 use zswapd_core::error::Error;
 use zswapd_core::page::PAGE_SIZE;
 use zswapd_core::session::MAX_INIT;
 use zswapd_core::state::MAX_ARENA_PAGES;
-use zswapd_core::store::{Detached, InFlight, Leaked, What};
+use zswapd_core::store::{Detached, InFlight, Leaked, Order, Outcome, Recompressed, Tier, What};
 use zswapd_fuse::init::has_resend;
 
 /// Connections that have not said anything yet. The oldest one makes room for the next.
@@ -75,6 +86,8 @@ const MAX_LIMIT_BYTES: u64 = MAX_ARENA_PAGES * PAGE_SIZE as u64;
 const SHOWN: usize = 10;
 /// Pages that `sample` reads at most: seconds of a disk that turns.
 const MAX_SAMPLE: u64 = 4096;
+/// Pages that `sample-pool` shows at most: 32 MiB.
+const MAX_COLD: u64 = 8192;
 /// Between two looks at what others do.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -82,6 +95,7 @@ const LOOK: Duration = Duration::from_millis(10);
 enum Reply {
     Text(String),
     Descriptor(OwnedFd),
+    TextAndDescriptor(String, OwnedFd),
     Later(Job),
     /// As `Later`, but others do the work: it is only looked at, and keeps no other command waiting.
     Meanwhile(Job),
@@ -119,7 +133,10 @@ pub fn serve(listener: &Listener, shared: &Shared) {
         for at in (0..speaking.len()).rev().filter(|&at| speaking[at]) {
             let Some(connection) = silent.remove(at) else { continue };
             let Some(command) = connection.receive() else { continue };
-            match command.and_then(|command| execute(&command.split_whitespace().collect::<Vec<_>>(), shared)) {
+            let result = command.and_then(|(command, descriptor)| {
+                execute(&command.split_whitespace().collect::<Vec<_>>(), descriptor, shared)
+            });
+            match result {
                 Ok(Reply::Later(job)) => jobs.push_back((connection, job)),
                 Ok(Reply::Meanwhile(job)) => meanwhile.push((connection, job)),
                 result if answer(&connection, &result) => return,
@@ -162,6 +179,7 @@ fn answer(connection: &Connection, result: &Result<Reply, Error>) -> bool {
     match result {
         Ok(Reply::Text(text) | Reply::Stop(text)) => connection.send(&format!("ok {text}"), None),
         Ok(Reply::Descriptor(descriptor)) => connection.send("ok", Some(descriptor)),
+        Ok(Reply::TextAndDescriptor(text, descriptor)) => connection.send(&format!("ok {text}"), Some(descriptor)),
         Ok(Reply::Later(_) | Reply::Meanwhile(_)) => {}
         Ok(Reply::HandOver) => {
             connection.send("ok", None);
@@ -172,7 +190,7 @@ fn answer(connection: &Connection, result: &Result<Reply, Error>) -> bool {
     matches!(result, Ok(Reply::Stop(_)))
 }
 
-fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
+fn execute(words: &[&str], descriptor: Option<OwnedFd>, shared: &Shared) -> Result<Reply, Error> {
     let done = || Ok(Reply::Text(String::new()));
     let system = |what| move |source| Error::System { what, source };
     match words {
@@ -209,6 +227,27 @@ fn execute(words: &[&str], shared: &Shared) -> Result<Reply, Error> {
             let level = number(level, "zstd level", ZSTD_LEVELS)?;
             shared.engine.set_compression(Compression::new(algorithm, level)?);
             done()
+        }
+        ["tick"] => Ok(ordered(shared.recompressor.order(Recompression::Tick), |()| Reply::Text(String::new()))),
+        ["recompress", tier, codec, level, age, pages, time] => {
+            let order = recompression([tier, codec, level, age, pages, time])?;
+            Ok(ordered(shared.recompressor.order(|answer| Recompression::Recompress(order, answer)), |done| {
+                Reply::Text(recompressed(&done))
+            }))
+        }
+        ["dictionary"] => {
+            let none = || Error::Invalid("the descriptor of a file has to come with the command".into());
+            let file = descriptor.ok_or_else(none)?;
+            Ok(ordered(shared.recompressor.order(|answer| Recompression::Install(file, answer)), |serial| {
+                Reply::Text(format!("serial={serial}"))
+            }))
+        }
+        ["sample-pool", age, pages] => {
+            let (age, pages) = (number(age, "age in ticks", 0..=MAX_AGE)?, number(pages, "number of pages", 1..=MAX_COLD)?);
+            let order = |answer| Recompression::Sample { age, pages, answer };
+            Ok(ordered(shared.recompressor.order(order), |(pages, file)| {
+                Reply::TextAndDescriptor(format!("pages={pages}"), file)
+            }))
         }
         ["idle", age] => {
             let age = if *age == "all" { 0 } else { number(age, "age in seconds", 0..=u64::from(u32::MAX))? };
@@ -341,12 +380,15 @@ fn stopping() -> impl FnMut(&Shared) -> Result<bool, Error> {
                 say(format!("stopping: waiting for {} page operations", shared.gate().under_way()));
                 return Ok(false);
             }
-            let InFlight { writebacks, cleanings, .. } = store.stop_writeback(PATIENCE);
-            if writebacks + cleanings > 0 {
-                say(format!("stopping: waiting for {writebacks} writebacks and {cleanings} cleanings"));
+            let InFlight { writebacks, cleanings, recompressions, .. } = store.stop_writeback(PATIENCE);
+            if writebacks + cleanings + recompressions > 0 {
+                say(format!(
+                    "stopping: waiting for {writebacks} writebacks, {cleanings} cleanings and {recompressions} \
+                     recompressions"
+                ));
                 return Ok(false);
             }
-            say("stopping: no page operation, writeback or cleaning is under way".into());
+            say("stopping: no page operation, writeback, cleaning or recompression is under way".into());
             emptied = empty(shared)?;
             return Ok(false);
         }
@@ -391,11 +433,45 @@ fn sweep(shared: &Shared, what: What) -> Result<Reply, Error> {
 
 /// What the sweeper says when it has done something.
 fn received<T: 'static>(from: Receiver<Result<T, Error>>, text: impl Fn(T) -> String + 'static) -> Reply {
+    ordered(from, move |done| Reply::Text(text(done)))
+}
+
+/// What a thread says when it has done what it was told.
+fn ordered<T: 'static>(from: Receiver<Result<T, Error>>, reply: impl Fn(T) -> Reply + 'static) -> Reply {
     Reply::Meanwhile(Box::new(move |_| match from.try_recv() {
-        Ok(result) => result.map(|done| Some(Reply::Text(text(done)))),
+        Ok(result) => result.map(|done| Some(reply(done))),
         Err(TryRecvError::Empty) => Ok(None),
         Err(TryRecvError::Disconnected) => Err(Error::NoWriteback),
     }))
+}
+
+fn recompression([tier, codec, level, age, pages, time]: [&str; 6]) -> Result<Order, Error> {
+    let dictionary = codec == "dictionary";
+    let algorithm = if dictionary { Algorithm::Zstd } else { codec.parse()? };
+    let with = Compression::new(algorithm, number(level, "zstd level", ZSTD_LEVELS)?)?;
+    Ok(Order {
+        tier: Tier { number: number(tier, "tier", 1..=MAX_TIER)?, with, dictionary },
+        age: number(age, "age in ticks", 0..=MAX_AGE)?,
+        pages: number(pages, "number of pages", 0..=u64::MAX)?,
+        processor_time: Duration::from_micros(number(time, "number of microseconds", 0..=u64::from(u32::MAX))?),
+    })
+}
+
+fn recompressed(done: &Recompressed) -> String {
+    let end = match done.outcome {
+        Outcome::Done => "done",
+        Outcome::Budget => "budget",
+        Outcome::Full => "full",
+        Outcome::Stopped => "stopped",
+    };
+    format!(
+        "looked={} recompressed={} not_smaller={} saved={} microseconds={} end={end}",
+        done.looked_at,
+        done.recompressed,
+        done.not_smaller,
+        done.saved_bytes,
+        done.processor_time.as_micros(),
+    )
 }
 
 /// What is in the pool, and who still writes to the backing disk.

@@ -11,6 +11,7 @@
 //! | ballast | gives memory back when the machine's reclaim is stuck | yes, to take it anew |
 //! | compactor | moves objects together when the pool is fragmented; says what workers have to say | in the log |
 //! | shrinkers, sweeper | write pages to the backing disk: when the pool is full, and when somebody asks | in the block layer |
+//! | recompressor | makes pages smaller that nobody uses; dictionaries | for a dictionary, a sample |
 //! | cleaner | moves what lives in sparse segments of the disk together | in the block layer |
 //! | keeper | listens to the keeper | yes |
 //! | main | answers commands on the control socket | yes |
@@ -28,6 +29,7 @@ mod inbox;
 mod keeper;
 mod no_alloc;
 mod process;
+mod recompressor;
 mod refill;
 mod relay;
 mod shrinker;
@@ -82,6 +84,7 @@ pub struct Shared {
     pub trouble: trouble::Trouble,
     pub disk_trouble: trouble::Trouble,
     pub sweeper: shrinker::Sweeper,
+    pub recompressor: recompressor::Recompressor,
     /// Ends the pager when the file system is gone.
     pub closer: socket::Closer,
     /// Of the mount.
@@ -137,7 +140,9 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
     }
     let watermark = Watermark::read().map_err(|error| failed("/proc/zoneinfo")(&error))?;
     let (sweeper, orders) = shrinker::Sweeper::new();
+    let (recompressor, recompressions) = recompressor::Recompressor::new();
     let start = Arc::new(Start::default());
+    recompressor::spawn(&start, recompressions).map_err(|error| failed("cannot start a thread")(&error))?;
     spawn(args, &start, orders, watermark).map_err(|error| failed("cannot start a thread")(&error))?;
 
     let Some(go) = keeper.wait_for_go() else { return Ok(()) };
@@ -172,6 +177,7 @@ fn serve(args: &Args, keeper: &Arc<Keeper>) -> Result<(), String> {
             "cannot write to the backing disk, and keep in memory what was to go there",
         ),
         sweeper,
+        recompressor,
         closer,
         device_number,
         protected: refused.is_none(),

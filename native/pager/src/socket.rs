@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 use zswapd_core::error::Error;
-use zswapd_keeper::socket::send_with_descriptor;
+use zswapd_keeper::socket::{send_with_descriptor, try_receive_with_descriptor};
 
 /// The longest message that is received.
 const MESSAGE: usize = 512;
@@ -68,18 +68,17 @@ impl Closer {
 pub struct Connection(OwnedFd);
 
 impl Connection {
-    /// The message that is there. None if there is none, or the other side has hung up. Errors: it is too long: what
-    /// there is of it might be another command.
-    pub fn receive(&self) -> Option<Result<String, Error>> {
+    /// The message that is there, and the descriptor that came with it. None if there is none, or the other side has hung
+    /// up. Errors: it is too long: what there is of it might be another command.
+    pub fn receive(&self) -> Option<Result<(String, Option<OwnedFd>), Error>> {
         let mut buffer = [0; MESSAGE];
-        // SAFETY: the buffer is valid for its length.
-        let received = unsafe {
-            let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
-            libc::recv(self.0.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), flags)
-        };
-        let length = usize::try_from(received).ok().filter(|&length| length > 0)?;
+        let (length, descriptor) = try_receive_with_descriptor(&self.0, &mut buffer).ok()?;
+        if length == 0 {
+            return None;
+        }
         let message = buffer.get(..length).map(|message| String::from_utf8_lossy(message).into_owned());
-        Some(message.ok_or_else(|| Error::Invalid(format!("a command of {length} bytes is too long"))))
+        let message = message.ok_or_else(|| Error::Invalid(format!("a command of {length} bytes is too long")));
+        Some(message.map(|message| (message, descriptor)))
     }
 
     /// Sends one message, with a descriptor or without. Never waits: whoever has no room for it goes without.

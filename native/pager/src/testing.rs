@@ -3,7 +3,7 @@
 
 use crate::keeper::Keeper;
 use crate::process::Start;
-use crate::{args, channel, relay, shrinker, socket, trouble, Shared};
+use crate::{args, channel, recompressor, relay, shrinker, socket, trouble, Shared};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -31,19 +31,21 @@ pub const WORKERS: usize = 3;
 /// For what is to happen soon.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What a pager's threads share, of one that serves `device`; and what its sweeper is to be given.
+/// What a pager's threads share, of one that serves `device`; and what its sweeper and its recompressor are to be
+/// given.
 pub fn shared(
     device: &Arc<File>,
     listener: &socket::Listener,
     mem_limit: u64,
     disk: Option<DiskOptions>,
-) -> (Shared, shrinker::Orders) {
+) -> (Shared, shrinker::Orders, recompressor::Orders) {
     let compression = Compression::new(Algorithm::Lz4, 1).expect("in range");
     let mut engine = Engine::new(SIZE, Allocator::Zsmalloc, mem_limit, compression, Files::default()).expect("engine");
     if let Some(disk) = disk {
         engine = engine.with_disk(disk).expect("disk");
     }
     let (sweeper, orders) = shrinker::Sweeper::new();
+    let (recompressor, recompressions) = recompressor::Recompressor::new();
     // Nobody listens.
     let keeper = Arc::new(Keeper::new(zswapd_keeper::socket::pair().expect("sockets").0));
     let shared = Shared {
@@ -55,6 +57,7 @@ pub fn shared(
         trouble: trouble::Trouble::new("the device"),
         disk_trouble: trouble::Trouble::new("the disk"),
         sweeper,
+        recompressor,
         closer: listener.closer().expect("descriptor"),
         device_number: 0,
         protected: false,
@@ -62,7 +65,7 @@ pub fn shared(
         verify: false,
         program: 1,
     };
-    (shared, orders)
+    (shared, orders, recompressions)
 }
 
 /// The kernel's side. A thread waits for requests as long as the process lives, and with it all that it uses.
@@ -170,7 +173,7 @@ impl Kernel {
         let path = socket_path();
         let listener = socket::Listener::new(zswapd_keeper::socket::listen(&path).expect("control socket"));
         let backing = if disk.is_some() { "--backing /dev/null" } else { "" };
-        let (shared, orders) = shared(&device, &listener, mem_limit, disk);
+        let (shared, orders, recompressions) = shared(&device, &listener, mem_limit, disk);
         let shared = Arc::new(Shared { stored, ..shared });
         let words = format!(
             "--mount-point / --control / --size {SIZE} --allocator zsmalloc --mem-limit {mem_limit} --algorithm lz4 \
@@ -180,6 +183,7 @@ impl Kernel {
         let args = args::parse(words.split_whitespace().map(String::from)).expect("arguments");
         let start = Arc::new(Start::default());
         relay::spawn(&start).expect("threads");
+        recompressor::spawn(&start, recompressions).expect("threads");
         if let Some(backing) = &args.backing {
             shrinker::spawn(&start, orders, backing).expect("threads");
         }

@@ -132,6 +132,7 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
     let pages = [
         ("lz4", metrics.pages_lz4.get()),
         ("zstd", metrics.pages_zstd.get()),
+        ("zstd_dictionary", metrics.pages_zstd_dictionary.get()),
         ("same_filled", metrics.pages_same_filled.get()),
         ("incompressible", metrics.pages_incompressible.get()),
         ("on_disk", metrics.pages_on_disk.get()),
@@ -204,8 +205,38 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
         Ok(entry)
     });
     stats.set_item("classes", classes.collect::<PyResult<Vec<_>>>()?)?;
+    stats.set_item("recompression", recompression(py, metrics)?)?;
     stats.set_item("writeback", writeback(py, metrics)?)?;
     Ok(stats)
+}
+
+fn recompression<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>> {
+    let dict = counts(
+        py,
+        &[
+            ("pages_recompressed", metrics.pages_recompressed.get()),
+            ("pages_not_smaller", metrics.pages_not_smaller.get()),
+            ("saved_bytes", metrics.recompression_saved_bytes.get()),
+            ("in_flight", metrics.recompressions_in_flight.get()),
+            ("dictionary_bytes", metrics.dictionary_bytes.get()),
+            ("encoder_bytes", metrics.encoder_bytes.get()),
+        ],
+    )?;
+    dict.set_item("processor_seconds", Duration::from_nanos(metrics.recompression_ns.get()).as_secs_f64())?;
+    let bytes = [
+        ("lz4", metrics.bytes_lz4.get()),
+        ("zstd", metrics.bytes_zstd.get()),
+        ("zstd_dictionary", metrics.bytes_zstd_dictionary.get()),
+        ("incompressible", metrics.pages_incompressible.get() * PAGE_SIZE as u64),
+    ];
+    dict.set_item("bytes", counts(py, &bytes)?)?;
+    let installed = metrics.dictionaries.iter().filter(|dictionary| dictionary.serial.get() > 0);
+    let installed = installed.map(|dictionary| {
+        let (serial, bytes, pages) = (dictionary.serial.get(), dictionary.bytes.get(), dictionary.pages.get());
+        counts(py, &[("serial", serial), ("bytes", bytes), ("pages", pages)])
+    });
+    dict.set_item("dictionaries", installed.collect::<PyResult<Vec<_>>>()?)?;
+    Ok(dict)
 }
 
 fn writeback<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>> {

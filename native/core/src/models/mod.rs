@@ -31,6 +31,8 @@ enum Kind {
     Small,
     /// One object takes a zspage of two pages: noise, which does not get smaller.
     Large,
+    /// As large, to lz4; zstd makes it `Small`.
+    Loose,
 }
 
 /// A page that can be told from every other one.
@@ -43,7 +45,11 @@ fn page(kind: Kind, stamp: u8) -> Page {
         noise as u8
     };
     let pattern: [u8; 8] = std::array::from_fn(|_| next());
-    let mut page: Page = std::array::from_fn(|n| if kind == Kind::Small { pattern[n % 8] } else { next() });
+    let mut page: Page = std::array::from_fn(|n| match kind {
+        Kind::Small => pattern[n % 8],
+        Kind::Large => next(),
+        Kind::Loose => next() & 7,
+    });
     page[0] = stamp;
     page
 }
@@ -84,6 +90,7 @@ impl Swap {
         let metrics = self.metrics();
         let pages = [
             &metrics.pages_lz4,
+            &metrics.pages_zstd,
             &metrics.pages_incompressible,
             &metrics.pages_lost,
             &metrics.pages_on_disk,

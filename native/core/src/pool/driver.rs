@@ -89,6 +89,9 @@ pub trait Driver: Send + Sync {
     /// Errors: as [`Arena::alloc`], with nothing changed.
     fn take(&self, length: usize) -> Result<Object>;
 
+    /// What an object of `length` bytes takes: less is not saved by what is as large.
+    fn size_for(&self, length: usize) -> usize;
+
     /// The object at a location; None if there is none. Takes no lock: a hint, but for who owns the object or has
     /// pinned it.
     fn find(&self, location: Location) -> Option<Object>;

@@ -191,6 +191,11 @@ impl Pool {
         }
     }
 
+    /// Bytes that an object of `length` bytes would have, as [`Pinned::bytes`] counts them.
+    pub fn size_for(&self, length: usize) -> usize {
+        self.allocator.size_for(length + guard::BYTES) - guard::BYTES
+    }
+
     /// Pins the object at a location, so that it is not moved. None if no object lives there (any more).
     ///
     /// Waits for who is moving objects of its zspage. Who has found the location in a slot word looks at the word again

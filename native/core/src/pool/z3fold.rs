@@ -243,6 +243,10 @@ impl Driver for Z3fold {
         self.take_from(length, &(0..0), |pages| self.base.arena.alloc(pages))
     }
 
+    fn size_for(&self, length: usize) -> usize {
+        length.max(1).div_ceil(CHUNK) * CHUNK
+    }
+
     fn find(&self, location: Location) -> Option<Object> {
         let offset = location.offset()?;
         let page = u32::try_from(offset / PAGE_SIZE).ok()?;

@@ -81,6 +81,10 @@ impl Driver for Zsmalloc {
         Ok(object_of(first, object, geometry))
     }
 
+    fn size_for(&self, length: usize) -> usize {
+        self.table.classes()[self.table.index_for(length)].size
+    }
+
     fn find(&self, location: Location) -> Option<Object> {
         let offset = location.offset()?;
         let page = u32::try_from(offset / PAGE_SIZE).ok()?;

@@ -1,6 +1,7 @@
 //! Where the state file has what, and the part of its header that says so.
 
 use super::{Table, MAX_ARENA_PAGES};
+use crate::dictionaries::{PLACES, PLACE_BYTES};
 use crate::page::PAGE_SIZE;
 use crate::sync::AtomicU64;
 use std::ops::Range;
@@ -37,13 +38,21 @@ impl Shape {
             }
             Table::Notes => (self.area(Table::Descriptors).0.end, 4, self.slots as usize),
             Table::Links => (self.area(Table::Notes).0.end, 8, self.slots as usize),
+            Table::Ages => (self.area(Table::Links).0.end, 1, self.slots as usize),
         };
         let start = before.next_multiple_of(PAGE_SIZE);
         (start..(start + elements * bytes).next_multiple_of(PAGE_SIZE), elements)
     }
 
+    /// Of whole pages.
+    pub fn dictionary(self, place: usize) -> Range<usize> {
+        assert!(place < PLACES);
+        let start = self.area(Table::Ages).0.end + place * PLACE_BYTES;
+        start..start + PLACE_BYTES
+    }
+
     pub fn arena_start(self) -> usize {
-        self.area(Table::Links).0.end.next_multiple_of(ARENA_ALIGNMENT)
+        self.dictionary(PLACES - 1).end.next_multiple_of(ARENA_ALIGNMENT)
     }
 
     /// Bytes of the file.

@@ -157,7 +157,7 @@ impl Store {
             let mut slot = self.slots.lock(record.slot);
             if slot.word() == word {
                 // This frees the old record.
-                self.publish(&mut slot, Entry::Disk(record.location));
+                self.publish(&mut slot, Entry::Disk(record.location), word.dictionary());
             } else {
                 writeback.backing.free(record.location);
             }

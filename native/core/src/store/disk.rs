@@ -125,13 +125,19 @@ impl Store {
             object => object.inspect_err(|_| self.metrics.disk_read_errors.add(1))?,
         };
         let Some((codec, payload)) = object::verify(object, slot.index()) else { return Err(self.found_corrupt(slot)) };
-        if !scratch.codecs.decompress(codec, payload, page) {
+        // SAFETY: used while the slot is locked, whose word names it.
+        let dictionary = unsafe { self.dictionaries.decoder(slot.word().dictionary()) };
+        if !scratch.codecs.decompress(codec, payload, page, dictionary) {
             return Err(self.found_corrupt(slot));
+        }
+        if now.is_some() {
+            self.ages.touch(slot.index());
         }
         if let Some(now) = now.filter(|_| writeback.promoting.load(Relaxed) && self.is_below_accept_threshold()) {
             let object = &object[..HEADER_SIZE + payload.len()];
             if let Ok(copy) = self.pool.insert(object.len(), |copy| copy[..object.len()].copy_from_slice(object)) {
-                self.publish_object(slot, copy, codec, payload.len(), now);
+                let dictionary = slot.word().dictionary();
+                self.publish_object(slot, copy, codec, payload.len(), dictionary, now);
                 self.metrics.pages_promoted.add(1);
             }
         }

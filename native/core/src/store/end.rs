@@ -14,6 +14,8 @@ pub struct InFlight {
     /// Shrinkers that are filling or writing a segment.
     pub writebacks: u32,
     pub cleanings: u32,
+    /// Pages that are being recompressed.
+    pub recompressions: u32,
     /// Who is moving objects of the pool.
     pub movers: u32,
 }
@@ -34,15 +36,19 @@ impl Store {
         InFlight {
             writebacks: inside(|all| &all.writebacks),
             cleanings: inside(|all| &all.cleanings),
+            recompressions: self.recompression.gate.inside(),
             movers: self.pool.movers(),
         }
     }
 
-    /// Ends all writing to the disk, for ever, and waits for who is at it: for shrinkers, then for cleaners, `patience`
-    /// each at most. Returns who is still at work; may be called again. Pages on the disk stay readable.
+    /// Ends all recompressing, and all writing to the disk, for ever, and waits for who is at it: for the recompressor, for
+    /// shrinkers, then for cleaners, `patience` each at most. Returns who is still at work; may be called again. Pages on the
+    /// disk stay readable.
     ///
     /// Stores that wait for room find none from now on.
     pub fn stop_writeback(&self, patience: Duration) -> InFlight {
+        self.recompression.gate.close();
+        self.recompression.gate.wait(patience);
         if let Some(Writeback { writebacks, cleanings, .. }) = &self.writeback {
             writebacks.close();
             cleanings.close();
@@ -62,9 +68,9 @@ impl Store {
     /// way, and the pool may only end after that. Errors: [`Error::Busy`] if somebody is still at it: it may be called
     /// again.
     pub fn destroy(&self, patience: Duration) -> Result<Vec<Leaked>> {
-        let InFlight { writebacks, cleanings, movers } = self.stop_writeback(patience);
-        if writebacks + cleanings > 0 {
-            return Err(Error::Busy { writebacks, cleanings, movers });
+        let InFlight { writebacks, cleanings, recompressions, movers } = self.stop_writeback(patience);
+        if writebacks + cleanings + recompressions > 0 {
+            return Err(Error::Busy { writebacks, cleanings, recompressions, movers });
         }
         let mut leaked = Vec::new();
         let moving = self.pool.destroy(patience, |size, object| {
@@ -76,7 +82,7 @@ impl Store {
                 self.backing().into_iter().for_each(Backing::wipe_key);
                 Ok(leaked)
             }
-            movers => Err(Error::Busy { writebacks, cleanings, movers }),
+            movers => Err(Error::Busy { writebacks, cleanings, recompressions, movers }),
         }
     }
 }

@@ -8,6 +8,7 @@ mod clean;
 mod disk;
 mod end;
 mod pressure;
+mod recompress;
 mod recover;
 mod sample;
 mod verify;
@@ -16,11 +17,14 @@ mod writeback;
 pub use clean::Cleaner;
 pub use disk::DiskOptions;
 pub use end::{InFlight, Leaked};
+pub use recompress::{Order, Outcome, Recompressed, Recompressor, Tier};
 pub use verify::Verifier;
 pub use writeback::{Job, Shrinker, What};
 
+use crate::ages::Ages;
 use crate::codec::{Codec, Compression};
 use crate::crash::crash_point;
+use crate::dictionaries::{Dictionaries, Place};
 use crate::error::{Error, Result};
 use crate::metrics::{Counter, Metrics, SharedMetrics};
 use crate::object::{self, HEADER_SIZE};
@@ -31,6 +35,7 @@ use crate::session::{Session, Settings};
 use crate::slots::{Entry, Slot, SlotTable};
 use crate::state::State;
 use disk::Writeback;
+use recompress::Recompression;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -42,6 +47,9 @@ pub struct Store {
     slots: SlotTable,
     pool: Pool,
     metrics: SharedMetrics,
+    ages: Ages,
+    dictionaries: Dictionaries,
+    recompression: Recompression,
     /// None without a backing disk.
     writeback: Option<Writeback>,
 }
@@ -91,6 +99,9 @@ impl Store {
         Ok(Store {
             slots: SlotTable::new(state.clone())?,
             pool: Pool::new(state.clone(), allocator, limit_bytes, metrics.clone())?,
+            ages: Ages::new(&state)?,
+            dictionaries: Dictionaries::new(state.clone()),
+            recompression: Recompression::default(),
             state,
             metrics,
             writeback: None,
@@ -121,13 +132,16 @@ impl Store {
     /// Takes memory for all slot words, so that using them faults no more. May wait for memory.
     pub fn populate_slots(&self) -> Result<()> {
         self.slots.populate()?;
+        self.ages.populate()?;
         self.writeback.as_ref().map_or(Ok(()), |writeback| writeback.lru.populate())
     }
 
     /// Brings the gauges up to date that are too dear to keep so on the page path.
     pub fn refresh_gauges(&self) {
         let lru = self.writeback.as_ref().map_or(0, |writeback| writeback.lru.metadata_bytes());
-        self.metrics.metadata_bytes.set(self.slots.metadata_bytes() + self.pool.metadata_bytes() + lru);
+        let ages = self.ages.metadata_bytes();
+        self.metrics.metadata_bytes.set(self.slots.metadata_bytes() + self.pool.metadata_bytes() + lru + ages);
+        self.refresh_dictionary_gauges();
     }
 
     /// Reads a page. An empty slot reads zeros.
@@ -219,7 +233,7 @@ impl Store {
         if slot.word().entry() == Entry::Empty {
             return false;
         }
-        if let Some(location) = self.publish(slot, Entry::Empty) {
+        if let Some(location) = self.publish(slot, Entry::Empty, None) {
             match detached.objects.len() < detached.objects.capacity() {
                 true => detached.objects.push(location),
                 false => self.free_object(location),
@@ -266,10 +280,16 @@ impl Store {
                 // for this slot.
                 let verified =
                     object.as_ref().and_then(|object| object::verify(unsafe { object.bytes() }, slot.index()));
-                let whole = verified.is_some_and(|(codec, payload)| scratch.codecs.decompress(codec, payload, page));
+                // SAFETY: used while the slot is locked, whose word names it.
+                let dictionary = unsafe { self.dictionaries.decoder(slot.word().dictionary()) };
+                let whole = verified
+                    .is_some_and(|(codec, payload)| scratch.codecs.decompress(codec, payload, page, dictionary));
                 drop(object);
                 if !whole {
                     return Err(self.found_corrupt(slot));
+                }
+                if now.is_some() {
+                    self.ages.touch(slot.index());
                 }
                 if let (Some(writeback), Some(now)) = (&self.writeback, now) {
                     writeback.lru.touch(slot.index(), writeback.seconds(now));
@@ -322,16 +342,24 @@ impl Store {
             }
             Ok(object) => object,
         };
-        self.publish_object(slot, object, codec, payload.len(), now);
+        self.ages.begin(slot.index());
+        self.publish_object(slot, object, codec, payload.len(), None, now);
         self.look_at_pressure();
         Ok(())
     }
 
     /// Publishes an object that has just been inserted, and frees what the slot held.
-    fn publish_object(&self, slot: &mut Slot<'_>, object: Pinned<'_>, codec: Codec, length: usize, now: Instant) {
-        self.metrics.compressed_bytes.add(length as u64);
-        self.pages_of(codec).add(1);
-        let old = self.publish(slot, Entry::Pool(object.location()));
+    fn publish_object(
+        &self,
+        slot: &mut Slot<'_>,
+        object: Pinned<'_>,
+        codec: Codec,
+        length: usize,
+        dictionary: Option<Place>,
+        now: Instant,
+    ) {
+        self.count_object(codec, length);
+        let old = self.publish(slot, Entry::Pool(object.location()), dictionary);
         // From here on it may be moved.
         drop(object);
         if let Some(writeback) = &self.writeback {
@@ -353,18 +381,23 @@ impl Store {
         }
     }
 
-    /// Publishes `entry` as what the slot holds, then frees what it held: in this order, so that no reader and no
+    /// Publishes `entry`, of no object, as what the slot holds, then frees what it held: in this order, so that no reader and no
     /// crash ever finds a slot that names a freed object.
     fn replace(&self, slot: &mut Slot<'_>, entry: Entry) {
-        if let Some(location) = self.publish(slot, entry) {
+        if let Some(location) = self.publish(slot, entry, None) {
             self.free_object(location);
         }
     }
 
-    /// Publishes `entry`, and returns the object that the slot no longer names, if it belongs to the caller now. A
-    /// record on the disk is freed.
-    fn publish(&self, slot: &mut Slot<'_>, entry: Entry) -> Option<Location> {
-        let old = slot.publish(entry);
+    /// Publishes `entry`, which takes this dictionary to be read, and returns the object that the slot no longer names, if
+    /// it belongs to the caller now. A record on the disk is freed.
+    fn publish(&self, slot: &mut Slot<'_>, entry: Entry, dictionary: Option<Place>) -> Option<Location> {
+        self.dictionaries.count(dictionary);
+        let word = slot.publish(entry, dictionary);
+        let old = word.entry();
+        if old != Entry::Damaged {
+            self.dictionaries.discount(word.dictionary());
+        }
         if let Some(gauge) = self.gauge_of(entry) {
             gauge.add(1);
         }
@@ -408,19 +441,22 @@ impl Store {
     fn free_object(&self, location: Location) {
         // SAFETY: no slot names the object, so that nobody but the caller frees it.
         if let Some((codec, length)) = unsafe { self.pool.with_object(location, object::peek) }.flatten() {
-            self.metrics.compressed_bytes.sub(length as u64);
-            self.pages_of(codec).sub(1);
+            self.discount_object(codec, length);
         }
         self.pool.free(location);
         crash_point("object freed");
     }
 
-    fn pages_of(&self, codec: Codec) -> &Counter {
-        match codec {
-            Codec::Raw => &self.metrics.pages_incompressible,
-            Codec::Lz4 => &self.metrics.pages_lz4,
-            Codec::Zstd => &self.metrics.pages_zstd,
-        }
+    fn count_object(&self, codec: Codec, length: usize) {
+        let (pages, bytes) = self.metrics.of_codec(codec);
+        pages.add(1);
+        bytes.into_iter().chain([&self.metrics.compressed_bytes]).for_each(|bytes| bytes.add(length as u64));
+    }
+
+    fn discount_object(&self, codec: Codec, length: usize) {
+        let (pages, bytes) = self.metrics.of_codec(codec);
+        pages.sub(1);
+        bytes.into_iter().chain([&self.metrics.compressed_bytes]).for_each(|bytes| bytes.sub(length as u64));
     }
 
     /// Flips one bit of the stored object of a slot, header included: the `n`-th, counted round and round. False if

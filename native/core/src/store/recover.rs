@@ -39,12 +39,14 @@ impl Store {
             // One that ended at its very start has not set all of it up.
             store = if had_disk { store.with_the_same_disk(options)? } else { store.with_disk(options)? };
         }
+        store.dictionaries.recover();
         store.pool.begin_recovery()?;
         store.slots.mark_touched();
         for index in store.slots.touched(0..store.slots()) {
             store.adopt(index);
         }
         store.pool.end_recovery()?;
+        store.dictionaries.retire();
         Ok(store)
     }
 
@@ -56,18 +58,21 @@ impl Store {
     /// Makes live what a slot names.
     fn adopt(&self, index: u32) {
         let mut slot = self.slots.lock(index);
-        let entry = slot.word().entry();
+        let word = slot.word();
+        let entry = word.entry();
+        // Without its dictionary a page cannot be read.
+        let readable = word.dictionary().is_none_or(|place| self.dictionaries.is_ready(place));
         let is_right = match entry {
+            Entry::Pool(_) | Entry::Writeback(_) | Entry::Disk(_) if !readable => false,
             Entry::Pool(location) | Entry::Writeback(location) => match self.pool.adopt(location, index) {
                 Some((codec, length)) => {
-                    self.metrics.compressed_bytes.add(length as u64);
-                    self.pages_of(codec).add(1);
+                    self.count_object(codec, length);
                     if let Some(writeback) = &self.writeback {
                         writeback.lru.insert(index, codec == Codec::Raw, 0);
                     }
                     if entry == Entry::Writeback(location) {
                         // Whoever was writing it back is no more.
-                        slot.publish(Entry::Pool(location));
+                        slot.publish(Entry::Pool(location), word.dictionary());
                     }
                     true
                 }
@@ -79,8 +84,10 @@ impl Store {
             Entry::Empty | Entry::Lost | Entry::SameFilled(_) => true,
         };
         let entry = if is_right { entry } else { Entry::Lost };
-        if !is_right {
-            slot.publish(Entry::Lost);
+        if is_right {
+            self.dictionaries.count(word.dictionary());
+        } else {
+            slot.publish(Entry::Lost, None);
             self.metrics.errors_corrupt.add(1);
         }
         if let Some(gauge) = self.gauge_of(entry) {

@@ -199,13 +199,13 @@ impl Store {
             let ours = slot.word() == page.word;
             match (&written, ours) {
                 (Ok(()), true) => {
-                    self.publish(&mut slot, Entry::Disk(record.location));
+                    self.publish(&mut slot, Entry::Disk(record.location), page.word.dictionary());
                     self.metrics.pages_written_back.add(1);
                     job.pages += 1;
                 }
                 (Ok(()), false) => writeback.backing.free(record.location),
                 (Err(_), true) => {
-                    slot.publish(Entry::Pool(page.object));
+                    slot.publish(Entry::Pool(page.object), page.word.dictionary());
                     continue;
                 }
                 (Err(_), false) => {}

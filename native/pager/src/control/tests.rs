@@ -84,6 +84,49 @@ fn commands_are_answered() {
     assert_eq!(control.ask(b"reset").trim(), "ok");
 }
 
+/// As `Control::ask`, with a descriptor, and the one that comes back.
+fn ask_with(control: &Control, command: &str, given: Option<&OwnedFd>) -> (String, Option<OwnedFd>) {
+    let socket = control.connect();
+    let given = given.map(std::os::fd::AsFd::as_fd);
+    zswapd_keeper::socket::send_with_descriptor(&socket, command.as_bytes(), given).expect("sent");
+    let mut room = [0; 512];
+    let (length, found) = zswapd_keeper::socket::receive_with_descriptor(&socket, &mut room).expect("an answer");
+    (String::from_utf8_lossy(&room[..length]).into_owned(), found)
+}
+
+#[test]
+fn pages_that_nobody_uses_are_recompressed_as_told() {
+    use std::os::unix::fs::FileExt;
+    let control = Control::new();
+    let pages: Vec<u8> = noise(1, 32).iter().map(|byte| byte & 0x3f).collect();
+    assert_eq!(control.kernel.write(0, &pages), Ok(32 * 4096));
+    (0..3).for_each(|_| assert_eq!(control.ask(b"tick").trim(), "ok"));
+    assert_eq!(control.kernel.read(0, 4096), Ok(pages[..4096].to_vec()));
+    let answer = control.ask(b"recompress 1 zstd 3 4 1000 1000000");
+    assert!(answer.starts_with("ok looked=512 recompressed=0 ") && answer.ends_with(" end=done"), "{answer}");
+    let answer = control.ask(b"recompress 1 zstd 3 3 5 1000000");
+    assert!(answer.contains(" recompressed=5 ") && answer.ends_with(" end=budget"), "{answer}");
+    assert!(control.ask(b"recompress 1 dictionary 9 0 5 1000000").starts_with(&format!("error {} ", libc::ENOENT)));
+    let (answer, sample) = ask_with(&control, "sample-pool 3 8", None);
+    assert_eq!(answer, "ok pages=8");
+    let sample = std::fs::File::from(sample.expect("a file"));
+    let mut bytes = vec![0; 8 * 4096];
+    sample.read_exact_at(&mut bytes, 0).expect("so many pages");
+    assert!(bytes.chunks(4096).all(|page| pages.chunks(4096).any(|other| page == other)));
+    assert!(refused(&control.ask(b"dictionary")));
+    let sample = OwnedFd::from(sample);
+    assert_eq!(ask_with(&control, "dictionary", Some(&sample)).0, "ok serial=1");
+    let answer = control.ask(b"recompress 2 dictionary 9 0 1000 10000000");
+    assert!(answer.ends_with(" end=done"), "{answer}");
+    let metrics = control.shared.engine.store().metrics();
+    // Those that are in the dictionary, at least.
+    assert!(metrics.pages_zstd_dictionary.get() >= 8, "{answer}");
+    let status = control.ask(b"status");
+    assert!(status.starts_with("ok "), "{status}");
+    assert_eq!(metrics.dictionaries[1].serial.get(), 1);
+    assert_eq!(control.kernel.read(0, 16 * 4096), Ok(pages[..16 * 4096].to_vec()));
+}
+
 #[test]
 fn what_is_no_command_changes_nothing() {
     let control = Control::new();
@@ -104,6 +147,15 @@ fn what_is_no_command_changes_nothing() {
         b"mem-limit 1M",
         b"mem-limit 18446744073709551616",
         b"mem-limit 4096 4096",
+        b"tick 1",
+        b"recompress 0 zstd 3 1 1 1",
+        b"recompress 4 zstd 3 1 1 1",
+        b"recompress 1 lzo 3 1 1 1",
+        b"recompress 1 zstd 23 1 1 1",
+        b"recompress 1 zstd 3 64 1 1",
+        b"recompress 1 zstd 3 1 1",
+        b"sample-pool 1",
+        b"sample-pool 1 0",
         b"status\nstop",
         b"mem-limit 4096\nreset",
     ] {

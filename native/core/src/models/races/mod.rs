@@ -3,6 +3,7 @@
 mod cleaning;
 mod gate;
 mod moving;
+mod recompress;
 mod writeback;
 mod z3fold;
 mod zspage_lock;

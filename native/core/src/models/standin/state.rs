@@ -1,6 +1,7 @@
 //! Stands in for `state.rs` under a model checker or Miri: no file, the slot words are the checker's atomics, and each access
 //! to the bytes of the arena is noted.
 
+use crate::dictionaries::{Header, PLACES, PLACE_BYTES};
 use crate::error::{Error, Result};
 use crate::memory::{Zeroable, ZeroedTable};
 use crate::page::PAGE_SIZE;
@@ -9,6 +10,7 @@ use crate::sync::AtomicU64;
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::ptr::NonNull;
 use std::sync::atomic::AtomicU16;
 
 pub const MAX_ARENA_PAGES: u64 = 1 << 29;
@@ -22,6 +24,7 @@ pub enum Table {
     Descriptors,
     Notes,
     Links,
+    Ages,
 }
 
 #[derive(Default)]
@@ -40,7 +43,14 @@ pub struct State {
     arena: UnsafeCell<Box<[u8]>>,
     arena_pages: u32,
     shadows: Box<[Shadow]>,
+    dictionary_headers: [Header; PLACES],
+    /// Not the checker's either.
+    dictionaries: UnsafeCell<Vec<DictionaryPage>>,
 }
+
+#[derive(Clone)]
+#[repr(align(4096))]
+struct DictionaryPage([u8; PAGE_SIZE]);
 
 // SAFETY: as of the real one: who dereferences the addresses that it gives out answers for the sharing.
 unsafe impl Sync for State {}
@@ -57,6 +67,8 @@ impl State {
             arena: UnsafeCell::new(vec![0; bytes].into()),
             arena_pages,
             shadows: (0..bytes / SHADOWED).map(|_| Shadow::default()).collect(),
+            dictionary_headers: Default::default(),
+            dictionaries: UnsafeCell::new(vec![DictionaryPage([0; PAGE_SIZE]); PLACES * PLACE_BYTES / PAGE_SIZE]),
         })
     }
 
@@ -99,6 +111,25 @@ impl State {
     pub fn words(&self) -> &[AtomicU64] {
         &self.words
     }
+
+    pub fn dictionary_headers(&self) -> &[Header; PLACES] {
+        &self.dictionary_headers
+    }
+
+    pub fn dictionary(&self, place: usize) -> NonNull<u8> {
+        assert!(place < PLACES);
+        // SAFETY: the vector is never changed; its pages are only ever reached through this address, and inside it.
+        unsafe {
+            let start = (*self.dictionaries.get()).as_mut_ptr().cast::<u8>();
+            NonNull::new_unchecked(start.add(place * PLACE_BYTES))
+        }
+    }
+
+    pub fn populate_dictionary(&self, _place: usize, _part: Range<usize>) -> Result<()> {
+        Ok(())
+    }
+
+    pub fn forget_dictionary(&self, _place: usize) {}
 
     pub fn resident_bytes(&self) -> u64 {
         0

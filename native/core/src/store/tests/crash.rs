@@ -33,6 +33,15 @@ enum Step {
     WriteBack(What),
     Clean,
     Shrink,
+    /// All pages, with a dictionary or without.
+    Recompress {
+        tier: u8,
+        dictionary: bool,
+    },
+    /// If pages do not need all that there are.
+    Install {
+        seed: u32,
+    },
     /// The process ends between two steps, and another goes on.
     Restart,
 }
@@ -51,6 +60,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => what.prop_map(Step::WriteBack),
         1 => Just(Step::Clean),
         1 => Just(Step::Shrink),
+        2 => (1..=3u8, any::<bool>()).prop_map(|(tier, dictionary)| Step::Recompress { tier, dictionary }),
+        1 => any::<u32>().prop_map(|seed| Step::Install { seed }),
         1 => Just(Step::Restart),
     ];
     prop::collection::vec(step, 1..14)
@@ -177,6 +188,19 @@ impl World {
                 let mut shrinker = Shrinker::new().expect("memory");
                 while let Ok(true) = store.shrink(&mut shrinker) {}
             }),
+            Step::Recompress { tier, dictionary } => {
+                let store = self.store.as_ref().expect("a store");
+                let dictionary = dictionary && store.dictionaries.installed().iter().any(|found| found.serial > 0);
+                let with = Compression { algorithm: Algorithm::Zstd, zstd_level: 3 * i32::from(tier) };
+                let tier = Tier { number: tier, with, dictionary };
+                self.attempt(&[], |store, _| recompress(store, tier));
+            }
+            Step::Install { seed } => {
+                let bytes: Vec<u8> = (0..4).flat_map(|n| page(n, seed, false)[..300].to_vec()).collect();
+                self.attempt(&[], |store, _| {
+                    let _all_are_needed_perhaps = store.install_dictionary(&bytes);
+                })
+            }
             Step::Restart => {
                 self.store = None;
                 self.store = Some(self.machine.recover());
@@ -226,6 +250,16 @@ fn every_crash_point_is_survived() {
             Step::Restart,
             Step::WriteBack(What::All),
             Step::Load { slot: 60, count: 30 },
+            store(0, SLOTS, false),
+            Step::Recompress { tier: 1, dictionary: false },
+            Step::Install { seed: 1 },
+            Step::Recompress { tier: 2, dictionary: true },
+            Step::WriteBack(What::Coldest { bytes: 1 << 12 }),
+            Step::Install { seed: 2 },
+            Step::Recompress { tier: 3, dictionary: true },
+            Step::Restart,
+            Step::Discard { slot: 0, count: SLOTS },
+            Step::Install { seed: 3 },
         ];
         steps.into_iter().chain(rounds).chain([Step::Restart, Step::Clean]).for_each(|step| world.step(&step));
         end(world.store.as_ref().expect("a store"));
@@ -238,6 +272,9 @@ fn every_crash_point_is_survived() {
             "before the nonce",
             "before the segment",
             "before the word",
+            "dictionary: after its serial number",
+            "dictionary: before its serial number",
+            "dictionary: given up",
             "move: after the word",
             "move: before the word",
             "object freed",

@@ -174,8 +174,8 @@ fn the_end_waits_for_who_is_writing() {
     fixture.meanwhile(|store| {
         store.discard(0..SLOTS, &mut Detached::with_capacity(0));
         let busy = store.destroy(Duration::ZERO).expect_err("somebody is writing");
-        assert!(matches!(busy, Error::Busy { writebacks: 1, cleanings: 0, movers: 0 }), "{busy}");
-        assert_eq!(store.in_flight(), InFlight { writebacks: 1, cleanings: 0, movers: 0 });
+        assert!(matches!(busy, Error::Busy { writebacks: 1, cleanings: 0, recompressions: 0, movers: 0 }), "{busy}");
+        assert_eq!(store.in_flight(), InFlight { writebacks: 1, cleanings: 0, recompressions: 0, movers: 0 });
         assert!(!store.can_make_room());
     });
     fixture.write_back(What::All).0.expect("written");

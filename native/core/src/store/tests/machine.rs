@@ -154,6 +154,13 @@ pub fn evict(store: &Store, what: What) {
     while let Ok(true) = store.write_back(&mut shrinker, &mut job) {}
 }
 
+/// Makes all pages smaller that can be, whatever their age.
+pub fn recompress(store: &Store, tier: Tier) -> Recompressed {
+    let mut recompressor = Recompressor::new().expect("memory");
+    store.prepare(&mut recompressor, tier).expect("a tier");
+    store.recompress(&mut recompressor, &Order { tier, age: 0, pages: u64::MAX, processor_time: Duration::MAX })
+}
+
 pub fn clean(store: &Store) {
     let mut cleaner = Cleaner::new().expect("memory");
     while let Ok(true) = store.clean(&mut cleaner) {}
@@ -164,6 +171,12 @@ pub fn gauges(store: &Store) -> Vec<u64> {
     let metrics = store.metrics();
     let single = [
         &metrics.pages_lz4,
+        &metrics.pages_zstd,
+        &metrics.pages_zstd_dictionary,
+        &metrics.bytes_lz4,
+        &metrics.bytes_zstd,
+        &metrics.bytes_zstd_dictionary,
+        &metrics.recompressions_in_flight,
         &metrics.pages_incompressible,
         &metrics.pages_same_filled,
         &metrics.pages_on_disk,
@@ -182,7 +195,8 @@ pub fn gauges(store: &Store) -> Vec<u64> {
     ];
     let classes =
         metrics.classes.iter().flat_map(|class| [&class.zspages, &class.objects].into_iter().chain(&class.groups));
-    single.into_iter().chain(classes).map(|gauge| gauge.get()).collect()
+    let needed = store.dictionaries.installed().into_iter().map(|installed| installed.pages);
+    single.into_iter().chain(classes).map(|gauge| gauge.get()).chain(needed).collect()
 }
 
 /// What all slots read, which must be as expected.

@@ -10,6 +10,7 @@ mod during_the_write;
 mod machine;
 mod model;
 mod policy;
+mod recompress;
 #[cfg(not(any(loom, shuttle, miri)))]
 mod recover;
 
@@ -23,7 +24,8 @@ use std::time::Duration;
 
 const LZ4: Compression = Compression { algorithm: Algorithm::Lz4, zstd_level: 1 };
 
-/// A page that can be told from every other one by slot and version: noise, or one that compresses to about a tenth.
+/// A page that can be told from every other one by slot and version: noise, or one that compresses to about a tenth, and
+/// with zstd to less.
 fn page(slot: u32, version: u32, noise: bool) -> Page {
     let mut x = (u64::from(slot) << 32 | u64::from(version)).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
@@ -34,7 +36,8 @@ fn page(slot: u32, version: u32, noise: bool) -> Page {
     };
     let mut page = [0; PAGE_SIZE];
     let length = if noise { PAGE_SIZE } else { 300 };
-    page[..length].iter_mut().for_each(|byte| *byte = next());
+    let mask = if noise { 0xff } else { 0x3f };
+    page[..length].iter_mut().for_each(|byte| *byte = next() & mask);
     page[..4].copy_from_slice(&slot.to_le_bytes());
     page[4..8].copy_from_slice(&version.to_le_bytes());
     page[8] = u8::from(noise);
@@ -66,18 +69,25 @@ fn end(store: &Store) {
     let metrics = store.metrics();
     for (name, gauge) in [
         ("pages_lz4", &metrics.pages_lz4),
+        ("pages_zstd", &metrics.pages_zstd),
+        ("pages_zstd_dictionary", &metrics.pages_zstd_dictionary),
         ("pages_incompressible", &metrics.pages_incompressible),
         ("pages_same_filled", &metrics.pages_same_filled),
         ("pages_on_disk", &metrics.pages_on_disk),
         ("pages_lost", &metrics.pages_lost),
         ("compressed_bytes", &metrics.compressed_bytes),
+        ("bytes_lz4", &metrics.bytes_lz4),
+        ("bytes_zstd", &metrics.bytes_zstd),
+        ("bytes_zstd_dictionary", &metrics.bytes_zstd_dictionary),
         ("pool_bytes", &metrics.pool_bytes),
         ("disk_live_bytes", &metrics.disk_live_bytes),
         ("idle_pages", &metrics.idle_pages),
         ("writebacks_in_flight", &metrics.writebacks_in_flight),
         ("cleanings_in_flight", &metrics.cleanings_in_flight),
+        ("recompressions_in_flight", &metrics.recompressions_in_flight),
     ] {
         assert_eq!(gauge.get(), 0, "{name}");
     }
+    assert!(store.dictionaries.installed().iter().all(|installed| installed.pages == 0), "{:?}", store.dictionaries.installed());
     assert!(store.writeback.as_ref().is_none_or(|writeback| writeback.lru.is_empty()));
 }
