@@ -7,8 +7,8 @@ import pytest
 
 from tests.qemu.guest import WITHOUT, Guest, Outcome
 
-MEMORY_MIB = 384
-HOG_MIB = 290
+MEMORY_MIB = 512
+HOG_MIB = 420
 LEAST_SWAPPED_PAGES = (100 << 20) // 4096
 #: Software emulation is slow, and the machine may be busy.
 DEADLINE_SECONDS = 1800
