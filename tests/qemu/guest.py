@@ -15,8 +15,17 @@ from pathlib import Path
 
 from tests.qemu import images
 
-#: One processor until the kernel has patched its own code: QEMU before 8.1 may run what was there before (int3).
-KERNEL_PARAMETERS = ("console=ttyS0", "panic=-1", "mitigations=off", "sysrq_always_enabled", "maxcpus=1")
+#: One processor until the kernel has patched its own code: QEMU before 8.1 may run what was there before (int3). Later it
+#: would patch it because a busy host makes the clock look unstable (tsc=reliable); nor is it a lockup that it does so.
+KERNEL_PARAMETERS = (
+    "console=ttyS0",
+    "panic=-1",
+    "mitigations=off",
+    "sysrq_always_enabled",
+    "maxcpus=1",
+    "tsc=reliable",
+    "nosoftlockup",
+)
 #: The emulated kernel crashes at early boot now and then. That is no test's failure: another one is booted.
 BOOTS = 3
 BOOTED = "booted"
