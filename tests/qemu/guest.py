@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tests.qemu import images
 
-#: One processor until the kernel has patched its own code: QEMU before 8.1 may run what was there before (int3). Later it
-#: would patch it because a busy host makes the clock look unstable (tsc=reliable); nor is it a lockup that it does so.
+#: One processor until the kernel has patched its own code: QEMU before 8.1 may run what was there before (int3). Later
+#: it would because a busy host makes the clock look unstable (tsc=reliable). Nor is what such a host does a lockup.
 KERNEL_PARAMETERS = (
     "console=ttyS0",
     "panic=-1",
