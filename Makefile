@@ -165,7 +165,7 @@ test-vm: build vm
 	cat build/test-vm.log
 	exit $$status
 
-# What a virtual machine needs (with the kernels, which its tests get, about 80 MB), where it can be had: those tests are
+# What a virtual machine needs (its tests get the kernels and make a root: 250 MB in all), where it can be had: those tests are
 # skipped elsewhere, and say what is missing.
 vm:
 	@[[ $$(uname -m) == x86_64 && $$EUID == 0 ]] && command -v apt-get >/dev/null || exit 0

@@ -15,8 +15,17 @@ from pathlib import Path
 
 from tests.qemu import images
 
-#: One processor until the kernel has patched its own code: QEMU before 8.1 may run what was there before (int3).
-KERNEL_PARAMETERS = ("console=ttyS0", "panic=-1", "mitigations=off", "sysrq_always_enabled", "maxcpus=1")
+#: One processor until the kernel has patched its own code: QEMU before 8.1 may run what was there before (int3). Later
+#: it would because a busy host makes the clock look unstable (tsc=reliable). Nor is what such a host does a lockup.
+KERNEL_PARAMETERS = (
+    "console=ttyS0",
+    "panic=-1",
+    "mitigations=off",
+    "sysrq_always_enabled",
+    "maxcpus=1",
+    "tsc=reliable",
+    "nosoftlockup",
+)
 #: The emulated kernel crashes at early boot now and then. That is no test's failure: another one is booted.
 BOOTS = 3
 BOOTED = "booted"
@@ -60,9 +69,8 @@ class Guest:
         """Gets the kernel and makes the root, over which `installed` lies (images.image). Skips the test where they are
         not to be had."""
         self._memory = memory
-        unpacked = images.kernel(kernel)
-        self._kernel = next(unpacked.glob("boot/vmlinuz-*"))
-        self._initramfs = images.initramfs(unpacked)
+        self._unpacked = images.kernel(kernel)
+        self._kernel = next(self._unpacked.glob("boot/vmlinuz-*"))
         self._root, self._installed = images.root(), installed
 
     def run(
@@ -103,6 +111,7 @@ class Guest:
         with tempfile.TemporaryDirectory(prefix="zswapd-qemu-") as name:
             directory = Path(name)
             output, kernel_log = directory / "output", directory / "kernel.log"
+            initramfs = images.initramfs(self._unpacked, directory / "initramfs")
             roots = {"ROOT": self._root, "INSTALLED": self._installed}
             names = {name: f"/dev/vd{chr(ord('a') + len(disks) + n)}" for n, name in enumerate(roots)}
             drives = [f"file={disk}" for disk in disks] + [f"file={image},readonly=on" for image in roots.values()]
@@ -113,7 +122,7 @@ class Guest:
                 "-accel", "tcg,thread=multi", "-cpu", "Nehalem", "-smp", "2", "-m", f"{self._memory}M",
                 "-machine", "pc", "-serial", f"file:{kernel_log}", "-serial", f"file:{output}",
                 *itertools.chain(*(("-drive", f"if=virtio,format=raw,{drive}") for drive in drives)),
-                "-kernel", str(self._kernel), "-initrd", str(self._initramfs),
+                "-kernel", str(self._kernel), "-initrd", str(initramfs),
                 "-append", " ".join([*KERNEL_PARAMETERS, *words]),
             ]
             # fmt: on

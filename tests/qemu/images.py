@@ -39,8 +39,7 @@ PROGRAMS = {
     "dpkg": "dpkg",
 }
 PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
-#: Where what make install makes has its Python packages; the tests are laid beside them, in the guest.
-LIB = Path("/usr/lib/zswapd")
+#: Where the tests lie in the guest.
 TESTS = Path("/usr/local/lib/zswapd-tests")
 HOG = TESTS / "hog"
 #: So many bytes are read from the root at once: little, since where memory is short it is read again and again.
@@ -70,7 +69,7 @@ def _made_once(what: Path) -> Iterator[Path | None]:
 
 
 def kernel(version: str) -> Path:
-    """The directory of Debian's newest kernel of that version, cloud flavour, with its initramfs."""
+    """The directory of Debian's newest kernel of that version, cloud flavour."""
     for name in KERNELS[version]:
         depends = _output("apt-cache", "depends", name)
         if package := re.search(rf"Depends: (linux-image-{re.escape(version)}\.\S+)", depends):
@@ -161,42 +160,37 @@ def image(directory: Path, made: Path) -> Path:
     return made
 
 
-def initramfs(unpacked: Path) -> Path:
-    """What a guest with that kernel boots from: busybox, init.sh, and modules in the order of their loading. Made anew,
-    since its parts are ours."""
+def initramfs(unpacked: Path, made: Path) -> Path:
+    """What a guest with that kernel boots from: busybox, init.sh, and modules in the order of their loading."""
     version = next(unpacked.glob("boot/vmlinuz-*")).name.removeprefix("vmlinuz-")
     environment = {**os.environ, "PATH": PATH}
-    with tempfile.TemporaryDirectory(dir=CACHE) as name, (CACHE / "lock").open("w") as lock:
+    with (CACHE / "lock").open("w") as lock:
         flock(lock, LOCK_EX)
         subprocess.run(["depmod", "--basedir", unpacked, version], env=environment, check=True)
-        modules: dict[Path, None] = {}
-        for module in MODULES:
-            command = ["modprobe", "--dirname", str(unpacked), "--set-version", version, "--show-depends", module]
-            shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-            modules |= dict.fromkeys(Path(path) for path in re.findall(r"^insmod (\S+)", shown, re.MULTILINE))
-        root = Path(name, "root")
+    modules: dict[Path, None] = {}
+    for module in MODULES:
+        command = ["modprobe", "--dirname", str(unpacked), "--set-version", version, "--show-depends", module]
+        shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        modules |= dict.fromkeys(Path(path) for path in re.findall(r"^insmod (\S+)", shown, re.MULTILINE))
+    busybox = shutil.which("busybox", path=PATH)
+    assert busybox is not None
+    with tempfile.TemporaryDirectory(dir=made.parent) as name:
+        root = Path(name)
         for directory in ("bin", "modules", "root"):
-            (root / directory).mkdir(parents=True)
-        busybox = shutil.which("busybox", path=PATH)
-        assert busybox is not None
+            (root / directory).mkdir()
         shutil.copy(busybox, root / "bin/busybox")
         shutil.copy(HERE / "init.sh", root / "init")
         for number, path in enumerate(modules):
             data = path.read_bytes()
             target = root / "modules" / f"{number:02}-{path.name.removesuffix('.xz')}"
             target.write_bytes(lzma.decompress(data) if path.suffix == ".xz" else data)
-        archive = Path(name, "initramfs")
         files = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))
-        with archive.open("wb") as output:
+        command = [busybox, "cpio", "-o", "-H", "newc"]
+        with made.open("wb") as archive:
             subprocess.run(
-                [busybox, "cpio", "-o", "-H", "newc"],
-                input=files.encode(),
-                stdout=output,
-                stderr=subprocess.DEVNULL,
-                cwd=root,
-                check=True,
+                command, input=files.encode(), stdout=archive, stderr=subprocess.DEVNULL, cwd=root, check=True
             )
-        return archive.rename(unpacked / "initramfs")
+    return made
 
 
 def _output(*command: str) -> str:

@@ -7,8 +7,8 @@ import pytest
 
 from tests.qemu.guest import WITHOUT, Guest, Outcome
 
-MEMORY_MIB = 384
-HOG_MIB = 290
+MEMORY_MIB = 512
+HOG_MIB = 420
 LEAST_SWAPPED_PAGES = (100 << 20) // 4096
 #: Software emulation is slow, and the machine may be busy.
 DEADLINE_SECONDS = 1800
@@ -48,7 +48,7 @@ def test_every_page_survives(guest: Guest) -> None:
 
 def test_it_hangs_without_locking(guest: Guest) -> None:
     """So that the test above is known to see it. The pager's worker waits, or tries again for ever, for a page of its
-    own or for memory, which only it could give: at its first write."""
+    own or for memory, which only it could give."""
     outcome = press(guest, "off")
     assert "zswapd-pager: may not lock its memory" in outcome.output
     assert (outcome.status, outcome.hung) == (None, True)
