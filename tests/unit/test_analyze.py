@@ -503,6 +503,18 @@ def test_a_kernel_thread_has_no_pages() -> None:
         find("pid", "2")
 
 
+def test_memory_that_may_not_be_read_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(pid: int) -> Memory:
+        raise PermissionError
+
+    monkeypatch.setattr("zswapd.analyze.sources.Memory", refuse)
+    (tmp_path / "cgroup.procs").write_text("1\n")
+    for kind, which in (("pid", str(os.getpid())), ("cgroup", str(tmp_path))):
+        with pytest.raises(ZswapdError, match=r"may be read|may not be read") as error:
+            find(kind, which)
+        assert error.value.hint == "run it as root"
+
+
 def test_a_zombie_has_no_pages() -> None:
     process = subprocess.Popen(["true"])
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)

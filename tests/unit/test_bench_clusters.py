@@ -59,10 +59,12 @@ async def test_a_program_s_pages_are_captured_as_they_are() -> None:
 
 @pytest.mark.parametrize("rows", [["zswapd-lz4"], ["zswapd-lz4", "zram-lzo-rle"]])
 def test_savings_are_a_table_of_programs_by_devices(rows: list[str]) -> None:
-    figures = {row: {"original_bytes": 5 << 20, "used_bytes": 2 << 20, "ratio": 2.5} for row in rows}
+    figures = {
+        row: {"original_bytes": 5 << 20, "used_bytes": 2 << 20, "ratio": 2.5, "ratio_beyond_empty": 3} for row in rows
+    }
     grid = table({"node-words": figures, "all together": figures}, rows)
     assert [list(column.cells) for column in grid.columns] == [
         ["node-words", "all together"],
         ["5", "5"],
-        *[["2.50", "2.50"] for _ in rows],
+        *[["2.50 (3.00)", "2.50 (3.00)"] for _ in rows],
     ]

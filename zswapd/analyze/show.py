@@ -22,7 +22,7 @@ def describe(source: Source, sample: Sample) -> str:
     if source.swapped:
         parts.append(f"{source.swapped:,} in swap, not looked at")
     if sample.gone:
-        parts.append(f"{sample.gone:,} were gone by then")
+        parts.append(f"{sample.gone:,} gone by then")
     return "; ".join(parts)
 
 

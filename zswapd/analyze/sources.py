@@ -150,12 +150,12 @@ def _cgroup(which: str) -> Source:
             _add(source, pid, frames)
         except PermissionError:
             refused += 1
-        except OSError:
-            ended += 1
+        except OSError:  # a kernel thread, too
+            ended += not os.path.exists(f"/proc/{pid}")
     if refused == len(pids) > 0:
         raise ZswapdError(f"the memory of none of the {refused} processes of {group} may be read", "run it as root")
     if refused:
-        source.notes.append(f"{refused} of {len(pids)} processes may not be read: run it as root")
+        source.notes.append(f"{refused} of {len(pids)} processes may not be read")
     if ended:
         source.notes.append(f"{ended} of {len(pids)} processes have ended meanwhile")
     if not pids:

@@ -261,7 +261,7 @@ async def measure(
             screen.line(program.name, "left out: it ended, or took too long", "yellow")
             return None
         if after:
-            await trio.to_thread.run_sync(group.set_limit, size // SHARE)
+            await trio.to_thread.run_sync(group.set_limit, running.present_bytes() // SHARE)
         pids = family(running.pid)
         with stopped(pids):
             swap.require_first()

@@ -26,7 +26,7 @@ from zswapd.bench.ability import cannot_swap
 from zswapd.bench.cgroup import MemoryCgroup
 from zswapd.bench.commands import until_signal
 from zswapd.bench.corpus import Corpus, files
-from zswapd.bench.devices import Zram
+from zswapd.bench.devices import Held, Zram
 from zswapd.bench.leftovers import leftovers
 from zswapd.bench.locked import lock_memory
 from zswapd.bench.programs import PAGE, Program, Running, known
@@ -36,7 +36,7 @@ from zswapd.bench.screen import Screen, Size
 from zswapd.config import format_size
 from zswapd.errors import ZswapdError
 
-LEFT = 48 << 20  # what the process keeps in the end: its own memory, which is locked, and little else
+LEFT = 40 << 20  # what the process keeps in the end: its own memory, which is locked, and little else
 TOTAL = "all together"
 
 
@@ -73,7 +73,10 @@ def together(corpora: Sequence[Corpus]) -> Corpus:
 
 
 async def measure(row: str, corpus: Corpus, directory: Path, screen: Screen, what: str) -> dict[str, Any]:
-    """What the device holds when nearly all of the pages are there. Raises WrongPages if one does not come back."""
+    """What the device holds when nearly all of the pages are there. Raises WrongPages if one does not come back.
+
+    `empty_bytes` it takes before it has any page: its reserve and tables, once for all programs.
+    """
     size = corpus.pages * PAGE
     # Above half full the kernel would free the slots of what it reads.
     swap = device(row, directory, 2 * size)
@@ -83,23 +86,34 @@ async def measure(row: str, corpus: Corpus, directory: Path, screen: Screen, wha
 
     with MemoryCgroup(2 * size + LEFT) as group:
         async with swap, workload(corpus, group, report) as load:
+            empty = await swap.held()
             await load.run("fill")
             await trio.to_thread.run_sync(group.set_limit, LEFT)
             held = await swap.held()
             assert held
+            assert empty
             group.set_limit(2 * size + LEFT)
             await load.run("verify")
-    return {**dataclasses.asdict(held), "ratio": held.ratio}
+    marginal = Held(held.original_bytes, held.used_bytes - empty.used_bytes)
+    return {
+        **dataclasses.asdict(held),
+        "empty_bytes": empty.used_bytes,
+        "ratio": held.ratio,
+        "ratio_beyond_empty": marginal.ratio,
+    }
 
 
 def table(found: dict[str, dict[str, dict[str, Any]]], rows: Sequence[str]) -> Table:
-    """Effective ratios: programs by devices."""
+    """Effective ratios: programs by devices; in brackets without what the device takes when it is empty."""
     grid = Table("program", "MiB", *rows, box=SIMPLE_HEAD)
     for what, figures in found.items():
         size = max(one["original_bytes"] for one in figures.values())
-        ratios = [f"{figures[row]['ratio']:.2f}" for row in rows]
-        grid.add_row(what, f"{size >> 20}", *ratios)
+        grid.add_row(what, f"{size >> 20}", *(ratio(figures[row]) for row in rows))
     return grid
+
+
+def ratio(figures: dict[str, Any]) -> str:
+    return f"{figures['ratio']:.2f} ({figures['ratio_beyond_empty']:.2f})"
 
 
 @click.command()
@@ -109,7 +123,9 @@ def table(found: dict[str, dict[str, dict[str, Any]]], rows: Sequence[str]) -> T
 @click.option("--directory", default=Path("/var/tmp"), show_default=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def main(rows: str, size: int, seed: int, directory: Path, as_json: bool) -> None:
-    """Effective ratio of each program's pages, and of all together, by device."""
+    """Effective ratio of each program's pages, and of all together, by device.
+
+    In brackets: without what the device takes when it is empty, once for all programs."""
     if reason := cannot_swap():
         raise ZswapdError(f"this machine cannot swap: {reason}")
     programs = known()
@@ -135,8 +151,8 @@ def main(rows: str, size: int, seed: int, directory: Path, as_json: bool) -> Non
                 corpora[TOTAL] = together(list(corpora.values()))
                 for what, corpus in corpora.items():
                     found[what] = {row: await measure(row, corpus, directory, screen, what) for row in devices}
-                    ratios = ", ".join(f"{row} {found[what][row]['ratio']:.2f}" for row in devices)
-                    screen.line(what, f"{format_size(corpus.pages * PAGE)}: {ratios}")
+                    total = format_size(corpus.pages * PAGE)
+                    screen.line(what, f"{total}: " + ", ".join(f"{row} {ratio(found[what][row])}" for row in devices))
             finally:
                 for corpus in corpora.values():
                     os.close(corpus.fd)
