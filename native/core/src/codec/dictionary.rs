@@ -161,6 +161,25 @@ mod tests {
     }
 
     #[test]
+    fn a_page_that_does_not_get_smaller_does_not_keep_the_next_one_from_it() {
+        let (bytes, mut codecs) = (dictionary(), Codecs::new().expect("codecs"));
+        let encoder = Encoder::digest(&bytes, 7, 9).expect("a dictionary");
+        let mut x = 1u64;
+        let noise = std::array::from_fn(|_| {
+            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (x >> 56) as u8
+        });
+        for _ in 0..2 {
+            assert_eq!(codecs.compress_with(&noise, &encoder), None);
+            assert!(codecs.compress_with(&page(119), &encoder).is_some());
+            assert_eq!(codecs.compress_with(&noise, &encoder), None);
+            assert!(codecs.compress_zstd(&page(119), 9).is_some());
+            assert_eq!(codecs.compress_zstd(&noise, 9), None);
+            assert!(codecs.compress_with(&page(119), &encoder).is_some());
+        }
+    }
+
+    #[test]
     fn without_its_dictionary_a_page_is_refused() {
         let (bytes, mut memory, mut codecs) = (dictionary(), room(), Codecs::new().expect("codecs"));
         let encoder = Encoder::digest(&bytes, 7, 9).expect("a dictionary");
