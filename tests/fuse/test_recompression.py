@@ -27,22 +27,26 @@ def daemon(make_daemon: MakeDaemon) -> Daemon:
     return make_daemon(swap__data_path="pager", recompression__cpu_percent=0).start()
 
 
-def page(n: int) -> bytes:
-    """Records of numbers: what lz4 finds little in, and zstd more."""
-    rng = random.Random(n)
-    return "".join(f"entry {rng.randrange(1 << 30):010d} of {n}\n" for _ in range(200)).encode()[:PAGE]
+def page(n: int, like: int = 0) -> bytes:
+    """Sentences that pages with the same `like` have in common, and numbers that they have not."""
+    rng, common = random.Random(n), random.Random(like)
+    sentences = ["".join(common.choices("abcdefghijklmnopqrstuvwxyz ", k=60)) for _ in range(300)]
+    return " ".join(f"{rng.choice(sentences)} {rng.randrange(1 << 30)}" for _ in range(80)).encode()[:PAGE]
+
+
+PAGE_OF = [page(n) for n in range(PAGES)]
 
 
 def fill(daemon: Daemon) -> None:
     with daemon.opened() as swapfile:
         for n in range(PAGES):
-            os.pwrite(swapfile, page(n), n * PAGE)
+            os.pwrite(swapfile, PAGE_OF[n], n * PAGE)
 
 
 def assert_whole(daemon: Daemon) -> None:
     with daemon.opened() as swapfile:
         for n in range(PAGES):
-            assert os.pread(swapfile, PAGE, n * PAGE) == page(n), f"page {n}"
+            assert os.pread(swapfile, PAGE, n * PAGE) == PAGE_OF[n], f"page {n}"
 
 
 def test_pages_get_smaller_as_told(daemon: Daemon) -> None:
@@ -103,7 +107,7 @@ def test_a_successor_has_the_dictionary_before_it_serves(daemon: Daemon) -> None
     assert_whole(daemon)
     assert daemon.stats()["objects_found_bad"] == 0
     # It goes when it is not needed any more.
-    second = Dictionaries(level=9).train(b"".join(page(n).replace(b"entry", b"other") for n in range(1000)))
+    second = Dictionaries(level=9).train(b"".join(page(n, like=1) for n in range(500)))
     assert second
     assert pager.install_dictionary(second) == 2
     fill(daemon)
