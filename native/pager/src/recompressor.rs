@@ -92,12 +92,7 @@ fn install(shared: &Shared, file: OwnedFd) -> Result<u64, Error> {
     shared.engine.store().install_dictionary(&bytes)
 }
 
-fn sample(
-    shared: &Shared,
-    tools: &mut store::Recompressor,
-    age: u8,
-    pages: u64,
-) -> Result<(u64, OwnedFd), Error> {
+fn sample(shared: &Shared, tools: &mut store::Recompressor, age: u8, pages: u64) -> Result<(u64, OwnedFd), Error> {
     let mut file = File::from(memory_file(c"zswapd-sample", 0)?);
     // Others than the last time.
     let start = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::from(time.subsec_nanos()));

@@ -126,7 +126,8 @@ mod tests {
         let mut x = seed | 1;
         let records = (0..).flat_map(|_| {
             x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            format!("{{\"name\": \"process-{}\", \"state\": \"sleeping\", \"id\": {}}}\n", x >> 60, x >> 40).into_bytes()
+            format!("{{\"name\": \"process-{}\", \"state\": \"sleeping\", \"id\": {}}}\n", x >> 60, x >> 40)
+                .into_bytes()
         });
         let mut page = [0; PAGE_SIZE];
         page.iter_mut().zip(records).for_each(|(to, from)| *to = from);
