@@ -61,7 +61,10 @@ pub fn spawn(start: &Arc<Start>, orders: Orders) -> io::Result<()> {
         for order in orders.0 {
             let store = shared.engine.store();
             match order {
-                Order::Tick(answer) => drop(answer.send(Ok(no_alloc::forbidden(|| store.tick())))),
+                Order::Tick(answer) => {
+                    no_alloc::forbidden(|| store.tick());
+                    drop(answer.send(Ok(())));
+                }
                 Order::Recompress(order, answer) => drop(answer.send(recompress(&shared, &mut tools, &order))),
                 Order::Install(file, answer) => drop(answer.send(install(&shared, file))),
                 Order::Sample { age, pages, answer } => {
