@@ -6,6 +6,7 @@ ZSWAPD_TEST_KILLS says how often the pager is killed in the tests that do it at 
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from tests.takeover import KILLS, kill, kill_and_wait, kill_at_random, report, s
 from zswapd import swapdev
 from zswapd.bench.damon import switches
 from zswapd.pager import Pager
+from zswapd.recompression import Dictionaries
 
 pytestmark = pytest.mark.usefixtures("_swap", "_only_ours")
 
@@ -163,6 +165,41 @@ def test_killed_while_it_writes_back(make_daemon: Callable[..., Daemon], corpus:
             workload.verify()
         assert daemon.stop() == 0
         assert "leaked" not in daemon.log()
+
+
+def test_killed_while_it_recompresses(attached: Callable[..., Daemon], corpus: int) -> None:
+    """With dictionaries that come and go; without zswapd's own policy, which would wait for pages to get cold."""
+    daemon = attached(recompression__cpu_percent=0)
+    pager, ended = Pager(daemon.mount_point), threading.Event()
+
+    def recompress() -> None:
+        round_, dictionaries = 0, Dictionaries(level=3)
+        while not ended.is_set():
+            round_ += 1
+            # Whoever is killed has not done it, or not all of it.
+            with suppress(OSError):
+                pager.tick()
+                pager.recompress("zstd", tier=1, level=1 + round_ % 3, age=0)
+                dictionaries.newest = None
+                if dictionary := dictionaries.train(pager.sample_cold(0, 500)):
+                    pager.install_dictionary(dictionary)
+                pager.recompress("dictionary", tier=2, level=3, age=0)
+
+    with no_trouble(), swapped(daemon, corpus) as workload, ThreadPoolExecutor(1) as beside:
+        workload.fill()
+        beside.submit(recompress)
+        try:
+            kill_under_load(daemon, workload, "recompression")
+        finally:
+            ended.set()
+        counts = daemon.stats()["recompression"]
+        assert counts["pages_recompressed"] > 1000
+        assert counts["dictionaries"]
+        workload.group.set_limit(ENOUGH)
+        assert daemon.ctl("detach").returncode == 0
+        workload.verify()
+    assert daemon.stop() == 0
+    assert "leaked" not in daemon.log()
 
 
 def test_killed_during_swapoff(attached: Callable[..., Daemon], corpus: int) -> None:

@@ -36,14 +36,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ("dictionary 12", &[(1, 12, true)]),
         ("zstd 3, then dictionary 9", &[(1, 3, false), (2, 9, true)]),
     ] {
-        let engine = Engine::new(bytes.len() as u64, Allocator::Zsmalloc, 2 * bytes.len() as u64, fresh, Files::default())?;
+        let engine =
+            Engine::new(bytes.len() as u64, Allocator::Zsmalloc, 2 * bytes.len() as u64, fresh, Files::default())?;
         let begun = Instant::now();
         for (slot, page) in pages.iter().enumerate() {
             engine.write((slot * PAGE_SIZE) as u64, &page[..], &mut scratch)?;
         }
         let per_page = begun.elapsed() / pages.len() as u32;
         let (ratio, load) = (effective(&engine), median_load(&engine, &pages, &mut scratch)?);
-        println!("{algorithm} 1: {ratio:.3}, load {load:?}, store {per_page:?}");
+        println!("{algorithm} 1: {ratio}, load {load:?}, store {per_page:?}");
         for &(number, level, with_dictionary) in steps {
             if with_dictionary {
                 let Some(dictionary) = &mut dictionary else { continue };
@@ -59,7 +60,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let tried = (done.recompressed + done.not_smaller).max(1);
             let (ratio, load) = (effective(&engine), median_load(&engine, &pages, &mut scratch)?);
             println!(
-                "  {name}, tier {number}: {ratio:.3}, load {load:?}, {:?} a page, {} smaller, {} not; encoder {} KiB",
+                "  {name}, tier {number}: {ratio}, load {load:?}, {:?} a page, {} smaller, {} not; encoder {} KiB",
                 done.processor_time / tried as u32,
                 done.recompressed,
                 done.not_smaller,
@@ -70,16 +71,24 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Pages over all that they take.
-fn effective(engine: &Engine) -> f64 {
+/// Pages over their payload, over the pool, and over all that they take.
+fn effective(engine: &Engine) -> String {
     let (store, metrics) = (engine.store(), engine.store().metrics());
     store.refresh_gauges();
     let tables = metrics.metadata_bytes.get() + metrics.arena_metadata_bytes.get();
     let dictionaries = metrics.dictionary_bytes.get() + metrics.encoder_bytes.get();
-    engine.size() as f64 / (metrics.backed_bytes.get() + tables + dictionaries) as f64
+    let over = |bytes: u64| engine.size() as f64 / bytes as f64;
+    let payload = over(metrics.compressed_bytes.get());
+    let pool = over(metrics.pool_bytes.get());
+    let all = over(metrics.backed_bytes.get() + tables + dictionaries);
+    format!("{payload:.3} payload, {pool:.3} pool, {all:.3} in full")
 }
 
-fn median_load(engine: &Engine, pages: &[&Page], scratch: &mut Scratch) -> Result<Duration, Box<dyn std::error::Error>> {
+fn median_load(
+    engine: &Engine,
+    pages: &[&Page],
+    scratch: &mut Scratch,
+) -> Result<Duration, Box<dyn std::error::Error>> {
     let (mut times, mut back) = (Vec::new(), [0; PAGE_SIZE]);
     for slot in (0..pages.len()).map(|n| n * 7919 % pages.len()) {
         let begun = Instant::now();

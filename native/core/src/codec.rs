@@ -218,9 +218,14 @@ impl Codecs {
         let compressor = self.compressor.as_ptr();
         // SAFETY: the context is alive and borrowed exclusively, and forgets the dictionary before that may end.
         let frame = unsafe {
-            zstd_result(zstd::ZSTD_CCtx_refCDict(compressor, encoder.as_ptr()))?;
+            let refer_to = |dictionary| {
+                // A page that did not fit has left it in the middle of a frame, where it takes no other dictionary.
+                zstd::ZSTD_CCtx_reset(compressor, zstd::ZSTD_ResetDirective::ZSTD_reset_session_only);
+                zstd_result(zstd::ZSTD_CCtx_refCDict(compressor, dictionary))
+            };
+            refer_to(encoder.as_ptr())?;
             let frame = self.compress_frame(page, 1);
-            zstd_result(zstd::ZSTD_CCtx_refCDict(compressor, std::ptr::null())).and(frame)
+            refer_to(std::ptr::null()).and(frame)
         };
         self.compressed[0] = encoder.version();
         Some(&self.compressed[..1 + frame?])

@@ -113,9 +113,7 @@ impl Dictionaries {
     unsafe fn bytes(&self, place: Place) -> &[u8] {
         let length = (self.header(place).length.load(Ordering::Relaxed) as usize).min(MAX_BYTES);
         // SAFETY: inside the place; the caller's promise.
-        unsafe {
-            std::slice::from_raw_parts(self.state.dictionary(place.index()).as_ptr(), length)
-        }
+        unsafe { std::slice::from_raw_parts(self.state.dictionary(place.index()).as_ptr(), length) }
     }
 
     fn decoder_memory(&self, place: Place) -> *mut u64 {

@@ -68,12 +68,7 @@ fn check(payload: Payload<'_>, codecs: &mut Codecs) {
 }
 
 /// Decodes into a page between two others, which must not change.
-fn decompress(
-    codecs: &mut Codecs,
-    codec: Codec,
-    payload: &[u8],
-    dictionary: Option<Decoder<'_>>,
-) -> Option<Vec<u8>> {
+fn decompress(codecs: &mut Codecs, codec: Codec, payload: &[u8], dictionary: Option<Decoder<'_>>) -> Option<Vec<u8>> {
     const FENCE: u8 = 0xfe;
     let mut memory = vec![FENCE; 3 * PAGE_SIZE];
     let page = <&mut Page>::try_from(&mut memory[PAGE_SIZE..2 * PAGE_SIZE]).expect("a page");

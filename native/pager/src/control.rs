@@ -243,7 +243,8 @@ fn execute(words: &[&str], descriptor: Option<OwnedFd>, shared: &Shared) -> Resu
             }))
         }
         ["sample-pool", age, pages] => {
-            let (age, pages) = (number(age, "age in ticks", 0..=MAX_AGE)?, number(pages, "number of pages", 1..=MAX_COLD)?);
+            let (age, pages) =
+                (number(age, "age in ticks", 0..=MAX_AGE)?, number(pages, "number of pages", 1..=MAX_COLD)?);
             let order = |answer| Recompression::Sample { age, pages, answer };
             Ok(ordered(shared.recompressor.order(order), |(pages, file)| {
                 Reply::TextAndDescriptor(format!("pages={pages}"), file)

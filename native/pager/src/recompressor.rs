@@ -61,7 +61,10 @@ pub fn spawn(start: &Arc<Start>, orders: Orders) -> io::Result<()> {
         for order in orders.0 {
             let store = shared.engine.store();
             match order {
-                Order::Tick(answer) => drop(answer.send(Ok(no_alloc::forbidden(|| store.tick())))),
+                Order::Tick(answer) => {
+                    no_alloc::forbidden(|| store.tick());
+                    drop(answer.send(Ok(())));
+                }
                 Order::Recompress(order, answer) => drop(answer.send(recompress(&shared, &mut tools, &order))),
                 Order::Install(file, answer) => drop(answer.send(install(&shared, file))),
                 Order::Sample { age, pages, answer } => {
@@ -92,12 +95,7 @@ fn install(shared: &Shared, file: OwnedFd) -> Result<u64, Error> {
     shared.engine.store().install_dictionary(&bytes)
 }
 
-fn sample(
-    shared: &Shared,
-    tools: &mut store::Recompressor,
-    age: u8,
-    pages: u64,
-) -> Result<(u64, OwnedFd), Error> {
+fn sample(shared: &Shared, tools: &mut store::Recompressor, age: u8, pages: u64) -> Result<(u64, OwnedFd), Error> {
     let mut file = File::from(memory_file(c"zswapd-sample", 0)?);
     // Others than the last time.
     let start = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::from(time.subsec_nanos()));

@@ -126,7 +126,8 @@ mod tests {
         let mut x = seed | 1;
         let records = (0..).flat_map(|_| {
             x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            format!("{{\"name\": \"process-{}\", \"state\": \"sleeping\", \"id\": {}}}\n", x >> 60, x >> 40).into_bytes()
+            format!("{{\"name\": \"process-{}\", \"state\": \"sleeping\", \"id\": {}}}\n", x >> 60, x >> 40)
+                .into_bytes()
         });
         let mut page = [0; PAGE_SIZE];
         page.iter_mut().zip(records).for_each(|(to, from)| *to = from);
@@ -157,6 +158,25 @@ mod tests {
             assert_eq!(back, page);
             // The dictionary is forgotten again.
             assert_eq!(codecs.compress_zstd(&page, level), Some(without));
+        }
+    }
+
+    #[test]
+    fn a_page_that_does_not_get_smaller_does_not_keep_the_next_one_from_it() {
+        let (bytes, mut codecs) = (dictionary(), Codecs::new().expect("codecs"));
+        let encoder = Encoder::digest(&bytes, 7, 9).expect("a dictionary");
+        let mut x = 1u64;
+        let noise = std::array::from_fn(|_| {
+            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (x >> 56) as u8
+        });
+        for _ in 0..2 {
+            assert_eq!(codecs.compress_with(&noise, &encoder), None);
+            assert!(codecs.compress_with(&page(119), &encoder).is_some());
+            assert_eq!(codecs.compress_with(&noise, &encoder), None);
+            assert!(codecs.compress_zstd(&page(119), 9).is_some());
+            assert_eq!(codecs.compress_zstd(&noise, 9), None);
+            assert!(codecs.compress_with(&page(119), &encoder).is_some());
         }
     }
 

@@ -157,9 +157,8 @@ impl Store {
             None => 0,
             Some((place, serial, bytes)) => {
                 let level = tier.with.zstd_level;
-                let as_before = |(_, before, encoder): &(Place, u64, Encoder)| {
-                    (*before, encoder.level()) == (serial, level)
-                };
+                let as_before =
+                    |(_, before, encoder): &(Place, u64, Encoder)| (*before, encoder.level()) == (serial, level);
                 if !recompressor.encoder.as_ref().is_some_and(as_before) {
                     // The old one first: they are large.
                     recompressor.encoder = None;

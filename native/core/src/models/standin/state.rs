@@ -45,12 +45,8 @@ pub struct State {
     shadows: Box<[Shadow]>,
     dictionary_headers: [Header; PLACES],
     /// Not the checker's either.
-    dictionaries: UnsafeCell<Vec<DictionaryPage>>,
+    dictionaries: UnsafeCell<Vec<u64>>,
 }
-
-#[derive(Clone)]
-#[repr(align(4096))]
-struct DictionaryPage([u8; PAGE_SIZE]);
 
 // SAFETY: as of the real one: who dereferences the addresses that it gives out answers for the sharing.
 unsafe impl Sync for State {}
@@ -68,7 +64,7 @@ impl State {
             arena_pages,
             shadows: (0..bytes / SHADOWED).map(|_| Shadow::default()).collect(),
             dictionary_headers: Default::default(),
-            dictionaries: UnsafeCell::new(vec![DictionaryPage([0; PAGE_SIZE]); PLACES * PLACE_BYTES / PAGE_SIZE]),
+            dictionaries: UnsafeCell::new(vec![0; PLACES * PLACE_BYTES / 8]),
         })
     }
 
@@ -118,7 +114,7 @@ impl State {
 
     pub fn dictionary(&self, place: usize) -> NonNull<u8> {
         assert!(place < PLACES);
-        // SAFETY: the vector is never changed; its pages are only ever reached through this address, and inside it.
+        // SAFETY: the vector is never replaced; its bytes are only ever reached through this address, and inside it.
         unsafe {
             let start = (*self.dictionaries.get()).as_mut_ptr().cast::<u8>();
             NonNull::new_unchecked(start.add(place * PLACE_BYTES))

@@ -88,6 +88,10 @@ fn end(store: &Store) {
     ] {
         assert_eq!(gauge.get(), 0, "{name}");
     }
-    assert!(store.dictionaries.installed().iter().all(|installed| installed.pages == 0), "{:?}", store.dictionaries.installed());
+    assert!(
+        store.dictionaries.installed().iter().all(|installed| installed.pages == 0),
+        "{:?}",
+        store.dictionaries.installed()
+    );
     assert!(store.writeback.as_ref().is_none_or(|writeback| writeback.lru.is_empty()));
 }

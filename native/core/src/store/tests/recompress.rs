@@ -184,8 +184,7 @@ fn what_is_no_dictionary_is_refused() {
 fn a_page_that_was_incompressible_gets_smaller_and_stays_in_its_order() {
     let mut options = memory_disk(8);
     options.incompressible = Incompressible::Keep;
-    let (store, mut scratch) =
-        (new_store(Allocator::Zsmalloc, 1024, 1000, options), Scratch::new().expect("scratch"));
+    let (store, mut scratch) = (new_store(Allocator::Zsmalloc, 1024, 1000, options), Scratch::new().expect("scratch"));
     let mut noise = page(3, 1, true);
     noise.iter_mut().for_each(|byte| *byte &= 0x3f);
     store.store(3, &noise, LZ4, &mut scratch).expect("room");
