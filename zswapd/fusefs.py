@@ -245,7 +245,10 @@ def _answer(request: Callable[[], T]) -> T:
 
 
 def check_mount_point(mount_point: Path) -> None:
-    """Raises DaemonError unless `mount_point` is an empty directory on which nothing is mounted; InUseError for a pager."""
+    """Raises DaemonError unless `mount_point` is an empty directory on which nothing is mounted.
+
+    InUseError, if a pager is.
+    """
     try:
         entries: Sequence[str] = os.listdir(mount_point)
     except FileNotFoundError:
