@@ -126,6 +126,11 @@ impl Relay {
         }
     }
 
+    /// Whether there is a pyfuse3, as far as we know.
+    pub fn is_connected(&self) -> bool {
+        self.lock().peer.is_some()
+    }
+
     /// Takes a request from a worker. Never waits for pyfuse3. An error means that the device is gone.
     pub fn forward(&self, request: &Request<'_>, session: &Session) -> io::Result<()> {
         if request.bytes.len() > MESSAGE {
