@@ -239,7 +239,7 @@ def test_what_a_pager_s_death_would_cost_is_shown(changes: dict[str, int], count
 
 
 def test_a_pager_without_zswapd_is_shown() -> None:
-    assert "zswapd      none: pages go on" in shown(stats(pager={**PAGER, "zswapd": 0}))
+    assert "none: pages go on" in shown(stats(pager={**PAGER, "zswapd": 0}))
     for unsuspected in ({**PAGER, "zswapd": 1}, PAGER):
         assert "none: pages go on" not in shown(stats(pager=unsuspected))
 
