@@ -4,6 +4,8 @@ Nothing here touches the mount from the trio thread: that would wait for an answ
 it.
 """
 
+import errno
+import os
 from pathlib import Path
 
 import trio
@@ -60,6 +62,9 @@ async def attach(
 
 async def _attach(mount_point: Path, priority: int, discard: bool) -> Attachment:
     swapfile = str(mount_point / "swapfile")
+    # A child: who waits for a zswapd that is stopped cannot be killed.
+    if os.strerror(errno.EAGAIN).encode() in (await commands.run("stat", swapfile, check=False)).stderr:
+        raise DaemonError(f"the pager runs, but no zswapd serves {mount_point}", swapdev.START_HINT)
     if discard:
         # A loop device over FUSE offers discards whether or not the daemon can punch holes; each would then fail.
         punch = ("fallocate", "--punch-hole", "--keep-size", "--offset", "0", "--length", "4096", swapfile)

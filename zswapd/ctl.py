@@ -219,7 +219,8 @@ def upgrade(config: Config, as_json: bool) -> None:
     except TimeoutError as error:
         raise DaemonError(f"the upgrade has begun, and is not done: {error.strerror}", "see the log") from None
     except OSError as error:
-        raise DaemonError(f"not upgraded, the old version goes on: {error.strerror}", "see its log") from None
+        hint = "see its log; or bring every page back first: zswapctl stop, then start zswapd again"
+        raise DaemonError(f"not upgraded, the old version goes on: {error.strerror}", hint) from None
     if as_json:
         _print_json(dataclasses.asdict(upgraded))
     else:

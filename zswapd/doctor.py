@@ -16,7 +16,7 @@ from zswapd import backing, commands, kernel, memcg, swapdev, wear
 from zswapd.config import PAGE_SIZE, Config, format_size, mem_total
 from zswapd.errors import ZswapdError
 from zswapd.footprint import refuse_huge
-from zswapd.status import read_stats
+from zswapd.status import NO_ZSWAPD, lacks_zswapd, read_stats
 
 RESEND_SINCE = (6, 9, 4)
 NO_RESEND = "what is under way when a pager dies is not sent again, and fails with an I/O error"
@@ -369,6 +369,9 @@ def _daemon(config: Config) -> list[Check]:
     if pager is None:
         return [Check("daemon", "ok", f"zswapd {stats.get('version')}, pid {stats.get('pid')}, answers")]
     checks = [Check("daemon", "ok", f"zswapd {stats['version']}, pager pid {pager['pid']}, answers")]
+    if lacks_zswapd(pager):
+        text = f"pager pid {pager['pid']} has no zswapd: {NO_ZSWAPD}"
+        checks = [Check("daemon", "warn", text, swapdev.START_HINT)]
     if not pager["keeper"]:
         text = "the keeper is gone: if the pager, which goes on, dies too, its pages are lost"
         checks.append(

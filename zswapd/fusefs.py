@@ -245,7 +245,10 @@ def _answer(request: Callable[[], T]) -> T:
 
 
 def check_mount_point(mount_point: Path) -> None:
-    """Raises DaemonError unless `mount_point` is an empty directory on which nothing is mounted."""
+    """Raises DaemonError unless `mount_point` is an empty directory on which nothing is mounted.
+
+    InUseError, if a pager is.
+    """
     try:
         entries: Sequence[str] = os.listdir(mount_point)
     except FileNotFoundError:
@@ -254,6 +257,9 @@ def check_mount_point(mount_point: Path) -> None:
         raise DaemonError(
             f"the mount point {mount_point} is not a directory", "name another: swap.mount_point"
         ) from None
+    except BlockingIOError:
+        # A pager's answer as long as no zswapd serves: somebody has started it at the same moment.
+        raise in_use(mount_point, None) from None
     except OSError as error:
         dead = error.errno == errno.ENOTCONN
         hint = f"a dead daemon left it mounted: umount {mount_point}" if dead else "name another: swap.mount_point"

@@ -225,7 +225,7 @@ class Pager:
         if the kernel let it lock memory, serve reclaim and outlive the OOM killer; forgets: 1 if it stores nothing;
         footprint: bytes of its memory beside the pool and its tables; takeovers: how often a pager has taken over;
         resend: 1 if the kernel sends again what a pager that is gone had not answered; program: which one it runs, a
-        higher number behind each upgrade."""
+        higher number behind each upgrade; zswapd: 1 if one is connected (older pagers do not say)."""
         return _numbers(self._ask("status")[0])
 
     # What every engine does (engine.Engine)

@@ -18,6 +18,7 @@ from zswapd.pager import Pager
 from zswapd.swapdev import START_HINT, Attachment, is_mounted, not_serving
 
 DEADLINE_SECONDS = 5
+NO_ZSWAPD = "pages go on; control files, metrics, policies and the watchdog do not"
 
 
 def read_stats(mount_point: Path) -> dict[str, Any]:
@@ -93,6 +94,8 @@ def render(stats: dict[str, Any], attachment: Attachment | None) -> RenderableTy
     table.add_row("served by", _server(stats))
     if "pager" in stats:
         table.add_row("survives", _survival(stats))
+        if lacks_zswapd(stats["pager"]):
+            table.add_row("zswapd", Text(f"none: {NO_ZSWAPD}; {START_HINT}", "bold red"))
     table.add_row("swap", _attachment(stats, attachment))
 
     pages = {kind: count for kind, count in stats["pages"].items() if kind != "lost"}
@@ -208,6 +211,11 @@ def render_classes(stats: dict[str, Any]) -> RenderableType:
     for column, text in zip(table.columns, footer, strict=True):
         column.footer = text
     return table
+
+
+def lacks_zswapd(pager: dict[str, int]) -> bool:
+    """Whether the pager says that it has none."""
+    return not pager.get("zswapd", 1)
 
 
 def _server(stats: dict[str, Any]) -> str:

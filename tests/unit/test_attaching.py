@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -88,6 +89,16 @@ async def test_what_is_attached_may_go_to_the_pool(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(blockqueue, "set_for_swap", lambda device: None)
     assert await attaching._attach(MOUNT_POINT, 1, discard=False) == OURS
     assert pager.told == [True]
+
+
+async def test_attaching_says_that_a_pager_has_no_zswapd(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(*command: str, check: bool = True) -> CompletedProcess[bytes]:
+        return CompletedProcess(command, 1, b"", f"{command[0]}: cannot statx: {os.strerror(errno.EAGAIN)}".encode())
+
+    monkeypatch.setattr(commands, "run", run)
+    with pytest.raises(DaemonError, match=f"no zswapd serves {MOUNT_POINT}") as caught:
+        await attaching._attach(MOUNT_POINT, 1, discard=True)
+    assert "systemctl start zswapd" in caught.value.hint
 
 
 async def test_only_root_attaches_and_detaches(monkeypatch: pytest.MonkeyPatch) -> None:

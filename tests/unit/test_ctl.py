@@ -347,7 +347,8 @@ def test_an_upgrade_says_who_serves_now(monkeypatch: pytest.MonkeyPatch) -> None
         ),
         (
             OSError(errno.EINVAL, "state version 4"),
-            "not upgraded, the old version goes on: state version 4\nsee its log",
+            "not upgraded, the old version goes on: state version 4\n"
+            "see its log; or bring every page back first: zswapctl stop, then start zswapd again",
         ),
         (TimeoutError(errno.ETIMEDOUT, "too long"), "the upgrade has begun, and is not done: too long"),
     ],

@@ -160,6 +160,16 @@ def test_what_would_become_of_a_killed_pager(
     assert (check.status, text in check.detail, bool(check.remedy)) == (status, True, status != "ok")
 
 
+@pytest.mark.parametrize(("zswapd", "status"), [({}, "ok"), ({"zswapd": 1}, "ok"), ({"zswapd": 0}, "warn")])
+def test_a_pager_without_zswapd(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, zswapd: dict[str, int], status: str
+) -> None:
+    running = {"version": "1", "pager": {"pid": 7, "keeper": 8, "standby": 9, "resend": 1, **zswapd}, "takeovers": 2}
+    monkeypatch.setattr(doctor, "read_stats", lambda mount_point: running)
+    [check] = [check for check in doctor.run(CONFIG, machine) if check.name == "daemon"]
+    assert (check.status, "no zswapd" in check.detail, bool(check.remedy)) == (status, status != "ok", status != "ok")
+
+
 def disk_checks(root: Path, monkeypatch: pytest.MonkeyPatch, rotational: bool = False) -> list[doctor.Check]:
     keys = ("swap.mount_point=/run/zswapd-test/mnt", "writeback.backing=/dev/x", "writeback.budget_per_hour=1GiB")
     config = load(None, keys, {})

@@ -1,5 +1,6 @@
 """What zswapd pager becomes, and what it refuses; and the end of pagers that a keeper has left."""
 
+import errno
 import json
 import os
 import signal
@@ -45,6 +46,17 @@ def became(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def value(command: list[str], name: str) -> str:
     return command[command.index(name) + 1]
+
+
+def test_a_pager_that_has_just_been_mounted_there_is_in_use(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it answers whoever looks before zswapd serves."""
+
+    def listdir(path: Path) -> NoReturn:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(InUseError, match="in use by another zswapd"):
+        launch.become_keeper(config)
 
 
 def test_it_makes_the_mount_point_and_becomes_the_keeper(config: Config, became: list[list[str]]) -> None:

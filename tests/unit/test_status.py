@@ -260,5 +260,11 @@ def test_what_a_pager_s_death_would_cost_is_shown(changes: dict[str, int], count
     assert "survives" not in shown(stats())
 
 
+def test_a_pager_without_zswapd_is_shown() -> None:
+    assert "none: pages go on" in shown(stats(pager={**PAGER, "zswapd": 0}))
+    for unsuspected in ({**PAGER, "zswapd": 1}, PAGER):
+        assert "none: pages go on" not in shown(stats(pager=unsuspected))
+
+
 def test_objects_that_were_found_to_be_bad_are_shown() -> None:
     assert "2 pages were found to be bad behind a takeover" in shown(stats(objects_found_bad=2))

@@ -2,7 +2,7 @@
 //!
 //! | command | reply |
 //! | --- | --- |
-//! | `status` | `ok pid=N keeper=N standby=N device=N opens=N protected=N forgets=N footprint=N takeovers=N resend=N program=N`: see `status` below |
+//! | `status` | `ok pid=N keeper=N standby=N device=N opens=N protected=N forgets=N footprint=N takeovers=N resend=N program=N zswapd=N`: see `status` below |
 //! | `counters` | `ok`, with the descriptor of the counters |
 //! | `relay` | `ok`, with the descriptor that pyfuse3 is to serve; EBUSY while another one has it |
 //! | `mem-limit BYTES` | `ok`; from a page to 1 TiB |
@@ -487,7 +487,8 @@ fn left(shared: &Shared) -> String {
 /// The pids of this process, its keeper (0: gone) and its standby (0: none); the mount's device number; how often the
 /// swap file is open; whether this process is protected (see `protect`); whether it forgets what is written
 /// (`--store none`); bytes of its memory beside pool, slot words and descriptors; how often a pager has taken over;
-/// whether the kernel sends again what it has sent to one that is gone; which program this is, as the keeper counts them.
+/// whether the kernel sends again what it has sent to one that is gone; which program this is, as the keeper counts them;
+/// whether a zswapd is connected.
 fn status(shared: &Shared) -> String {
     let metrics = shared.engine.store().metrics();
     let fields = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -503,10 +504,11 @@ fn status(shared: &Shared) -> String {
     let forgets = u8::from(shared.stored < shared.engine.size());
     let device = shared.device_number;
     let (keeper, standby) = (shared.keeper.pid(), shared.keeper.standby());
+    let zswapd = u8::from(shared.relay.is_connected());
     let resend = shared.session().init(&mut [0; MAX_INIT]).map_or(0, |request| u8::from(has_resend(request)));
     format!(
         "pid={pid} keeper={keeper} standby={standby} device={device} opens={opens} protected={protected} \
-         forgets={forgets} footprint={footprint} takeovers={} resend={resend} program={}",
+         forgets={forgets} footprint={footprint} takeovers={} resend={resend} program={} zswapd={zswapd}",
         metrics.takeovers.get(),
         shared.program,
     )

@@ -119,8 +119,16 @@ impl Relay {
         if let Some(request) = session.init(&mut room) {
             inner.keep_init(request);
         }
-        // One that may have had INIT and has not answered would not take it twice: it is left to notice.
-        inner.peer = peer.filter(|_| session.greeted.load(SeqCst) != 0).map(Arc::new);
+        match peer {
+            // It may have had INIT, and would not take it twice.
+            Some(peer) if session.greeted.load(SeqCst) == 0 => hang_up(&peer),
+            peer => inner.peer = peer.map(Arc::new),
+        }
+    }
+
+    /// Whether there is a pyfuse3, as far as we know.
+    pub fn is_connected(&self) -> bool {
+        self.lock().peer.is_some()
     }
 
     /// Takes a request from a worker. Never waits for pyfuse3. An error means that the device is gone.
@@ -323,6 +331,12 @@ pub fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
         }
     }
     Ok((ours, theirs))
+}
+
+/// For every copy: the keeper has one of our end.
+fn hang_up(socket: &OwnedFd) {
+    // SAFETY: plain system call on a descriptor that we own. What has hung up itself needs no more.
+    unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
 }
 
 /// Sends one message; waits for room.

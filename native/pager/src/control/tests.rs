@@ -76,6 +76,9 @@ pub(super) fn refused(answer: &str) -> bool {
 fn commands_are_answered() {
     let control = Control::new();
     assert!(control.ask(b"status").contains(" opens=0 "));
+    assert!(control.ask(b"status").ends_with(" zswapd=0"));
+    let _relay = control.shared.relay.connect(control.shared.session()).expect("nobody else is connected");
+    assert!(control.ask(b"status").ends_with(" zswapd=1"));
     assert_eq!(control.ask(b"mem-limit 1048576").trim(), "ok");
     assert_eq!(control.shared.engine.store().pool().limit_bytes(), 1 << 20);
     assert_eq!(control.ask(b" compression\tzstd 9\n").trim(), "ok");

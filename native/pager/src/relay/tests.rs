@@ -284,6 +284,7 @@ fn one_that_has_not_answered_init_is_not_gone_on_with() {
     let peer = connect(&first);
     greet(&first, &peer, &init(unique, 0));
     let unanswered = look_up(&first);
+    assert!(receive(&peer).is_some());
     drop(peer);
     expect_error(&first, unanswered, libc::EINTR);
     let asked = connect(&first);
@@ -291,6 +292,7 @@ fn one_that_has_not_answered_init_is_not_gone_on_with() {
 
     let (ours, peer) = socket_pair().expect("sockets");
     set_patience(&peer);
+    let _the_keeper_s = ours.try_clone().expect("descriptor");
     let second = succeed(&first, ours);
     assert_eq!(receive(&peer), Some(vec![]), "it hangs up");
     greet(&second, &connect(&second), &init(unique, 0));
