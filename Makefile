@@ -201,12 +201,11 @@ bench-pool: build
 	cargo bench --manifest-path native/Cargo.toml --locked --package zswapd-core --bench pool --bench pauses
 	$(PYTHON) -m zswapd.bench.density
 
-# Each has a target directory of its own: its flags would make everything else be built anew.
-CHECK := cargo test --manifest-path native/Cargo.toml --quiet --locked --profile model --package zswapd-core --lib
+MODEL := cargo test --manifest-path native/Cargo.toml --quiet --locked --package zswapd-core --lib
 
 model: | system
-	@RUSTFLAGS="--cfg loom" $(CHECK) --target-dir native/target/loom models::
-	RUSTFLAGS="--cfg shuttle" $(CHECK) --target-dir native/target/shuttle models::
+	@$(MODEL) --features loom models::
+	$(MODEL) --features shuttle models::
 	echo "zswapd: all models hold"
 
 mutants: | system
