@@ -20,7 +20,7 @@ pub mod error;
 pub mod gate;
 pub mod locks;
 pub mod lru;
-#[cfg_attr(any(loom, shuttle, miri), path = "models/standin/memory.rs")]
+#[cfg_attr(any(feature = "loom", feature = "shuttle", miri), path = "models/standin/memory.rs")]
 pub mod memory;
 pub mod metrics;
 pub mod object;
@@ -29,12 +29,12 @@ pub mod pool;
 pub mod scratch;
 pub mod session;
 pub mod slots;
-#[cfg_attr(any(loom, shuttle, miri), path = "models/standin/state.rs")]
+#[cfg_attr(any(feature = "loom", feature = "shuttle", miri), path = "models/standin/state.rs")]
 pub mod state;
 pub mod store;
-#[cfg_attr(any(loom, shuttle), path = "models/standin/sync.rs")]
+#[cfg_attr(any(feature = "loom", feature = "shuttle"), path = "models/standin/sync.rs")]
 mod sync;
 pub mod touched;
 
-#[cfg(all(test, any(loom, shuttle)))]
+#[cfg(all(test, any(feature = "loom", feature = "shuttle")))]
 mod models;

@@ -14,7 +14,7 @@
 //! Whoever holds a slot's lock may read and free the record that its word names; a record is never freed while it is
 //! read. Nothing here allocates on the way of a page, and no lock is held over a transfer.
 
-#[cfg(all(test, not(any(loom, shuttle))))]
+#[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
 mod alloc_tests;
 mod cipher;
 #[cfg(test)]

@@ -4,9 +4,9 @@
 //! a load may return under the memory model of C11. shuttle runs whole `flows` through many random schedules.
 //! `tests/mutants` holds the proof that they see something: each mutant brings a bug back, and its model fails.
 
-#[cfg(shuttle)]
+#[cfg(feature = "shuttle")]
 mod flows;
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 mod races;
 
 use crate::backing::{Disk, SEGMENT_BYTES};

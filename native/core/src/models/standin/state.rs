@@ -177,10 +177,10 @@ impl State {
 pub struct Shadow(Access);
 
 /// loom reports a write that is not ordered with every other access.
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 type Access = loom::cell::UnsafeCell<()>;
 /// shuttle lets others run before an access.
-#[cfg(shuttle)]
+#[cfg(feature = "shuttle")]
 type Access = crate::sync::AtomicU8;
 /// Miri sees the bytes themselves.
 #[cfg(miri)]
@@ -191,16 +191,16 @@ unsafe impl Sync for Shadow {}
 
 impl Shadow {
     pub fn read(&self) {
-        #[cfg(loom)]
+        #[cfg(feature = "loom")]
         self.0.with(|_| ());
-        #[cfg(shuttle)]
+        #[cfg(feature = "shuttle")]
         self.0.load(crate::sync::Ordering::SeqCst);
     }
 
     pub fn write(&self) {
-        #[cfg(loom)]
+        #[cfg(feature = "loom")]
         self.0.with_mut(|_| ());
-        #[cfg(shuttle)]
+        #[cfg(feature = "shuttle")]
         self.0.store(0, crate::sync::Ordering::SeqCst);
     }
 }

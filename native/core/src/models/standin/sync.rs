@@ -1,8 +1,8 @@
 //! Stands in for `sync.rs` under a model checker: every atomic and lock of the core is the checker's.
 
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 use loom as checker;
-#[cfg(shuttle)]
+#[cfg(feature = "shuttle")]
 use shuttle as checker;
 
 pub use checker::hint::spin_loop;
