@@ -16,8 +16,7 @@ from pathlib import Path
 from tests.qemu import images
 
 #: One processor until the kernel has patched its own code: QEMU before 8.1 may run what was there before (int3). Later
-#: it would when it finds that the TSC, measured on a busy host, is off: it never uses it. Nor is what such a host does a
-#: lockup.
+#: it would when it finds that the TSC, measured on a busy host, is off: it never uses it. Nor is a busy host a lockup.
 KERNEL_PARAMETERS = (
     "console=ttyS0",
     "panic=-1",
