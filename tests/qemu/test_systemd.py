@@ -15,8 +15,8 @@ SLEEP = """\
 [Service]
 ExecStartPre=/bin/sh -c 'grep ^/dev/loop /proc/swaps >/run/swaps-asleep || true'
 """
-#: Nobody detaches when the machine ends, and nobody is waited for.
-NO_STOP = "[Service]\nExecStop=\nTimeoutStopSec=20\nKillMode=control-group\nSendSIGKILL=yes\n"
+#: Nobody detaches when the machine ends, and the pager does not wait until systemd itself has.
+NO_STOP = "[Service]\nExecStop=\nKillMode=control-group\nKillSignal=SIGKILL\nSendSIGKILL=yes\n"
 NO_DETACH = {f"{unit}.service.d/no-detach.conf": NO_STOP for unit in ("zswapd-swap", "zswapd-pager")}
 SHUTDOWN_MIB, SHUTDOWN_HOG_MIB = 640, 480
 
