@@ -36,7 +36,8 @@ from zswapd.bench.screen import Screen, Size
 from zswapd.config import format_size
 from zswapd.errors import ZswapdError
 
-LEFT = 40 << 20  # what the process keeps in the end: its own memory, which is locked, and little else
+LEFT = 12 << 20  # what the process may keep of the pages: it has to run
+ROOM = 64 << 20  # for the process itself
 TOTAL = "all together"
 
 
@@ -84,15 +85,16 @@ async def measure(row: str, corpus: Corpus, directory: Path, screen: Screen, wha
     def report(phase: str, done: int, total: int) -> None:
         screen.report(f"{what}, {row}: {phase}", done, total)
 
-    with MemoryCgroup(2 * size + LEFT) as group:
+    with MemoryCgroup(2 * size + ROOM) as group:
         async with swap, workload(corpus, group, report) as load:
             empty = await swap.held()
             await load.run("fill")
-            await trio.to_thread.run_sync(group.set_limit, LEFT)
+            own = max(0, group.usage_bytes() - size)
+            await trio.to_thread.run_sync(group.set_limit, own + LEFT)
             held = await swap.held()
             assert held
             assert empty
-            group.set_limit(2 * size + LEFT)
+            group.set_limit(2 * size + ROOM)
             await load.run("verify")
     marginal = Held(held.original_bytes, held.used_bytes - empty.used_bytes)
     return {
