@@ -183,9 +183,9 @@ class Writeback(_Section):
 class Recompression(_Section):
     cpu_percent: Annotated[int, Field(ge=0, le=100, description="percent of a processor, 0 to 100; 0 for never")] = 2
     idle_after: Annotated[int, Field(ge=1, le=86400, description="seconds, from 1 to a day")] = 60
-    idle_level: Annotated[int, Field(ge=1, le=22, description="an integer from 1 to 22")] = 3
+    idle_level: Annotated[int, Field(ge=1, le=12, description="an integer from 1 to 12")] = 3
     cold_after: Annotated[int, Field(ge=1, le=30 * 86400, description="seconds, from 1 to 30 days")] = 600
-    cold_level: Annotated[int, Field(ge=1, le=22, description="an integer from 1 to 22")] = 9
+    cold_level: Annotated[int, Field(ge=1, le=12, description="an integer from 1 to 12")] = 9
     dictionaries: Annotated[bool, Field(description="true or false")] = True
 
 

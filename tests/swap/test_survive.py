@@ -22,7 +22,6 @@ from tests.takeover import KILLS, kill, kill_and_wait, kill_at_random, report, s
 from zswapd import swapdev
 from zswapd.bench.damon import switches
 from zswapd.pager import Pager
-from zswapd.recompression import Dictionaries
 
 pytestmark = pytest.mark.usefixtures("_swap", "_only_ours")
 
@@ -173,16 +172,15 @@ def test_killed_while_it_recompresses(attached: Callable[..., Daemon], corpus: i
     pager, ended = Pager(daemon.mount_point), threading.Event()
 
     def recompress() -> None:
-        round_, dictionaries = 0, Dictionaries(level=3)
+        round_ = 0
         while not ended.is_set():
             round_ += 1
             # Whoever is killed has not done it, or not all of it.
             with suppress(OSError):
                 pager.tick()
                 pager.recompress("zstd", tier=1, level=1 + round_ % 3, age=0)
-                dictionaries.newest = None
-                if dictionary := dictionaries.train(pager.sample_cold(0, 500)):
-                    pager.install_dictionary(dictionary)
+                # Of whatever there is.
+                pager.install_dictionary(pager.sample_cold(0, 16))
                 pager.recompress("dictionary", tier=2, level=3, age=0)
 
     with no_trouble(), swapped(daemon, corpus) as workload, ThreadPoolExecutor(1) as beside:

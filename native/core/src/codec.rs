@@ -124,6 +124,11 @@ unsafe impl Send for Codecs {}
 impl Codecs {
     /// Allocates about 400 KiB, and is the last to do so. Errors: [`Error::Invalid`] if zstd refuses its setting.
     pub fn new() -> Result<Codecs> {
+        Self::up_to(*ZSTD_LEVELS.end())
+    }
+
+    /// As [`Codecs::new`], for zstd's levels up to one: with a higher one no page gets smaller. Up to 12 it takes about half.
+    pub fn up_to(level: i32) -> Result<Codecs> {
         let compressor_bytes = |level| {
             // SAFETY: takes nothing but numbers, returns a number.
             unsafe { zstd::ZSTD_estimateCCtxSize_usingCParams(zstd::ZSTD_getCParams(level, PAGE_SIZE as u64, 0)) }
@@ -133,7 +138,7 @@ impl Codecs {
         // Not zero: memory that is written here is resident, and faults no more.
         let workspace = |bytes: usize| -> Workspace { vec![1; bytes.div_ceil(8)].into() };
         let mut memory =
-            [workspace(ZSTD_LEVELS.map(compressor_bytes).max().unwrap_or(0)), workspace(decompressor_bytes)];
+            [workspace((1..=level).map(compressor_bytes).max().unwrap_or(0)), workspace(decompressor_bytes)];
         let [for_compressor, for_decompressor] = &mut memory;
         // SAFETY: each context gets memory of its own of the size asked for, 8-aligned, which lives as long as it.
         let (compressor, decompressor) = unsafe {

@@ -68,7 +68,7 @@ use zswapd_core::error::Error;
 use zswapd_core::page::PAGE_SIZE;
 use zswapd_core::session::MAX_INIT;
 use zswapd_core::state::MAX_ARENA_PAGES;
-use zswapd_core::store::{Detached, InFlight, Leaked, Order, Outcome, Recompressed, Tier, What};
+use zswapd_core::store::{Detached, InFlight, Leaked, Order, Outcome, Recompressed, Tier, What, LEVELS};
 use zswapd_fuse::init::has_resend;
 
 /// Connections that have not said anything yet. The oldest one makes room for the next.
@@ -449,7 +449,7 @@ fn ordered<T: 'static>(from: Receiver<Result<T, Error>>, reply: impl Fn(T) -> Re
 fn recompression([tier, codec, level, age, pages, time]: [&str; 6]) -> Result<Order, Error> {
     let dictionary = codec == "dictionary";
     let algorithm = if dictionary { Algorithm::Zstd } else { codec.parse()? };
-    let with = Compression::new(algorithm, number(level, "zstd level", ZSTD_LEVELS)?)?;
+    let with = Compression::new(algorithm, number(level, "zstd level", LEVELS)?)?;
     Ok(Order {
         tier: Tier { number: number(tier, "tier", 1..=MAX_TIER)?, with, dictionary },
         age: number(age, "age in ticks", 0..=MAX_AGE)?,

@@ -1,6 +1,6 @@
 //! The thread that makes pages smaller that nobody uses, and has to do with dictionaries, as it is told.
 //!
-//! What it may take memory for (a dictionary, a file for a sample), it takes while it holds nothing that a page could wait
+//! What it may take memory for (what it works with, a dictionary, a file for a sample), it takes while it holds nothing that a page could wait
 //! for; while it recompresses it allocates nothing.
 
 use crate::process::{spawn as spawn_thread, Start};
@@ -55,7 +55,8 @@ impl Recompressor {
 
 /// Makes the thread. Errors: there is no memory, or it cannot be started.
 pub fn spawn(start: &Arc<Start>, orders: Orders) -> io::Result<()> {
-    let mut tools = store::Recompressor::new().map_err(io::Error::other)?;
+    // Made when it is needed: most standbys never do.
+    let mut tools = None;
     spawn_thread("recompressor", start, move |shared| {
         // Until nobody can order anything. Who has asked may be gone.
         for order in orders.0 {
@@ -65,14 +66,23 @@ pub fn spawn(start: &Arc<Start>, orders: Orders) -> io::Result<()> {
                     no_alloc::forbidden(|| store.tick());
                     drop(answer.send(Ok(())));
                 }
-                Order::Recompress(order, answer) => drop(answer.send(recompress(&shared, &mut tools, &order))),
+                Order::Recompress(order, answer) => {
+                    drop(answer.send(made(&mut tools).and_then(|tools| recompress(&shared, tools, &order))))
+                }
                 Order::Install(file, answer) => drop(answer.send(install(&shared, file))),
                 Order::Sample { age, pages, answer } => {
-                    drop(answer.send(sample(&shared, &mut tools, age, pages)));
+                    drop(answer.send(made(&mut tools).and_then(|tools| sample(&shared, tools, age, pages))));
                 }
             }
         }
     })
+}
+
+fn made(tools: &mut Option<store::Recompressor>) -> Result<&mut store::Recompressor, Error> {
+    match tools {
+        Some(tools) => Ok(tools),
+        None => Ok(tools.insert(store::Recompressor::new()?)),
+    }
 }
 
 fn recompress(

@@ -17,7 +17,7 @@ mod writeback;
 pub use clean::Cleaner;
 pub use disk::DiskOptions;
 pub use end::{InFlight, Leaked};
-pub use recompress::{Order, Outcome, Recompressed, Recompressor, Tier};
+pub use recompress::{Order, Outcome, Recompressed, Recompressor, Tier, LEVELS};
 pub use verify::Verifier;
 pub use writeback::{Job, Shrinker, What};
 

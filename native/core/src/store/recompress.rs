@@ -27,6 +27,8 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+/// Of zstd, that pages are recompressed with: above, effort and memory double, and the gain is a percent.
+pub const LEVELS: std::ops::RangeInclusive<i32> = 1..=12;
 /// Slots that are looked at between two looks at the clock.
 const LOOKS: u64 = 512;
 
@@ -104,9 +106,14 @@ pub struct Recompressor {
 }
 
 impl Recompressor {
-    /// Allocates about 400 KiB. Errors: as [`Codecs::new`].
+    /// Allocates about 200 KiB. Errors: as [`Codecs::new`].
     pub fn new() -> Result<Recompressor> {
-        Ok(Recompressor { codecs: Codecs::new()?, page: Box::new([1; PAGE_SIZE]), encoder: None, next: 0 })
+        Ok(Recompressor {
+            codecs: Codecs::up_to(*LEVELS.end())?,
+            page: Box::new([1; PAGE_SIZE]),
+            encoder: None,
+            next: 0,
+        })
     }
 
     /// Has the next call begin at the first slot.
@@ -171,6 +178,9 @@ impl Store {
                 serial
             }
         };
+        if !LEVELS.contains(&tier.with.zstd_level) {
+            return Err(Error::Invalid(format!("zstd level {}: use 1 to 12", tier.with.zstd_level)));
+        }
         let Some(last) = usize::from(tier.number).checked_sub(1).and_then(|n| self.recompression.tiers.get(n)) else {
             return Err(Error::Invalid(format!("there is no tier {}", tier.number)));
         };

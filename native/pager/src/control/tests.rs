@@ -154,7 +154,7 @@ fn what_is_no_command_changes_nothing() {
         b"recompress 0 zstd 3 1 1 1",
         b"recompress 4 zstd 3 1 1 1",
         b"recompress 1 lzo 3 1 1 1",
-        b"recompress 1 zstd 23 1 1 1",
+        b"recompress 1 zstd 13 1 1 1",
         b"recompress 1 zstd 3 64 1 1",
         b"recompress 1 zstd 3 1 1",
         b"sample-pool 1",
