@@ -153,11 +153,10 @@ test-code: build
 	cargo test --manifest-path native/Cargo.toml --quiet --locked
 	cargo test --manifest-path native/Cargo.toml --quiet --locked --release
 
-test-machine: build
+test-machine: build vm
 	# Ends itself if a worker allocates: a test swaps through it.
 	cargo build --manifest-path native/Cargo.toml --quiet --locked --package zswapd-pager
 	$(PYTHON) -m pytest tests/fuse tests/swap tests/prometheus
-	$(MAKE) --no-print-directory vm
 	$(PYTHON) -m pytest tests/qemu -k quick
 
 # Two guests at a time, one from each half: a guest keeps little more than one processor busy.

@@ -129,8 +129,9 @@ def kill_under_load(daemon: Daemon, workload: Workload, what: str) -> None:
     assert stats["pages"]["lost"] == 0
 
 
-def test_killed_under_load_it_loses_nothing(attached: Callable[..., Daemon], corpus: int) -> None:
-    daemon = attached()
+@pytest.mark.parametrize("allocator", ["zsmalloc", "z3fold"])
+def test_killed_under_load_it_loses_nothing(attached: Callable[..., Daemon], corpus: int, allocator: str) -> None:
+    daemon = attached(pool__allocator=allocator)
     with no_trouble(), swapped(daemon, corpus) as workload:
         workload.fill()
         before = with_standby(daemon)
