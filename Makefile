@@ -16,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: build install uninstall demo test test-code test-machine test-vm vm model mutants sanitize fuzz bench-pool lint lock clean system
+.PHONY: build install uninstall demo test test-vm vm model mutants sanitize fuzz bench-pool lint lock clean system
 
 PYTHON := .venv/bin/python
 NATIVE := zswapd/_native.abi3.so
@@ -144,20 +144,15 @@ uninstall:
 demo: build
 	@$(PYTHON) -m zswapd.bench.demo
 
-test: test-code test-machine
-	@echo "zswapd: all tests passed"
-
-# What any machine can do, and what needs root, FUSE, swap, a virtual machine: says what it skips.
-test-code: build
+test: build vm
 	$(PYTHON) -m pytest tests/unit
 	cargo test --manifest-path native/Cargo.toml --quiet --locked
 	cargo test --manifest-path native/Cargo.toml --quiet --locked --release
-
-test-machine: build vm
 	# Ends itself if a worker allocates: a test swaps through it.
 	cargo build --manifest-path native/Cargo.toml --quiet --locked --package zswapd-pager
 	$(PYTHON) -m pytest tests/fuse tests/swap tests/prometheus
 	$(PYTHON) -m pytest tests/qemu -k quick
+	echo "zswapd: all tests passed"
 
 # Two guests at a time, one from each half: a guest keeps little more than one processor busy.
 test-vm: build vm
