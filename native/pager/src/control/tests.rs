@@ -101,8 +101,9 @@ fn ask_with(control: &Control, command: &str, given: Option<&OwnedFd>) -> (Strin
 fn pages_that_nobody_uses_are_recompressed_as_told() {
     use std::os::unix::fs::FileExt;
     let control = Control::new();
-    let pages: Vec<u8> = noise(1, 32).iter().map(|byte| byte & 0x3f).collect();
-    assert_eq!(control.kernel.write(0, &pages), Ok(32 * 4096));
+    // One is read, and of the others one of four is in the sample.
+    let pages: Vec<u8> = noise(1, 33).iter().map(|byte| byte & 0x3f).collect();
+    assert_eq!(control.kernel.write(0, &pages), Ok(33 * 4096));
     (0..3).for_each(|_| assert_eq!(control.ask(b"tick").trim(), "ok"));
     assert_eq!(control.kernel.read(0, 4096), Ok(pages[..4096].to_vec()));
     let answer = control.ask(b"recompress 1 zstd 3 4 1000 1000000");
