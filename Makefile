@@ -105,7 +105,7 @@ install: build
 	install -Dm 644 config/tmpfiles.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/zswapd.conf
 	install -Dm 644 -t $(DESTDIR)$(PREFIX)/share/zswapd/prometheus config/prometheus/*
 	install -Dm 644 -t $(DESTDIR)$(PREFIX)/share/zswapd/grafana config/grafana/*
-	install -Dm 644 -t $(DESTDIR)$(PREFIX)/share/doc/zswapd README.md ARCHITECTURE.md CHANGELOG.md LICENSE
+	install -Dm 644 -t $(DESTDIR)$(PREFIX)/share/doc/zswapd README.md ARCHITECTURE.md MEASURED.md CHANGELOG.md LICENSE
 	for unit in $(UNITS); do
 	    install -Dm 644 systemd/$$unit $(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit
 	    sed -i 's|/usr/bin/zswap|$(PREFIX)/bin/zswap|; s|/usr/share/doc|$(PREFIX)/share/doc|' \

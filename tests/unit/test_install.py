@@ -40,7 +40,7 @@ def test_everything_is_there_and_nothing_else(installed: tuple[Path, str]) -> No
     under = prefix.lstrip("/")
     library = f"{under}/lib/zswapd/"
     own = {name for name in files(root) if not name.startswith(library)}
-    docs = ("ARCHITECTURE.md", "CHANGELOG.md", "LICENSE", "README.md")
+    docs = ("ARCHITECTURE.md", "CHANGELOG.md", "LICENSE", "MEASURED.md", "README.md")
     assert own == {
         "etc/zswapd/zswapd.toml",
         f"{under}/bin/zswapctl",
