@@ -379,6 +379,7 @@ def test_a_plot_that_could_not_be_written_is_refused_before_anything_is_measured
     "row",
     [
         *("zswapd-lz4", "zswapd-zstd", "zswapd-lz4-z3fold", "zswapd-pyfuse3-lz4", "zswapd-pyfuse3-zstd"),
+        "zswapd-lz4-tiers",
         *("zram-lzo", "zswap-lzo", "file", "null"),
     ],
 )

@@ -98,6 +98,10 @@ class Device(ABC):
         """What it holds in memory; None for a device that keeps pages on disk."""
         return None
 
+    async def settle(self, report: Report) -> bool:
+        """Waits until it has done what it does by itself to pages that nobody uses. False if that is nothing."""
+        return False
+
     async def refused(self) -> int:
         """Stores that it has refused: the kernel keeps those pages in memory and tries again."""
         return 0

@@ -49,6 +49,7 @@ async def measure(row: str, corpus: Corpus, directory: Path, report: Report, poo
                 return result
 
             fill = await timed("fill")
+            await swap.settle(report)
             held = None if swap.forgets else await swap.held()
             random = await timed("random", seed=corpus.seed)
             sequential = await timed("sequential")

@@ -4,13 +4,14 @@ from pathlib import Path
 
 from zswapd.bench.devices import Device, Zram
 from zswapd.bench.disk_devices import SwapFile, Zswap
-from zswapd.bench.zswapd_device import Zswapd
+from zswapd.bench.zswapd_device import SOON, Zswapd
 from zswapd.errors import ZswapdError
 
 #: The pager that stores nothing: what everything but the storing costs.
 NULL = "null"
 KNOWN = (
-    "zswapd-ALGORITHM, zswapd-ALGORITHM-z3fold, zswapd-pyfuse3-ALGORITHM, zram-ALGORITHM, zswap-COMPRESSOR, file, null"
+    "zswapd-ALGORITHM, zswapd-ALGORITHM-tiers, zswapd-ALGORITHM-z3fold, zswapd-pyfuse3-ALGORITHM, zram-ALGORITHM, "
+    "zswap-COMPRESSOR, file, null"
 )
 
 
@@ -31,6 +32,8 @@ def device(row: str, directory: Path, size: int, pool: int | None = None) -> Dev
             return Zswapd(row, directory, size, algorithm, pool)
         if portable == "z3fold" and path in ("lz4", "zstd"):
             return Zswapd(row, directory, size, path, pool, pool__allocator=portable)
+        if portable == "tiers" and path in ("lz4", "zstd"):
+            return Zswapd(row, directory, size, path, pool, **SOON)
     if kind == "zram" and algorithm:
         return Zram(algorithm, size)
     if kind == "zswap" and algorithm:

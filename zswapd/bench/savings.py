@@ -2,8 +2,8 @@
 
 The memory of each program is captured as it is, with pages that are equal or same-filled, and goes through every device
 as swap: a process in a cgroup of its own fills memory with it and is then made to give nearly all of it to the device.
-What the device then takes is read, with its tables and reserve, and every page is checked. In the end the same with the
-pages of all programs together.
+What the device then takes is read, with its tables and reserve, when it has settled, and every page is checked. In the
+end the same with the pages of all programs together.
 """
 
 import dataclasses
@@ -91,6 +91,7 @@ async def measure(row: str, corpus: Corpus, directory: Path, screen: Screen, wha
             await load.run("fill")
             own = max(0, group.usage_bytes() - size)
             await trio.to_thread.run_sync(group.set_limit, own + LEFT)
+            await swap.settle(report)
             held = await swap.held()
             assert held
             assert empty
@@ -141,7 +142,12 @@ def main(rows: str, size: int, seed: int, directory: Path, as_json: bool) -> Non
     with Screen(Console(stderr=True)) as screen:
 
         async def work() -> None:
-            devices = names or ["zswapd-lz4", "zswapd-zstd", *(f"zram-{name}" for name in await Zram.algorithms())]
+            devices = names or [
+                "zswapd-lz4",
+                "zswapd-zstd",
+                "zswapd-lz4-tiers",
+                *(f"zram-{name}" for name in await Zram.algorithms()),
+            ]
             names[:] = devices
             try:
                 for program in programs:

@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import trio
 
 from zswapd import swapdev
 from zswapd.bench.commands import run, write
+from zswapd.bench.corpus import Report
 from zswapd.bench.devices import Device, Held, Traffic
 from zswapd.bench.disk_devices import require_room
 from zswapd.bench.programs import PAGE
@@ -27,6 +28,9 @@ STOP_SECONDS = 20
 CONTROL_SECONDS = 180
 DISK_SPEED = 20 << 20  # bytes per second: a disk to which zswapd writes its backing file more slowly is given up
 BACKING_SHARE = 4  # of the swap: half of what a workload of the benchmark touches
+#: Recompression of all pages, as it would be after some hours with the default settings.
+SOON = {"recompression__cpu_percent": 100, "recompression__idle_after": 1, "recompression__cold_after": 2}
+SETTLED_SECONDS, SETTLE_SECONDS = 10, 1800  # without a page that was recompressed; in all
 CONTROL_GRACE_SECONDS = 30  # it waits for the kernel to leave swapoff, and undoes what it began
 
 
@@ -47,6 +51,8 @@ class Daemon:
             "swap.mount_point": str(self.mount_point),
             "compression.algorithm": algorithm,
             "metrics.listen": "",
+            # What is measured is how pages come, unless settings say otherwise.
+            "recompression.cpu_percent": 0,
             **({"writeback.backing": str(self._backing)} if self._backing_bytes else {}),
             **{key.replace("__", "."): value for key, value in more.items()},
         }
@@ -181,6 +187,7 @@ class Zswapd(Device):
             settings |= {"pool__mem_limit": pool, "writeback__size": size_bytes // BACKING_SHARE // PAGE * PAGE}
         self.daemon = Daemon(directory, size_bytes, algorithm, **settings)
         self.forgets = settings.get("pager__store") == "none"
+        self._settles = bool(settings.get("recompression__cpu_percent"))
         self._process_bytes = 0
         self._before = Traffic(0, 0, 0)
 
@@ -221,6 +228,32 @@ class Zswapd(Device):
     async def held(self) -> Held:
         return held(await self.daemon.stats())
 
+    async def settle(self, report: Report) -> bool:
+        if not self._settles:
+            return False
+
+        def tried(stats: dict[str, Any]) -> int:
+            counts: dict[str, int] = stats["recompression"]
+            return counts["pages_recompressed"] + counts["pages_not_smaller"]
+
+        with trio.fail_after(SETTLE_SECONDS):
+            await self._unchanged(tried, lambda stats: report("recompress", tried(stats), 2 * stats["stores"]))
+            await trio.to_thread.run_sync(Pager(self.daemon.mount_point).compact)
+            await self._unchanged(lambda stats: stats["pool_bytes"] + stats["pool_reserve_bytes"])
+        return True
+
+    async def _unchanged(
+        self, figure: Callable[[dict[str, Any]], int], see: Callable[[dict[str, Any]], None] = lambda _: None
+    ) -> None:
+        """Waits until a figure is not 0, and has not changed for SETTLED_SECONDS."""
+        last, since = 0, trio.current_time()
+        while last == 0 or trio.current_time() - since < SETTLED_SECONDS:
+            stats = await self.daemon.stats()
+            if figure(stats) != last:
+                last, since = figure(stats), trio.current_time()
+            see(stats)
+            await trio.sleep(1)
+
     async def traffic(self) -> Traffic | None:
         return await self._traffic() - self._before if self.pool_limit else None
 
@@ -251,6 +284,7 @@ class Zswapd(Device):
 def held(stats: Mapping[str, Any]) -> Held:
     """What an engine holds in memory, from its statistics."""
     used = stats["pool_bytes"] + stats["pool_reserve_bytes"] + stats["metadata_bytes"]
+    used += stats["recompression"]["dictionary_bytes"] + stats["recompression"]["encoder_bytes"]
     return Held(stats["original_bytes"] - stats["pages"]["on_disk"] * PAGE, used)
 
 
