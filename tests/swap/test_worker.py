@@ -18,6 +18,7 @@ from tests.daemon import Daemon, wait_until
 from tests.machine import lacks
 from tests.pages import PAGE
 from tests.swap.workload import LEAST_SWAPPED, swapped
+from zswapd.pager import Pager
 
 pytestmark = pytest.mark.usefixtures("_swap")
 
@@ -43,8 +44,8 @@ def faults(pid: int, thread: int) -> tuple[int, int]:
 
 
 def load(daemon: Daemon, corpus: int) -> None:
-    """All that there is for a worker to do: a growing and a shrinking pool, both codecs, reads, overwrites, discards,
-    and requests for zswapd."""
+    """All that there is for a worker to do: a growing and a shrinking pool, both codecs, dictionaries, reads, overwrites,
+    discards, and requests for zswapd."""
     assert daemon.ctl("attach", "--unsafe").returncode == 0
     with swapped(daemon, corpus) as workload:
         workload.fill()
@@ -57,6 +58,11 @@ def load(daemon: Daemon, corpus: int) -> None:
         stats = daemon.stats()
         assert stats["pages"]["lz4"] > 0
         assert stats["pages"]["zstd"] > 0
+        pager = Pager(daemon.mount_point)
+        pager.install_dictionary(pager.sample_cold(0, 16))
+        pager.recompress("dictionary", tier=2, level=3, age=0)
+        assert daemon.stats()["pages"]["zstd_dictionary"] > 0
+        workload.verify()
     wait_until(lambda: daemon.stats()["pool_bytes"] < filled // 2, "the pool shrinks after the workload's end")
     assert daemon.stats()["discards"] > 0
 
