@@ -44,8 +44,8 @@ def faults(pid: int, thread: int) -> tuple[int, int]:
 
 
 def load(daemon: Daemon, corpus: int) -> None:
-    """All that there is for a worker to do: a growing and a shrinking pool, both codecs, dictionaries, reads, overwrites,
-    discards, and requests for zswapd."""
+    """All that there is for a worker to do: a growing and a shrinking pool, both codecs, dictionaries, reads,
+    overwrites, discards, and requests for zswapd."""
     assert daemon.ctl("attach", "--unsafe").returncode == 0
     with swapped(daemon, corpus) as workload:
         workload.fill()
