@@ -40,6 +40,7 @@ CONTROLS = {
     "reset": 0o200,
     "writeback": 0o200,
     "idle": 0o200,
+    "recompress": 0o200,
     "bd_stat": 0o444,
     "backing_dev": 0o444,
     "writeback_limit": 0o644,

@@ -67,6 +67,57 @@ fn what_is_no_state_of_ours_is_refused_as_it_is() {
     });
 }
 
+/// With a newer one there, each stays only because pages need it. A damaged one costs its pages.
+#[test]
+fn a_successor_has_the_dictionaries_and_knows_who_needs_them() {
+    for allocator in Allocator::ALL {
+        let machine = Machine::new(allocator);
+        let mut scratch = Scratch::new().expect("scratch");
+        let store = machine.start(1000);
+        (0..SLOTS).for_each(|slot| put(&store, slot, &page(slot, 1, false), &mut scratch).expect("room"));
+        let dictionary = |seed| (0..16).flat_map(|slot| page(slot, seed, false)[..300].to_vec()).collect::<Vec<u8>>();
+        store.install_dictionary(&dictionary(1)).expect("a dictionary");
+        let with = Compression { algorithm: Algorithm::Zstd, zstd_level: 9 };
+        let tier = Tier { number: 1, with, dictionary: true };
+        let order = Order { tier, age: 0, pages: u64::MAX, processor_time: Duration::MAX };
+        let mut recompressor = Recompressor::new().expect("memory");
+        store.prepare(&mut recompressor, tier).expect("a tier");
+        let need_it = store.recompress(&mut recompressor, &order).recompressed;
+        assert!(need_it > 0);
+        evict(&store, What::Coldest { bytes: 4096 });
+        assert!(store.metrics().pages_on_disk.get() > 0);
+        store.install_dictionary(&dictionary(2)).expect("a dictionary");
+        drop(store);
+
+        let copy = machine.copy();
+        let successor = || Store::recover(copy.allocator, copy.files(), Some(copy.options())).expect("recovered");
+        let store = successor();
+        let installed = store.dictionaries.installed();
+        assert_eq!([1, 2].map(|n| (installed[n].serial, installed[n].pages)), [(1, need_it), (2, 0)]);
+        for slot in 0..SLOTS {
+            let mut found = [0; PAGE_SIZE];
+            store.load(slot, &mut found, &mut scratch).expect("it is there");
+            assert!(found == page(slot, 1, false), "slot {slot}");
+        }
+        let byte: *mut u8 = store.state.dictionary(1).as_ptr().cast();
+        // SAFETY: inside the first dictionary, which nobody reads now.
+        unsafe { *byte.add(99) ^= 4 };
+        drop(store);
+
+        let store = successor();
+        assert_eq!((store.dictionaries.installed()[1].serial, store.metrics().pages_lost.get()), (0, need_it));
+        let mut lost = 0;
+        for slot in 0..SLOTS {
+            let mut found = [0; PAGE_SIZE];
+            match store.load(slot, &mut found, &mut scratch) {
+                Ok(()) => assert!(found == page(slot, 1, false), "slot {slot}"),
+                Err(_) => lost += 1,
+            }
+        }
+        assert_eq!(lost, need_it);
+    }
+}
+
 /// A region that was on its way in or out has no memory afterwards, or all of it.
 #[test]
 fn a_region_that_is_half_there_is_taken_or_given_back() {
