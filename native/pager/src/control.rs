@@ -47,6 +47,8 @@
 //!
 //! No connection waits for another one: whoever says nothing is not waited for, and what takes long is done in steps.
 
+mod recompression;
+
 use crate::keeper::hand_over;
 use crate::recompressor::Order as Recompression;
 use crate::shrinker::{End, Swept};
@@ -61,14 +63,14 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::str::FromStr;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
-use zswapd_core::ages::{MAX_AGE, MAX_TIER};
+use zswapd_core::ages::MAX_AGE;
 use zswapd_core::backing::Backing;
 use zswapd_core::codec::{Algorithm, Compression, ZSTD_LEVELS};
 use zswapd_core::error::Error;
 use zswapd_core::page::PAGE_SIZE;
 use zswapd_core::session::MAX_INIT;
 use zswapd_core::state::MAX_ARENA_PAGES;
-use zswapd_core::store::{Detached, InFlight, Leaked, Order, Outcome, Recompressed, Tier, What, LEVELS};
+use zswapd_core::store::{Detached, InFlight, Leaked, What};
 use zswapd_fuse::init::has_resend;
 
 /// Connections that have not said anything yet. The oldest one makes room for the next.
@@ -230,9 +232,9 @@ fn execute(words: &[&str], descriptor: Option<OwnedFd>, shared: &Shared) -> Resu
         }
         ["tick"] => Ok(ordered(shared.recompressor.order(Recompression::Tick), |()| Reply::Text(String::new()))),
         ["recompress", tier, codec, level, age, pages, time] => {
-            let order = recompression([tier, codec, level, age, pages, time])?;
+            let order = recompression::parse([tier, codec, level, age, pages, time])?;
             Ok(ordered(shared.recompressor.order(|answer| Recompression::Recompress(order, answer)), |done| {
-                Reply::Text(recompressed(&done))
+                Reply::Text(recompression::text(&done))
             }))
         }
         ["dictionary"] => {
@@ -444,35 +446,6 @@ fn ordered<T: 'static>(from: Receiver<Result<T, Error>>, reply: impl Fn(T) -> Re
         Err(TryRecvError::Empty) => Ok(None),
         Err(TryRecvError::Disconnected) => Err(Error::NoWriteback),
     }))
-}
-
-fn recompression([tier, codec, level, age, pages, time]: [&str; 6]) -> Result<Order, Error> {
-    let dictionary = codec == "dictionary";
-    let algorithm = if dictionary { Algorithm::Zstd } else { codec.parse()? };
-    let with = Compression::new(algorithm, number(level, "zstd level", LEVELS)?)?;
-    Ok(Order {
-        tier: Tier { number: number(tier, "tier", 1..=MAX_TIER)?, with, dictionary },
-        age: number(age, "age in ticks", 0..=MAX_AGE)?,
-        pages: number(pages, "number of pages", 0..=u64::MAX)?,
-        processor_time: Duration::from_micros(number(time, "number of microseconds", 0..=u64::from(u32::MAX))?),
-    })
-}
-
-fn recompressed(done: &Recompressed) -> String {
-    let end = match done.outcome {
-        Outcome::Done => "done",
-        Outcome::Budget => "budget",
-        Outcome::Full => "full",
-        Outcome::Stopped => "stopped",
-    };
-    format!(
-        "looked={} recompressed={} not_smaller={} saved={} microseconds={} end={end}",
-        done.looked_at,
-        done.recompressed,
-        done.not_smaller,
-        done.saved_bytes,
-        done.processor_time.as_micros(),
-    )
 }
 
 /// What is in the pool, and who still writes to the backing disk.

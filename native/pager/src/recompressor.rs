@@ -1,7 +1,7 @@
 //! The thread that makes pages smaller that nobody uses, and has to do with dictionaries, as it is told.
 //!
-//! What it may take memory for (what it works with, a dictionary, a file for a sample), it takes while it holds nothing that a page could wait
-//! for; while it recompresses it allocates nothing.
+//! What it may take memory for (what it works with, a dictionary, a file for a sample), it takes while it holds nothing
+//! that a page could wait for; while it recompresses it allocates nothing.
 
 use crate::process::{spawn as spawn_thread, Start};
 use crate::{no_alloc, Shared};
