@@ -50,6 +50,7 @@ def run(config: Config, root: Path = Path("/")) -> list[Check]:
         _zswap,
         _fuse_timeouts,
         _watermark_boost,
+        _compaction,
         _min_free,
         _page_cluster,
         _halt_poll,
@@ -212,6 +213,20 @@ def _watermark_boost(root: Path) -> Check:
         "fail",
         f"{boost}: out of memory, the loop device waits for what only it could free",
         "sysctl -w vm.watermark_boost_factor=0",
+    )
+
+
+def _compaction(root: Path) -> Check:
+    """With 1, the kernel's choice, compaction also moves locked pages. Who touches one meanwhile takes a page fault, and
+    waits (migration_entry_wait in mm/migrate.c). The memory that it takes is there by then, so that this ends."""
+    path = root / "proc/sys/vm/compact_unevictable_allowed"  # not there in kernels without compaction
+    if not path.exists() or not int(path.read_text()):
+        return Check("vm.compact_unevictable_allowed", "ok", "0: compaction leaves the pager's memory where it is")
+    return Check(
+        "vm.compact_unevictable_allowed",
+        "warn",
+        "1: compaction moves the pager's memory too, and faults wait for that",
+        "sysctl -w vm.compact_unevictable_allowed=0",
     )
 
 
