@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from zswapd import swapdev
+from zswapd import blockqueue, swapdev
 from zswapd.bench.cgroup import MemoryCgroup
 from zswapd.pager import Pager
 
@@ -266,6 +266,7 @@ class Daemon:
             self._abort()
             self._swapoff(attached.loop_device)
         if attached:
+            blockqueue.restore(attached.loop_device)
             subprocess.run(["losetup", "--detach", attached.loop_device], check=False)
         if self.running:
             self.signal(signal.SIGTERM)

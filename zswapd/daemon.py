@@ -11,11 +11,11 @@ import trio
 from zswapd import launch, memcg, metrics, policy, recompression, survival, swapdev, watchdog
 from zswapd.config import Config, format_size
 from zswapd.engine import EmbeddedEngine, Engine, protect_process
-from zswapd.errors import ConfigError, DaemonError
+from zswapd.errors import ConfigError, DaemonError, ZswapdError
 from zswapd.footprint import refuse_huge
 from zswapd.fusefs import connect, mounted, relayed
 from zswapd.health import Health
-from zswapd.inuse import refuse_in_use
+from zswapd.inuse import in_use, refuse_in_use
 from zswapd.notify import notify
 from zswapd.pager import Pager
 from zswapd.pager_socket import GONE
@@ -132,12 +132,13 @@ async def _pager(config: Config, signals: AsyncIterator[int], apart: bool) -> As
     if apart:
         launch.refuse_lost(mount_point)
         raise DaemonError(f"no pager serves {mount_point}", "start it: systemctl start zswapd-pager")
-    lock = await launch.prepare(config, signals)
     try:
-        pager = Pager.start(config, lock)
-    finally:
-        if lock is not None:
-            os.close(lock)
+        pager = await _started(config, signals)
+    except ZswapdError:
+        # Another zswapd may have begun at the same moment, and its pager been first.
+        if found := swapdev.find_pager(mount_point):
+            raise in_use(mount_point, found.status()["pid"]) from None
+        raise
     try:
         policy.start_budget(pager, config.writeback, new=True)
         yield pager, await connect(pager)
@@ -146,6 +147,16 @@ async def _pager(config: Config, signals: AsyncIterator[int], apart: bool) -> As
         with suppress(OSError):
             pager.stop()
         raise
+
+
+async def _started(config: Config, signals: AsyncIterator[int]) -> Pager:
+    """A new pager. Raises ZswapdError, or StoppedEarlyError at one of `signals`."""
+    lock = await launch.prepare(config, signals)
+    try:
+        return Pager.start(config, lock)
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 async def _run_embedded(config: Config, signals: AsyncIterator[int]) -> None:

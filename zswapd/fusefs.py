@@ -41,6 +41,15 @@ _MAX_OPENS = 256
 _MAX_COMMAND = 256
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not a reply that nobody waits for: who has asked was interrupted, or the pager has ended over his command."""
+    gone = (os.strerror(number) for number in (errno.ENOENT, errno.EPIPE, errno.ENOTCONN, errno.ECONNRESET))
+    return "fuse_reply_* failed" not in record.msg or not set(gone).intersection(record.args or ())
+
+
+logging.getLogger("pyfuse3").addFilter(_is_news)
+
+
 class SwapFs(pyfuse3.Operations):
     """The directory and the control files. Requests on the swap file's contents never come here."""
 

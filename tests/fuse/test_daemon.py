@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ import pytest
 from tests.daemon import DEADLINE_SECONDS, ENVIRONMENT, HOST, PAGE, Daemon, descriptors, wait_until
 from tests.machine import lacks
 from tests.pages import noise
+from zswapd import daemon as zswapd_daemon
 from zswapd import swapdev
 from zswapd.config import load
 from zswapd.errors import DaemonError, InUseError, LostSwapError
@@ -105,6 +106,28 @@ def test_a_pager_that_another_has_just_started_is_not_taken_for_one_s_own(
     (tmp_path / "pager").chmod(0o755)
     with pytest.raises(DaemonError, match="exit status 7"):
         Pager.start(load(first.config, [], {}))
+    assert first.stop() == 0
+
+
+async def test_who_has_begun_at_the_same_moment_is_told_who_was_first(
+    make_daemon: MakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other's pager comes up only when ours is started: nothing was there before."""
+    if os.geteuid() != 0:
+        lacks("root, which a pager needs to mount")
+
+    async def prepare(*_: object) -> None:
+        pass
+
+    async def signals() -> AsyncIterator[int]:
+        yield signal.SIGTERM
+
+    first = make_daemon(swap__data_path="pager").start()
+    monkeypatch.setattr("zswapd.daemon.find_pager", lambda config: None)
+    monkeypatch.setattr("zswapd.launch.prepare", prepare)
+    with pytest.raises(InUseError, match=f"in use by zswapd, pid {first.server_pid}"):
+        async with zswapd_daemon._pager(load(first.config, [], {}), signals(), False):
+            pass
     assert first.stop() == 0
 
 

@@ -112,6 +112,12 @@ def test_the_loop_device_is_tuned_while_it_is_swap(attached: Callable[..., Daemo
     assert (queue / "rq_affinity").read_text() == "2\n"
     assert daemon.ctl("detach").returncode == 0
     assert (queue / "rq_affinity").read_text() == "1\n"
+    # Nor does a test that ends with it attached leave it so.
+    assert daemon.ctl("attach", "--unsafe").returncode == 0
+    queue = Path("/sys/block", Path(swap_area(daemon).loop_device).name, "queue")
+    assert (queue / "rq_affinity").read_text() == "2\n"
+    daemon.destroy()
+    assert (queue / "rq_affinity").read_text() == "1\n"
 
 
 def test_detach_is_refused_where_the_pages_have_no_room(attached: Callable[..., Daemon], corpus: int) -> None:

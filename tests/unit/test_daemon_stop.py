@@ -1,5 +1,8 @@
 """The end of the daemon: who waits for the pager waits in a thread."""
 
+import errno
+import logging
+import os
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -55,3 +58,12 @@ async def test_the_loop_goes_on_while_requests_come_to_an_end(monkeypatch: pytes
     monkeypatch.setattr(swapdev, "discover", lambda mount_point: None)
     config = load(None, [], {})
     assert await while_waiting(waiting, lambda: stopping.give_back(config, lambda: waiting(True)))
+
+
+def test_a_reply_that_nobody_waits_for_is_not_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """As when the pager has ended over a command: who says so is pyfuse3, in these words."""
+    failed = "fuse_write(): fuse_reply_* failed with %s"
+    for number in (errno.EPIPE, errno.ENOENT, errno.EINVAL):
+        logging.getLogger("pyfuse3").error(failed, os.strerror(number))
+    logging.getLogger("pyfuse3").error("something else")
+    assert [record.getMessage() for record in caplog.records] == [failed % os.strerror(errno.EINVAL), "something else"]

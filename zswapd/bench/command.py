@@ -67,7 +67,7 @@ def bench(
     "memory" is what the pages take, metadata included, after the fill; "processes" is what zswapd and its pager take
     beside it. "kernel CPU" is that of kernel threads; what the kernel does in a process's name is in the process's.
 
-    With --pool, zswapd gets a backing file under --directory, half as large as what is touched, and zswap the pool that
+    With --pool, zswapd gets a backing file under --directory, as large as what is touched, and zswap the pool that
     is nearest (whole percents of memory) over a swap file there, with its shrinker on. "set / pool" says how many pools
     all that is touched would fill, compressed as the pages in the pool are: four, where --size is four times --pool
     times the effective ratio. A quarter of it stays in the cgroup. "written per page" is what the kernel has seen going

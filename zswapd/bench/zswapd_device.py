@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 
-from zswapd import swapdev
+from zswapd import blockqueue, swapdev
 from zswapd.bench.commands import run, write
 from zswapd.bench.corpus import Report
 from zswapd.bench.devices import Device, Held, Traffic
@@ -27,7 +27,9 @@ START_SECONDS = 30
 STOP_SECONDS = 20
 CONTROL_SECONDS = 180
 DISK_SPEED = 20 << 20  # bytes per second: a disk to which zswapd writes its backing file more slowly is given up
-BACKING_SHARE = 4  # of the swap: half of what a workload of the benchmark touches
+#: Of the swap: as much as a workload of the benchmark touches. What the kernel has freed stays stored until 2 MiB side
+#: by side are free, and it goes through all of the swap before it fills such holes.
+BACKING_SHARE = 2
 #: Recompression of all pages, as it would be after some hours with the default settings.
 SOON = {"recompression__cpu_percent": 100, "recompression__idle_after": 1, "recompression__cold_after": 2}
 SETTLED_SECONDS, SETTLE_SECONDS = 10, 1800  # without a page that was recompressed; in all
@@ -169,7 +171,7 @@ class Daemon:
 class Zswapd(Device):
     """The daemon's swapfile, attached. `settings`: further ones, as section__key="value".
 
-    With `pool`, bytes, it may have that much memory for pages, and a backing file a quarter of the swap in size.
+    With `pool`, bytes, it may have that much memory for pages, and a backing file half as large as the swap.
     """
 
     def __init__(
@@ -221,6 +223,7 @@ class Zswapd(Device):
                 await self._swap_off()
             finally:
                 if attached := swapdev.discover(self.daemon.mount_point):
+                    blockqueue.restore(attached.loop_device)
                     await run("losetup", "--detach", attached.loop_device)
         finally:
             await self.daemon.stop()

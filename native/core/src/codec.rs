@@ -327,7 +327,7 @@ fn zstd_result(code: usize) -> Option<usize> {
     (unsafe { zstd::ZSTD_isError(code) } == 0).then_some(code)
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "model")))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

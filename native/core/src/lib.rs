@@ -36,5 +36,5 @@ pub mod store;
 mod sync;
 pub mod touched;
 
-#[cfg(all(test, any(feature = "loom", feature = "shuttle")))]
+#[cfg(all(test, feature = "model"))]
 mod models;

@@ -160,7 +160,7 @@ mod debug {
     }
 }
 
-#[cfg(all(test, debug_assertions))]
+#[cfg(all(test, debug_assertions, not(feature = "model")))]
 mod tests {
     use super::*;
 

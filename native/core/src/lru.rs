@@ -291,5 +291,5 @@ impl Rings {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "model")))]
 mod tests;

@@ -365,7 +365,7 @@ impl Deref for SharedMetrics {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "model")))]
 mod tests {
     use super::*;
     use std::os::fd::AsFd;

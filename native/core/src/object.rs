@@ -55,7 +55,7 @@ fn checksum(slot: u32, kind: u16, payload: &[u8]) -> u32 {
     xxh3_64_with_seed(payload, u64::from(kind) << 32 | u64::from(slot)) as u32
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "model")))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

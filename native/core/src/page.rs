@@ -23,7 +23,7 @@ pub fn fill(page: &mut Page, word: u32) {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "model")))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

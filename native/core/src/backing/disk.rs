@@ -106,7 +106,7 @@ impl Disk for MemoryDisk {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "model")))]
 mod tests {
     use super::*;
 

@@ -14,10 +14,10 @@
 //! Whoever holds a slot's lock may read and free the record that its word names; a record is never freed while it is
 //! read. Nothing here allocates on the way of a page, and no lock is held over a transfer.
 
-#[cfg(all(test, not(any(feature = "loom", feature = "shuttle"))))]
+#[cfg(all(test, not(feature = "model")))]
 mod alloc_tests;
 mod cipher;
-#[cfg(test)]
+#[cfg(all(test, not(feature = "model")))]
 mod cleaning_tests;
 mod disk;
 #[cfg(any(test, debug_assertions, feature = "testing"))]
@@ -25,7 +25,7 @@ mod faults;
 mod reader;
 mod record;
 mod table;
-#[cfg(test)]
+#[cfg(all(test, not(feature = "model")))]
 mod tests;
 mod writer;
 

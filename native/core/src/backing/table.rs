@@ -330,7 +330,7 @@ impl Table {
     }
 
     /// That lists and sums are what the segments say.
-    #[cfg(test)]
+    #[cfg(all(test, not(feature = "model")))]
     pub fn check(&self) {
         for (n, list) in self.lists.iter().enumerate() {
             let members: Vec<_> =

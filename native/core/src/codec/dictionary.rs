@@ -115,7 +115,7 @@ impl Encoder {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "model")))]
 mod tests {
     use super::*;
     use crate::codec::{Codec, Codecs, ZSTD_LEVELS};

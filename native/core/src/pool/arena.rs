@@ -245,7 +245,7 @@ impl Arena {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "model")))]
 mod tests {
     use super::reserve::PIECE_PAGES;
     use super::*;

@@ -140,7 +140,7 @@ fn milli_objects(nth: usize, pages: u64) -> u64 {
     pages * LENGTHS[payload / 256] / steps as u64
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "model")))]
 mod tests {
     use super::*;
 

@@ -375,5 +375,5 @@ impl Pool {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "model")))]
 mod tests;

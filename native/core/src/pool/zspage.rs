@@ -204,7 +204,7 @@ fn group(in_use: u16, objects: usize) -> usize {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "model")))]
 mod tests {
     use super::*;
 

@@ -6,9 +6,9 @@
 //! and when that is enough the shrinker compacts.
 //!
 //! **Nobody waits for ever.** A store that finds no room is told to come again only while [`Store::can_make_room`]: the
-//! disk has room, or the cleaner can make some, and there is a page that may go. Each such page that a shrinker comes
-//! across leaves the list, or goes to the disk; so a store finds room in the end, or an empty list, or a disk that is
-//! full or has failed, and gets its ENOSPC.
+//! disk has room, or the cleaner can make some, and there is a page that may go; or one is on its way. Each such page that
+//! a shrinker comes across leaves the list, or goes to the disk; so a store finds room in the end, or an empty list, or a
+//! disk that is full or has failed, and gets its ENOSPC.
 
 use super::disk::Writeback;
 use super::writeback::{Job, Shrinker, What};
@@ -54,7 +54,7 @@ pub struct Pressure {
     starved: AtomicBool,
     /// How often stores have found no region since one found room. Orders nothing, and is none of `sync`'s for that.
     region_retries: std::sync::atomic::AtomicU32,
-    /// Segments that are being filled or written with pages of the pool.
+    /// Shrinkers that are about to take a segment, or have taken one: until the room of all its pages is free.
     pub writing: AtomicU32,
     pub shrinkers: Wakers,
     pub cleaners: Wakers,
@@ -158,12 +158,14 @@ impl Store {
         result.map(|_| job.bytes > 0)
     }
 
-    /// Whether a store that has found no room may wait for the shrinkers: they have something to write back, and a
-    /// place for it, or it is on its way. False for ever once writeback was stopped.
+    /// Whether a store that has found no room may wait for the shrinkers: they have something to write back and a place
+    /// for it, or something is on its way. False for ever once writeback was stopped.
     pub fn can_make_room(&self) -> bool {
         self.writeback.as_ref().is_some_and(|Writeback { backing, lru, pressure, writebacks, .. }| {
-            let place = backing.has_room() || pressure.writing.load(Relaxed) > 0;
-            place && !lru.is_empty() && !writebacks.is_closed()
+            // In this order: who has taken the last segment, or the last page off the list, is counted by then, and as long
+            // as what he has taken is not freed.
+            let room = backing.has_room() && !lru.is_empty() || pressure.writing.load(Relaxed) > 0;
+            room && !writebacks.is_closed()
         })
     }
 

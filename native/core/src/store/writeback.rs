@@ -100,12 +100,16 @@ impl Store {
         let writeback = self.writeback.as_ref().ok_or(Error::NoWriteback)?;
         // Given up last, when all that this one has taken is published and freed: see [`Store::destroy`].
         let Some(_pass) = writeback.writebacks.enter() else { return Err(Error::NoWriteback) };
+        // Before it may take the last segment that is free: who finds none then finds this. See `can_make_room`.
+        writeback.pressure.writing.fetch_add(1, Relaxed);
         let begun = shrinker.writer.begin(&writeback.backing, Purpose::Evict);
         if writeback.backing.wants_cleaning() {
             writeback.pressure.cleaners.wake();
         }
-        begun?;
-        writeback.pressure.writing.fetch_add(1, Relaxed);
+        if let Err(error) = begun {
+            writeback.pressure.writing.fetch_sub(1, Relaxed);
+            return Err(error);
+        }
         self.metrics.writebacks_in_flight.add(1);
         let more = self.fill(writeback, shrinker, job);
         let result = match shrinker.taken.is_empty() {

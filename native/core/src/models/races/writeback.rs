@@ -3,8 +3,9 @@
 
 use super::{explore, join, spawn};
 use crate::backing::{Faults, MemoryDisk, SEGMENT_BYTES};
+use crate::error::Error;
 use crate::models::Kind::{self, Large, Small};
-use crate::models::{Swap, FOREVER};
+use crate::models::{page, with_scratch, Swap, FOREVER};
 use crate::store::What;
 use std::sync::Arc;
 
@@ -120,6 +121,31 @@ fn compact_against_writeback() {
         while_evicting(swap, What::Page(2), &[(2, Small, 3)], |swap| {
             swap.compact();
         });
+    });
+}
+
+/// A page is on its way to the last segment that is free: who finds the pool full has to wait for its room, from the first
+/// moment to the last.
+#[test]
+fn store_against_the_last_writeback() {
+    explore(|| {
+        const LEAST: usize = 3;
+        let swap = Arc::new(Swap::with_disk(3, 2, LEAST, MemoryDisk::new(LEAST * SEGMENT_BYTES)));
+        swap.set_promoting(false);
+        swap.write(0, Large, 1);
+        swap.evict(What::Page(0));
+        swap.write(1, Large, 2);
+        let shrinker = spawn({
+            let swap = swap.clone();
+            move || swap.evict(What::Page(1))
+        });
+        let compression = swap.0.compression();
+        let stored = with_scratch(|scratch| swap.store(2, &page(Large, 3), compression, scratch));
+        assert!(matches!(stored, Ok(()) | Err(Error::NoRoomYet)), "refused: {stored:?}");
+        join(shrinker);
+        swap.write(2, Large, 3);
+        (0..3).for_each(|slot| assert_eq!(swap.read(slot, Large, &[slot as u8 + 1]), slot as u8 + 1));
+        swap.end();
     });
 }
 

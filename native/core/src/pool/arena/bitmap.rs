@@ -32,7 +32,7 @@ pub fn longest_free_run(used: &Bitmap) -> u8 {
     free_runs(used).take(MAX_CHAIN).count() as u8
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "model")))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

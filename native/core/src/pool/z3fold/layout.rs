@@ -137,7 +137,7 @@ pub fn object_of(page: u32, index: usize, layout: Layout) -> Object {
     Object { first: page, index, offset, size: usize::from(layout.chunks[index]) * CHUNK }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "model")))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

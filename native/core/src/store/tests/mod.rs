@@ -1,17 +1,17 @@
 //! The store with a backing disk: against a simple model of it, and many at once.
 
 mod concurrent;
-#[cfg(not(any(feature = "loom", feature = "shuttle", miri)))]
+#[cfg(not(miri))]
 mod crash;
-#[cfg(not(any(feature = "loom", feature = "shuttle", miri)))]
+#[cfg(not(miri))]
 mod damage;
 mod during_the_write;
-#[cfg(not(any(feature = "loom", feature = "shuttle", miri)))]
+#[cfg(not(miri))]
 mod machine;
 mod model;
 mod policy;
 mod recompress;
-#[cfg(not(any(feature = "loom", feature = "shuttle", miri)))]
+#[cfg(not(miri))]
 mod recover;
 
 use super::*;
