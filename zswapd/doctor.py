@@ -217,7 +217,7 @@ def _watermark_boost(root: Path) -> Check:
 
 
 def _compaction(root: Path) -> Check:
-    """With 1, the kernel's choice, compaction also moves locked pages. Who touches one meanwhile takes a page fault, and
+    """With 1, the kernel's choice, compaction also moves locked pages. Who touches one meanwhile takes a page fault and
     waits (migration_entry_wait in mm/migrate.c). The memory that it takes is there by then, so that this ends."""
     path = root / "proc/sys/vm/compact_unevictable_allowed"  # not there in kernels without compaction
     if not path.exists() or not int(path.read_text()):
