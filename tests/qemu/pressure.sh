@@ -27,7 +27,7 @@ if [ "$LOCKING" = on ]; then
     ! zswapctl attach
     sysctl -qw vm.min_free_kbytes="$enough"
 fi
-sysctl -qp /usr/local/lib/sysctl.d/60-zswapd.conf
+sysctl -qp /usr/lib/sysctl.d/60-zswapd.conf
 zswapctl attach --json $unsafe
 
 # Minor and major page faults of the threads that serve pages (proc_pid_stat(5)).

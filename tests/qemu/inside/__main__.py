@@ -42,7 +42,7 @@ def main() -> None:
     faulthandler.enable(sys.stdout)
     signal.signal(signal.SIGALRM, on_alarm)
     subprocess.run(["mount", "-t", "cgroup2", "cgroup2", "/sys/fs/cgroup"], check=True)
-    subprocess.run(["sysctl", "-qp", "/usr/local/lib/sysctl.d/60-zswapd.conf"], check=True)
+    subprocess.run(["sysctl", "-qp", "/usr/lib/sysctl.d/60-zswapd.conf"], check=True)
     sys.exit(0 if all(map(run, os.environ["SCENARIOS"].split(","))) else 1)
 
 
