@@ -159,7 +159,15 @@ def test_the_dashboard_can_be_provisioned() -> None:
         for asked in (panel, *panel["targets"]):
             assert asked["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
     rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
-    assert rows == ["Overview", "Pool", "Recompression", "Page latency", "Writeback, disk, wear", "Survival", "Processes"]
+    assert rows == [
+        "Overview",
+        "Pool",
+        "Recompression",
+        "Page latency",
+        "Writeback, disk, wear",
+        "Survival",
+        "Processes",
+    ]
 
 
 def test_nothing_is_said_of_a_daemon_that_is_well(prometheus: Prometheus, daemon: Daemon) -> None:
