@@ -158,13 +158,16 @@ test: build vm
 	# Ends itself if a worker allocates: a test swaps through it.
 	cargo build --manifest-path native/Cargo.toml --quiet --locked --package zswapd-pager
 	$(PYTHON) -m pytest tests/swap tests/prometheus
-	$(PYTHON) -m pytest tests/qemu -k quick
+	$(VM_TESTS) tests/qemu -k quick
 	echo "zswapd: all tests passed"
+
+# Guests' disks and what is laid over their roots, some 500 MB, stay in /tmp only after a failure.
+VM_TESTS := $(PYTHON) -m pytest -o tmp_path_retention_policy=failed
 
 # Two guests at a time, one from each half: a guest keeps little more than one processor busy.
 test-vm: build vm
 	@mkdir -p build
-	half() { $(PYTHON) -m pytest -v --durations=0 "$$@"; }
+	half() { $(VM_TESTS) -v --durations=0 "$$@"; }
 	half tests/qemu/test_scenarios.py >build/test-vm.log 2>&1 &
 	status=0
 	half tests/qemu --ignore=tests/qemu/test_scenarios.py || status=$$?
