@@ -1,5 +1,5 @@
-"""A virtual machine for a test: its memory is its own, so that a test may use it up. Emulated in software: it runs
-wherever QEMU does."""
+"""A virtual machine for a test: its memory is its own, so that a test may use it up. With KVM where that can run it;
+emulated in software, it runs wherever QEMU does."""
 
 import functools
 import itertools
@@ -32,6 +32,8 @@ BOOTED = "booted"
 BOOT_SECONDS = 300
 #: What a guest that hangs has to tell why.
 SYSRQ_SECONDS = 20
+#: In which KVM, where it works, has booted a kernel that finds no root, and so ends.
+KVM_SECONDS = 30
 POLL_SECONDS = 0.2
 #: How long a guest sleeps (suspend to memory) at most: it is woken so often.
 WAKE_SECONDS = 3
@@ -119,7 +121,7 @@ class Guest:
             # fmt: off
             command = [
                 *_WITH_US, "qemu-system-x86_64", "-nodefaults", "-display", "none", "-monitor", "stdio", "-no-reboot",
-                "-accel", "tcg,thread=multi", "-cpu", "Nehalem", "-smp", "2", "-m", f"{self._memory}M",
+                *_accelerator(self._kernel), "-smp", "2", "-m", f"{self._memory}M",
                 "-machine", "pc", "-serial", f"file:{kernel_log}", "-serial", f"file:{output}",
                 *itertools.chain(*(("-drive", f"if=virtio,format=raw,{drive}") for drive in drives)),
                 "-kernel", str(self._kernel), "-initrd", str(initramfs),
@@ -149,6 +151,22 @@ class Guest:
             ended = re.search(r"^exit status (\d+)$", text(), re.MULTILINE)
             status = int(ended[1]) if ended else None
             return Outcome(status, _hangs(looks), text(), _text(kernel_log))
+
+
+@functools.cache
+def _accelerator(kernel: Path) -> tuple[str, ...]:
+    """KVM, if a kernel gets as far with it as to miss its root: that /dev/kvm is there does not say that it works."""
+    kvm = ("-accel", "kvm", "-cpu", "host")
+    command = [*_WITH_US, "qemu-system-x86_64", "-nodefaults", "-display", "none", "-no-reboot", *kvm, "-m", "256M"]
+    boot = ["-serial", "stdio", "-kernel", str(kernel), "-append", "console=ttyS0 panic=-1"]
+    if os.access("/dev/kvm", os.R_OK | os.W_OK):
+        with suppress(subprocess.TimeoutExpired):
+            tried = subprocess.run(
+                [*command, *boot], stdin=subprocess.DEVNULL, capture_output=True, timeout=KVM_SECONDS
+            )
+            if b"Unable to mount root fs" in tried.stdout:
+                return kvm
+    return "-accel", "tcg,thread=multi", "-cpu", "Nehalem"
 
 
 def _text(path: Path) -> str:
