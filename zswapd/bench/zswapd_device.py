@@ -239,7 +239,11 @@ class Zswapd(Device):
         with trio.fail_after(SETTLE_SECONDS):
             await self._unchanged(tried, lambda stats: report("recompress", tried(stats), 2 * stats["stores"]))
             await trio.to_thread.run_sync(Pager(self.daemon.mount_point).compact)
-            await self._unchanged(lambda stats: stats["pool_bytes"] + stats["pool_reserve_bytes"])
+            await self.rest()
+        return True
+
+    async def rest(self) -> bool:
+        await self._unchanged(lambda stats: stats["pool_bytes"] + stats["pool_reserve_bytes"])
         return True
 
     async def _unchanged(
