@@ -1,8 +1,10 @@
-"""The measurements of neighbours in swap, and of what programs' pages save: what they compute from what they find."""
+"""The measurements of neighbours in swap, of what programs' pages save and of processor time: what they compute."""
 
 import io
 import os
 import random
+import threading
+import time
 from array import array
 from contextlib import ExitStack
 from subprocess import CompletedProcess
@@ -11,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from tests.pages import PAGE, noise
+from zswapd.bench.budget import Processor
 from zswapd.bench.corpus import Corpus
 from zswapd.bench.neighbours import Swapped, gains, wrong_stamps
 from zswapd.bench.programs import known
@@ -95,3 +98,25 @@ async def test_what_a_guest_s_zram_says_is_counted_as_this_machine_s(monkeypatch
     assert found["other"]["guest-zram-lz4"]["empty_bytes"] == 2 * 20 * 16
     assert found[TOTAL]["guest-zram-lz4"]["original_bytes"] == 122880
     assert {tuple(rows) for rows in found.values()} == {("guest-zram-lz4", "guest-zram-zstd")}
+
+
+def test_processor_time_of_a_thread_that_has_ended_counts() -> None:
+    processor = Processor({"pager": os.getpid(), "zswapd": os.getpid()})
+    before = processor.seconds()
+    go_on, burnt = threading.Event(), threading.Event()
+
+    def burn() -> None:
+        while time.thread_time() < 0.1:
+            pass
+        burnt.set()
+        go_on.wait()
+
+    thread = threading.Thread(target=burn)
+    thread.start()
+    burnt.wait()
+    processor.look()
+    go_on.set()
+    thread.join()
+    after = processor.seconds()
+    assert after["training"] - before["training"] >= 0.1
+    assert after["recompressor"] == before["recompressor"] == 0
