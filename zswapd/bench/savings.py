@@ -29,6 +29,7 @@ from zswapd.bench.ability import cannot_swap
 from zswapd.bench.cgroup import MemoryCgroup
 from zswapd.bench.commands import run, until_signal
 from zswapd.bench.corpus import Corpus, files
+from zswapd.bench.damon import switched_off
 from zswapd.bench.devices import Held, Zram, zram_held
 from zswapd.bench.leftovers import leftovers
 from zswapd.bench.locked import lock_memory
@@ -192,8 +193,13 @@ def main(rows: str, size: int, seed: int, directory: Path, guest: bool, as_json:
                 shown = (f"{row} {ratio(of_row)}" for row, of_row in found[what].items())
                 screen.line(what, f"{total}: " + ", ".join(shown))
 
+        async def undisturbed() -> None:
+            # It would push other processes' pages into the device, which count as if they were the programs'.
+            async with switched_off(lambda what: screen.line("DAMON", what, "yellow")):
+                await work()
+
         try:
-            trio.run(until_signal, work)
+            trio.run(until_signal, undisturbed)
         finally:
             if left := leftovers(directory):
                 screen.line("left behind", "; ".join(left), "red")
