@@ -67,10 +67,11 @@ class Outcome:
 class Guest:
     """Boots with `memory` MiB and two processors. Needs root and, the first time, Debian's package archive."""
 
-    def __init__(self, memory: int, installed: Path, kernel: str = "6.12") -> None:
+    def __init__(self, memory: int, installed: Path, kernel: str = "6.12", more: Sequence[str] = ()) -> None:
         """Gets the kernel and makes the root, over which `installed` lies (images.image). Skips the test where they are
-        not to be had."""
+        not to be had. `more`: options of QEMU."""
         self._memory = memory
+        self._more = more
         self._unpacked = images.kernel(kernel)
         self._kernel = next(self._unpacked.glob("boot/vmlinuz-*"))
         self._root, self._installed = images.root(), installed
@@ -121,7 +122,7 @@ class Guest:
             # fmt: off
             command = [
                 *_WITH_US, "qemu-system-x86_64", "-nodefaults", "-display", "none", "-monitor", "stdio", "-no-reboot",
-                *_accelerator(self._kernel), "-smp", "2", "-m", f"{self._memory}M",
+*_accelerator(self._kernel), "-smp", "2", "-m", f"{self._memory}M", *self._more,
                 "-machine", "pc", "-serial", f"file:{kernel_log}", "-serial", f"file:{output}",
                 *itertools.chain(*(("-drive", f"if=virtio,format=raw,{drive}") for drive in drives)),
                 "-kernel", str(self._kernel), "-initrd", str(initramfs),

@@ -24,7 +24,7 @@ from tests.pages import PAGE, noise, real_pages
 from zswapd import ctl, memcg
 from zswapd._native import compress_page
 from zswapd.analyze import elfcore
-from zswapd.analyze.advice import advise
+from zswapd.analyze.advice import Idle, advise
 from zswapd.analyze.codecs import every, lz4_codec, score, train, zstd_codec
 from zswapd.analyze.estimate import Classes, Estimate, Estimator, is_raw
 from zswapd.analyze.idle import measure
@@ -398,6 +398,10 @@ def like(ratio: float, compress: float, decompress: float, **more: Any) -> Estim
 LZ4 = like(2.7, 7.6, 1.6, name="lz4", algorithm="lz4", level=None)
 
 
+NONE_IDLE = Idle(0, 1 << 20)
+ZSTD = [like(4.1, 14, 5.6), like(4.2, 17, 5.6, level=3), like(4.4, 90, 5.6, level=9)]
+
+
 @pytest.mark.parametrize(
     ("others", "level"),
     [
@@ -406,13 +410,13 @@ LZ4 = like(2.7, 7.6, 1.6, name="lz4", algorithm="lz4", level=None)
         ([like(4.1, 14, 9.7)], None),  # comes back too late
         ([like(4.1, 23, 5.6)], None),  # costs too much
         ([like(4.1, 14, 5.6), like(4.7, 17, 5.6, level=3)], 3),
-        ([like(4.1, 14, 5.6), like(5.0, 17, 5.6, level=3, dictionary_bytes=1)], 1),  # no option yet
+        ([like(4.1, 14, 5.6), like(5.0, 17, 5.6, level=3, dictionary_bytes=1)], 1),  # not for pages as they come
     ],
 )
 def test_what_is_recommended_and_that_it_is_a_configuration(
     others: list[Estimate], level: int | None, tmp_path: Path
 ) -> None:
-    advice = advise([LZ4, *others], Config())
+    advice = advise([LZ4, *others], NONE_IDLE, Config())
     (tmp_path / "zswapd.toml").write_text(advice.toml())
     config = load(tmp_path / "zswapd.toml", (), {})
     assert config.compression.algorithm == ("lz4" if level is None else "zstd")
@@ -420,15 +424,50 @@ def test_what_is_recommended_and_that_it_is_a_configuration(
     pool = config.pool.mem_limit_bytes
     ratio = next((one.ratio for one in others if one.level == level), LZ4.ratio)
     assert 0.95 * pool * ratio <= config.swap.size <= pool * ratio
+    assert config.recompression.cpu_percent == 0  # no page is idle
     assert advice.reasons
+
+
+def recommended(idle: Idle, *others: Estimate) -> tuple[Config, str]:
+    advice = advise([LZ4, *others], idle, Config())
+    return Config.model_validate({**advice.settings, "swap": {}}), " ".join(advice.reasons)
+
+
+def test_what_is_recommended_for_idle_pages() -> None:
+    dictionary = like(4.8, 80, 5.6, level=9, dictionary_bytes=1 << 20)
+    config, reasons = recommended(Idle(0.5, 4 << 18), *ZSTD, dictionary)
+    found = config.recompression
+    assert (found.idle_level, found.cold_level, found.dictionaries) == (3, 9, True)
+    # What half of 4 GiB takes, in an hour: 17 µs after lz4's 1.6 (or zstd's 5.6), then 5.6 and 80.
+    assert found.cpu_percent == 2
+    assert "1.0 MiB" in reasons
+    assert recommended(Idle(0.5, 64 << 18), *ZSTD, dictionary)[0].recompression.cpu_percent == 20
+    assert not recommended(Idle(0.5, 4 << 18), *ZSTD)[0].recompression.dictionaries
+    too_little = like(4.45, 80, 5.6, level=9, dictionary_bytes=1 << 20)
+    assert not recommended(Idle(0.5, 4 << 18), *ZSTD, too_little)[0].recompression.dictionaries
+    assert recommended(Idle(0.5, 4 << 18), ZSTD[0], like(4.6, 17, 5.6, level=3))[0].recompression.cold_level == 3
+    assert recommended(Idle(0.5, 4 << 18), like(2.71, 14, 5.6, level=3))[0].recompression.cpu_percent == 0
+
+
+def test_what_is_recompressed_anyway_needs_no_slow_codec_as_it_comes() -> None:
+    assert recommended(Idle(0.5, 4 << 18), *ZSTD)[0].compression.algorithm == "zstd"
+    assert recommended(Idle(0.9, 4 << 18), *ZSTD)[0].compression.algorithm == "lz4"
+
+
+def test_what_was_watched_says_when_pages_are_idle() -> None:
+    ages = [
+        recommended(Idle(0.5, 4 << 18, seconds), *ZSTD)[0].recompression.model_dump() for seconds in (None, 5.0, 120.0)
+    ]
+    assert [one["idle_after"] for one in ages] == [60, 60, 120]
+    assert [one["cold_after"] for one in ages] == [600, 600, 1200]
 
 
 def test_with_a_disk_what_does_not_compress_goes_there_first(tmp_path: Path) -> None:
     disk = Config.model_validate({"writeback": {"backing": "/dev/disk"}})
     much = like(2, 7, 1, name="lz4", algorithm="lz4", level=None, incompressible_share=0.2)
-    assert advise([much], disk).settings["writeback"] == {"incompressible": "first"}
-    assert "writeback" not in advise([much], Config()).settings
-    assert "writeback" not in advise([LZ4], disk).settings
+    assert advise([much], NONE_IDLE, disk).settings["writeback"] == {"incompressible": "first"}
+    assert "writeback" not in advise([much], NONE_IDLE, Config()).settings
+    assert "writeback" not in advise([LZ4], NONE_IDLE, disk).settings
 
 
 def test_what_nobody_uses_is_idle() -> None:

@@ -29,7 +29,7 @@ from zswapd.bench.floor import why_not_forget
 from zswapd.bench.leftovers import leftovers
 from zswapd.bench.measure import kernel_threads, refuse_to_forget
 from zswapd.bench.plot import plot, require
-from zswapd.bench.programs import Running, known
+from zswapd.bench.programs import Program, Running, known
 from zswapd.bench.rows import device
 from zswapd.bench.runner import WrongPages, workload
 from zswapd.bench.summary import COST, DISK, FIGURES, SPEED, line, summarize, table
@@ -119,6 +119,24 @@ async def test_a_program_s_memory_holds_what_it_works_on() -> None:
         assert any(b"_syntax_error" in page or b"decompress" in page for page in running.pages())
     finally:
         running.end()
+
+
+@pytest.mark.parametrize("program", known(), ids=lambda program: program.name)
+async def test_a_program_leaves_no_file(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "text"
+    text.write_text("".join(f"{number * 7919 % 99991} a line\n" for number in range(1 << 19)))
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    running = Running(program, 1 << 20, DEADLINE_SECONDS, [str(text)])
+    try:
+        assert await running.ready()
+        assert list(Path("/tmp").glob(f"hsperfdata_*/{running.pid}")) == []
+        if program.name == "sort-lines":  # more than its budget: the rest is in files
+            assert [file for file in place.rglob("*") if file.is_file()]
+    finally:
+        running.end()
+    assert list(place.iterdir()) == []
 
 
 class Leaky(Anonymous):

@@ -1,14 +1,24 @@
-"""The measurements of neighbours in swap, and of what programs' pages save: what they compute from what they find."""
+"""The measurements of neighbours in swap, of what programs' pages save and of processor time: what they compute."""
 
+import io
+import os
 import random
+import threading
+import time
 from array import array
+from contextlib import ExitStack
+from subprocess import CompletedProcess
 
 import pytest
+from rich.console import Console
 
 from tests.pages import PAGE, noise
+from zswapd.bench.budget import Processor
+from zswapd.bench.corpus import Corpus
 from zswapd.bench.neighbours import Swapped, gains, wrong_stamps
 from zswapd.bench.programs import known
-from zswapd.bench.savings import capture, table, together
+from zswapd.bench.savings import TOTAL, capture, measure_in_guest, table, together
+from zswapd.bench.screen import Screen
 
 
 def swapped(*places: tuple[int, int, int], pages: list[bytes] | None = None) -> Swapped:
@@ -62,9 +72,51 @@ def test_savings_are_a_table_of_programs_by_devices(rows: list[str]) -> None:
     figures = {
         row: {"original_bytes": 5 << 20, "used_bytes": 2 << 20, "ratio": 2.5, "ratio_beyond_empty": 3} for row in rows
     }
-    grid = table({"node-words": figures, "all together": figures}, rows)
+    grid = table({"all together": figures, "node-words": figures})
     assert [list(column.cells) for column in grid.columns] == [
-        ["node-words", "all together"],
+        ["all together", "node-words"],
         ["5", "5"],
         *[["2.50 (3.00)", "2.50 (3.00)"] for _ in rows],
     ]
+
+
+async def test_what_a_guest_s_zram_says_is_counted_as_this_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = b"lz4 40960 1 8192 0\nlz4 81920 1 12288 0\nlz4 122880 1 20480 0\n" + b"zstd 40960 1 4096 0\n" * 3
+
+    async def run(*command: str, **options: object) -> CompletedProcess[bytes]:
+        assert command[-2:] == ("40960", "81920")
+        return CompletedProcess(command, 0, said)
+
+    monkeypatch.setattr("zswapd.bench.savings.run", run)
+    sizes = {"one": 10, "other": 20, TOTAL: 30}
+    corpora = {what: Corpus(os.memfd_create("corpus"), 0, pages) for what, pages in sizes.items()}
+    with ExitStack() as stack:
+        whole, *_ = [stack.enter_context(corpus) for corpus in reversed(corpora.values())]
+        programs = {what: corpora[what] for what in ("one", "other")}
+        found = await measure_in_guest(whole, programs, Screen(Console(file=io.StringIO())))
+    assert found["other"]["guest-zram-lz4"]["used_bytes"] == 12288 + 2 * 20 * 16 + 20 * 8
+    assert found["other"]["guest-zram-lz4"]["empty_bytes"] == 2 * 20 * 16
+    assert found[TOTAL]["guest-zram-lz4"]["original_bytes"] == 122880
+    assert {tuple(rows) for rows in found.values()} == {("guest-zram-lz4", "guest-zram-zstd")}
+
+
+def test_processor_time_of_a_thread_that_has_ended_counts() -> None:
+    processor = Processor({"pager": os.getpid(), "zswapd": os.getpid()})
+    before = processor.seconds()
+    go_on, burnt = threading.Event(), threading.Event()
+
+    def burn() -> None:
+        while time.thread_time() < 0.1:
+            pass
+        burnt.set()
+        go_on.wait()
+
+    thread = threading.Thread(target=burn)
+    thread.start()
+    burnt.wait()
+    processor.look()
+    go_on.set()
+    thread.join()
+    after = processor.seconds()
+    assert after["training"] - before["training"] >= 0.1
+    assert after["recompressor"] == before["recompressor"] == 0

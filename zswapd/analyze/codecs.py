@@ -12,11 +12,11 @@ import zstandard
 from zswapd.analyze.sample import Report, Sample
 from zswapd.anonymous import PAGE
 from zswapd.errors import ZswapdError
+from zswapd.recompression import DICTIONARY_BYTES
 
 MAGICLESS = zstandard.FORMAT_ZSTD1_MAGICLESS
 LEVELS = (1, 3, 9)
 DICTIONARY_LEVELS = (3, 9)
-DICTIONARY_BYTES = 112 << 10
 #: Bytes to train with for each of the dictionary: with less it learns these pages by heart.
 TRAINING_SHARE = 16
 LEAST_DICTIONARY = 8 << 10

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from zswapd._native import lock_memory
 from zswapd.analyze import show
-from zswapd.analyze.advice import Advice, advise
+from zswapd.analyze.advice import Advice, Idle, advise
 from zswapd.analyze.codecs import DICTIONARY_LEVELS, every, score, train
 from zswapd.analyze.estimate import Classes, Estimate, Estimator, Tier
 from zswapd.analyze.idle import measure
@@ -92,8 +92,7 @@ def analyze(
     headers, padding, tables and dictionaries, but without its reserve and the processes that serve it. "±": what
     another sample might say. Times are medians on this machine, and have the call from Python in them. The dictionary
     is trained with pages that no codec is then scored on. A tier is fresh pages in one codec, and the idle ones
-    (--idle, --watch) in another, if they then take less of the pool. Dictionaries and tiers are estimates: no setting
-    makes them yet.
+    (--idle, --watch) in another, if they then take less of the pool.
     """
     if picture:
         require(picture)
@@ -139,7 +138,7 @@ def analyze(
             for fresh, other in product(FRESH, scores)
             if other.codec.level in DICTIONARY_LEVELS
         ],
-        advice=advise(estimates, config),
+        advice=advise(estimates, Idle(idle, source.pages, watch), config),
     )
     if picture:
         draw(f"{source.name}, seed {seed}", found.estimates, found.tiers, scores, picture)

@@ -102,6 +102,10 @@ class Device(ABC):
         """Waits until it has done what it does by itself to pages that nobody uses. False if that is nothing."""
         return False
 
+    async def rest(self) -> bool:
+        """Waits until it has given back what it had in reserve for more pages. False if it does not do that."""
+        return False
+
     async def refused(self) -> int:
         """Stores that it has refused: the kernel keeps those pages in memory and tries again."""
         return 0
@@ -170,6 +174,12 @@ class Device(ABC):
             await run("swapoff", self.path, seconds=seconds, last_resort=last_resort)
 
 
+def zram_held(mm_stat: str, size_bytes: int) -> Held:
+    """What a zram device of that size holds, by its mm_stat."""
+    original, _, used = (int(word) for word in mm_stat.split()[:3])
+    return Held(original, used + size_bytes // PAGE * ZRAM_ENTRY + original // PAGE * ZSMALLOC_HANDLE)
+
+
 class Zram(Device):
     """A zram device of its own, added and removed again."""
 
@@ -225,9 +235,7 @@ class Zram(Device):
         return True
 
     async def held(self) -> Held:
-        original, _, used = (int(word) for word in (self._sys / "mm_stat").read_text().split()[:3])
-        metadata = self._size // PAGE * ZRAM_ENTRY + original // PAGE * ZSMALLOC_HANDLE
-        return Held(original, used + metadata)
+        return zram_held((self._sys / "mm_stat").read_text(), self._size)
 
     @property
     def _sys(self) -> Path:

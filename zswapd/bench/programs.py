@@ -3,7 +3,7 @@
 Each program is started by us, does an ordinary job on public data of the machine (package indexes, the sources
 under /usr and the standard library) until its memory reaches its share, and waits. Its anonymous private memory
 is then read through /proc, and it is ended. It starts with an empty environment and reads only files that
-everyone may read, so no secret gets into its pages.
+everyone may read, so no secret gets into its pages. Its temporary files go with it.
 """
 
 import fcntl
@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import termios
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -192,7 +193,10 @@ def known() -> list[Program]:
         Program("python-package-index", 3, [*python, _PYTHON_PACKAGES]),
         Program("perl-words", 1, ["perl", "-e", _PERL_WORDS]),
         Program("node-words", 2, ["node", "-e", _NODE_WORDS, "--"]),
-        Program("java-words", 1, ["java", "-Xmx1g", "--source", "11", "{source}"], source=_JAVA_WORDS),
+        # Its performance data would lie in /tmp, whatever TMPDIR says, and stay there.
+        Program(
+            "java-words", 1, ["java", "-XX:-UsePerfData", "-Xmx1g", "--source", "11", "{source}"], source=_JAVA_WORDS
+        ),
         Program("awk-words", 1, ["awk", _AWK_WORDS]),
         Program("sqlite3-files", 1, ["sh", "-c", _SQLITE_FILES, "sqlite3"], needs="sqlite3"),
         Program("sort-lines", 1, ["sh", "-c", _SORT_LINES, "sort"]),
@@ -212,13 +216,19 @@ class Running:
         if program.sized:
             work = [sysconfig.get_path("stdlib")] if program.name.startswith("python") else texts
             command += [str(budget), str(seconds), *work]
+        # It is killed, and cannot remove what it has there (sort has all that is beyond its budget).
+        self._temporary = tempfile.TemporaryDirectory(prefix=f"zswapd-bench-{os.getpid()}-", ignore_cleanup_errors=True)
         # A session of its own: Ctrl-C is for us, and everything it starts is ended with its group.
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={"PATH": os.defpath + ":/usr/sbin:/sbin", "LANG": "C.UTF-8"},
+            env={
+                "PATH": os.defpath + ":/usr/sbin:/sbin",
+                "LANG": "C.UTF-8",
+                "TMPDIR": self._temporary.name,
+            },
             start_new_session=True,
             pass_fds=[source],
         )
@@ -264,7 +274,8 @@ class Running:
                     yield from ((memory, start, end) for start, end in mapping.runs)
 
     def end(self) -> None:
-        """Kill it and what it started. Children go first, so that a compiler driver still reaps its own."""
+        """Kill it and what it started, and remove its files. Children go first, so that a compiler driver still reaps
+        its own."""
         self._pipe.close()
         try:
             for child in family(self._process.pid)[1:]:
@@ -275,3 +286,4 @@ class Running:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._temporary.cleanup()

@@ -10,8 +10,8 @@ from zswapd.errors import ZswapdError
 #: The pager that stores nothing: what everything but the storing costs.
 NULL = "null"
 KNOWN = (
-    "zswapd-ALGORITHM, zswapd-ALGORITHM-tiers, zswapd-ALGORITHM-z3fold, zswapd-pyfuse3-ALGORITHM, zram-ALGORITHM, "
-    "zswap-COMPRESSOR, file, null"
+    "zswapd-ALGORITHM, zswapd-zstd-LEVEL, zswapd-ALGORITHM-tiers, zswapd-ALGORITHM-z3fold, zswapd-pyfuse3-ALGORITHM, "
+    "zram-ALGORITHM, zswap-COMPRESSOR, file, null"
 )
 
 
@@ -30,6 +30,8 @@ def device(row: str, directory: Path, size: int, pool: int | None = None) -> Dev
             return Zswapd(row, directory, size, portable, swap__data_path="pyfuse3")
         if algorithm in ("lz4", "zstd"):
             return Zswapd(row, directory, size, algorithm, pool)
+        if path == "zstd" and portable.isdigit():
+            return Zswapd(row, directory, size, path, pool, compression__zstd_level=int(portable))
         if portable == "z3fold" and path in ("lz4", "zstd"):
             return Zswapd(row, directory, size, path, pool, pool__allocator=portable)
         if portable == "tiers" and path in ("lz4", "zstd"):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ DISK_SPEED = 20 << 20  # bytes per second: a disk to which zswapd writes its bac
 BACKING_SHARE = 2
 #: Recompression of all pages, as it would be after some hours with the default settings.
 SOON = {"recompression__cpu_percent": 100, "recompression__idle_after": 1, "recompression__cold_after": 2}
-SETTLED_SECONDS, SETTLE_SECONDS = 10, 1800  # without a page that was recompressed; in all
+#: Without a page that was recompressed: longer than a dictionary is trained for on a busy machine. In all.
+SETTLED_SECONDS, SETTLE_SECONDS = 45, 1800
+REST_SECONDS = 10  # without a change of the pool and its reserve
 CONTROL_GRACE_SECONDS = 30  # it waits for the kernel to leave swapoff, and undoes what it began
 
 
@@ -240,17 +243,25 @@ class Zswapd(Device):
             return counts["pages_recompressed"] + counts["pages_not_smaller"]
 
         with trio.fail_after(SETTLE_SECONDS):
-            await self._unchanged(tried, lambda stats: report("recompress", tried(stats), 2 * stats["stores"]))
+            done = partial(report, "recompress")
+            await self._unchanged(tried, SETTLED_SECONDS, lambda stats: done(tried(stats), 2 * stats["stores"]))
             await trio.to_thread.run_sync(Pager(self.daemon.mount_point).compact)
-            await self._unchanged(lambda stats: stats["pool_bytes"] + stats["pool_reserve_bytes"])
+            await self.rest()
+        return True
+
+    async def rest(self) -> bool:
+        await self._unchanged(lambda stats: stats["pool_bytes"] + stats["pool_reserve_bytes"], REST_SECONDS)
         return True
 
     async def _unchanged(
-        self, figure: Callable[[dict[str, Any]], int], see: Callable[[dict[str, Any]], None] = lambda _: None
+        self,
+        figure: Callable[[dict[str, Any]], int],
+        seconds: float,
+        see: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
-        """Waits until a figure is not 0, and has not changed for SETTLED_SECONDS."""
+        """Waits until a figure is not 0, and has not changed for so long."""
         last, since = 0, trio.current_time()
-        while last == 0 or trio.current_time() - since < SETTLED_SECONDS:
+        while last == 0 or trio.current_time() - since < seconds:
             stats = await self.daemon.stats()
             if figure(stats) != last:
                 last, since = figure(stats), trio.current_time()
