@@ -114,24 +114,24 @@ def test_an_upgrade_that_cannot_be_is_refused_and_all_goes_on(daemon: Daemon, pa
             ("kill -KILL $$", r"it has ended before it was ready \(signal 9\)"),
             (Path("/bin/false").read_bytes(), r"it has ended before it was ready \(status 1\)"),
             (Path("/bin/sleep").read_bytes(), r"it has ended before it was ready \(status 1\)"),
-            (whole[:100], r"it cannot be run: "),
-            (whole[: 64 << 10], r"it (has ended before it was ready \(signal \d+\)|cannot be run: )"),
-            (b"", r"it cannot be run: Exec format error"),
-            (b"no program", r"it cannot be run: Exec format error"),
-            (b"#!/nowhere", r"it cannot be run: No such file"),
+            (whole[:100], r"/pager cannot be run: "),
+            (whole[: 64 << 10], r"(it has ended before it was ready \(signal \d+\)|/pager cannot be run: )"),
+            (b"", r"/pager cannot be run: Exec format error"),
+            (b"no program", r"/pager cannot be run: Exec format error"),
+            (b"#!/nowhere", r"/pager cannot be run: No such file"),
         ):
             install(path, content)
             with pytest.raises(OSError, match=reason):
                 upgrade(daemon)
         path.unlink()
-        with pytest.raises(OSError, match="it cannot be run: No such file"):
+        with pytest.raises(OSError, match=f"{path} cannot be run: No such file"):
             upgrade(daemon)
         path.mkdir()
-        with pytest.raises(OSError, match="it cannot be run: Permission denied"):
+        with pytest.raises(OSError, match=f"{path} cannot be run: Permission denied"):
             upgrade(daemon)
         path.rmdir()
         os.mkfifo(path)
-        with pytest.raises(OSError, match="it cannot be run: Permission denied"):
+        with pytest.raises(OSError, match=f"{path} cannot be run: Permission denied"):
             upgrade(daemon)
         path.unlink()
         after = with_standby(daemon)
@@ -139,7 +139,9 @@ def test_an_upgrade_that_cannot_be_is_refused_and_all_goes_on(daemon: Daemon, pa
         assert os.pread(swapfile, PAGE, 0) == noise(1)
         result = daemon.ctl("upgrade")
         assert result.returncode == 1
-        assert result.stderr.startswith("zswapctl: not upgraded, the old version goes on: it cannot be run: No such")
+        assert result.stderr.startswith(
+            f"zswapctl: not upgraded, the old version goes on: {path} cannot be run: No such file"
+        )
         install(path)
         assert upgrade(daemon).new_pid == status(daemon)["pid"] != before["pid"]
         assert os.pread(swapfile, PAGE, 0) == noise(1)

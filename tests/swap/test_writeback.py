@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import trio
 
 from tests.daemon import Daemon, wait_until
 from tests.swap.backing import (
@@ -21,8 +22,9 @@ from tests.swap.backing import (
 )
 from tests.swap.workload import ENOUGH
 from zswapd.bench.corpus import build
-from zswapd.bench.measure import measure
+from zswapd.bench.measure import SWAP_SHARE, measure
 from zswapd.bench.programs import PAGE
+from zswapd.bench.zswapd_device import Zswapd
 
 pytestmark = pytest.mark.usefixtures("_swap")
 
@@ -154,10 +156,30 @@ def test_nothing_of_memory_can_be_read_from_the_disk_unless_encryption_is_off(
     assert any(noise in written for noise in noises) != encryption
 
 
-async def test_a_run_of_the_benchmark_with_a_bounded_pool(tmp_path: Path) -> None:
-    def silent(what: str, done: int, total: int) -> None:
-        pass
+def silent(what: str, done: int, total: int) -> None:
+    pass
 
+
+async def test_the_benchmark_s_disk_holds_what_all_of_its_swap_can(tmp_path: Path) -> None:
+    """As it has to when the kernel frees no whole cluster: a refused page may cost the workload its life."""
+    swap = Zswapd("zswapd-lz4", tmp_path, SWAP_SHARE * TOUCHED_BYTES, pool=POOL_BYTES)
+    with await build(TOUCHED_BYTES // PAGE, 1, silent) as pages:
+
+        def write_all() -> None:
+            swapfile = os.open(swap.daemon.mount_point / "swapfile", os.O_WRONLY)
+            for n in range(SWAP_SHARE * pages.pages):
+                os.pwrite(swapfile, os.pread(pages.fd, PAGE, n % pages.pages * PAGE), n * PAGE)
+            os.close(swapfile)
+
+        try:
+            await swap.daemon.start()
+            await trio.to_thread.run_sync(write_all)
+            assert await swap.refused() == 0
+        finally:
+            await swap.daemon.stop()
+
+
+async def test_a_run_of_the_benchmark_with_a_bounded_pool(tmp_path: Path) -> None:
     with await build(TOUCHED_BYTES // PAGE, 1, silent) as pages:
         run = await measure("zswapd-lz4", pages, tmp_path, silent, POOL_BYTES)
     assert run["pool_limit_bytes"] == POOL_BYTES

@@ -2,7 +2,7 @@
 
 use crate::kept::Kept;
 use crate::patience::Patience;
-use std::ffi::{CString, OsString};
+use std::ffi::{CStr, CString, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
@@ -130,7 +130,9 @@ impl Program {
                 },
             ),
         };
-        let why = format!("it cannot be run: {why}");
+        // SAFETY: the first argument, a string that ends.
+        let path = unsafe { CStr::from_ptr(self.arguments[0]) }.to_string_lossy();
+        let why = format!("{path} cannot be run: {why}");
         crate::say!("the pager: {why}");
         let _not_heard = channel.send(Kind::Failed, 0, &why, None);
         // SAFETY: never returns.
