@@ -214,7 +214,7 @@ impl SlotTable {
         &stripes[index as usize % stripes.len()]
     }
 
-    /// Whether this is a slot for a shared page, which must not be locked if not even that.
+    /// Whether this is a slot for a shared page. A damaged word may name what is none, or no slot at all.
     pub fn is_shared(&self, index: u32) -> bool {
         self.shared().contains(&u64::from(index))
     }
