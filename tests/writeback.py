@@ -20,7 +20,8 @@ COUNTS = {
 #: As long as nothing was recompressed.
 RECOMPRESSION: dict[str, Any] = {
     **dict.fromkeys(("pages_recompressed", "pages_not_smaller", "saved_bytes", "in_flight"), 0),
-    **dict.fromkeys(("dictionary_bytes", "encoder_bytes"), 0),
+    **dict.fromkeys(("dictionary_bytes", "encoder_bytes", "index_bytes"), 0),
+    **dict.fromkeys(("pages_deduplicated", "pages_shared", "shared_pages"), 0),
     "processor_seconds": 0.0,
     "bytes": dict.fromkeys(("lz4", "zstd", "zstd_dictionary", "incompressible"), 0),
     "dictionaries": [],

@@ -187,6 +187,7 @@ class Recompression(_Section):
     cold_after: Annotated[int, Field(ge=1, le=30 * 86400, description="seconds, from 1 to 30 days")] = 600
     cold_level: Annotated[int, Field(ge=1, le=12, description="an integer from 1 to 12")] = 9
     dictionaries: Annotated[bool, Field(description="true or false")] = True
+    duplicates: Annotated[bool, Field(description="true or false")] = True
 
 
 class Metrics(_Section):

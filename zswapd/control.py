@@ -212,11 +212,12 @@ def _write_back(engine: Engine, command: str) -> None:
 
 def _recompress(engine: Engine, command: str) -> None:
     """Takes "tick" (all pages get a tick older), or zram's words: algo=zstd (or lz4, dictionary), level=N,
-    priority=N (the tier, 1 to 3), max_pages=N; and age=N, in ticks. An early end is an error."""
+    priority=N (the tier, 1 to 3), max_pages=N; and age=N, in ticks, and duplicates=0, to leave these alone. An early
+    end is an error."""
     if command == "tick":
         _logged(engine.tick, "recompress")
         return
-    values = {"algo": "zstd", "level": "9", "priority": "1", "age": "0", "max_pages": str(1 << 32)}
+    values = {"algo": "zstd", "level": "9", "priority": "1", "age": "0", "max_pages": str(1 << 32), "duplicates": "1"}
     for word in command.split():
         name, _, value = word.partition("=")
         if name not in values or not value:
@@ -229,8 +230,9 @@ def _recompress(engine: Engine, command: str) -> None:
         if not (value.isdecimal() and len(value) < 15):
             raise ValueError(f"{name} is no number: {value!r}")
     tier, level, age, pages = (int(values[name]) for name in ("priority", "level", "age", "max_pages"))
+    share = int(values["duplicates"]) > 0
     done = _logged(
-        lambda: engine.recompress(codec, tier=tier, level=level, age=age, pages=pages),
+        lambda: engine.recompress(codec, tier=tier, level=level, age=age, share=share, pages=pages),
         "recompress",
     )
     if done.ended in RECOMPRESSION_ENDS:

@@ -86,6 +86,9 @@ class RecompressionStats(TypedDict):
     they take (`dictionary_bytes`; `encoder_bytes`: to compress with the newest): as of now; the rest: since the start.
 
     `saved_bytes`: of the pool, by size class. `pages_not_smaller` were tried and left as they were.
+
+    `pages_deduplicated` were found to be like another one; now there are `pages_shared` that share `shared_pages`, and
+    finding more takes `index_bytes`.
     """
 
     pages_recompressed: int
@@ -97,13 +100,17 @@ class RecompressionStats(TypedDict):
     dictionaries: list[DictionaryStats]
     dictionary_bytes: int
     encoder_bytes: int
+    pages_deduplicated: int
+    pages_shared: int
+    shared_pages: int
+    index_bytes: int
 
 
 class EngineStats(TypedDict):
     """What the engine counts. Pages and bytes: as of now; the rest: since the start.
 
-    `pages` are those of the pool by codec, those `on_disk` whatever their codec, and the lost. `original_bytes` counts
-    all but the lost, `compressed_bytes` the pool's alone.
+    `pages` are those of the pool by codec, those `on_disk` whatever their codec, and the lost; a `duplicate` shares one
+    of these. `original_bytes` counts all but the lost, `compressed_bytes` the pool's alone.
     """
 
     algorithm: str
@@ -163,6 +170,8 @@ class Recompressed:
     looked: int
     recompressed: int
     not_smaller: int
+    #: They are like another one, and share it from now on.
+    shared: int
     saved: int
     microseconds: int
     ended: str
@@ -202,11 +211,20 @@ class Engine(Protocol):
         """Makes all pages a tick older, but those that are used; up to 63. ENODEV without a pager."""
 
     def recompress(
-        self, codec: str, *, tier: int, level: int, age: int, pages: int = 1 << 32, microseconds: int = (1 << 32) - 1
+        self,
+        codec: str,
+        *,
+        tier: int,
+        level: int,
+        age: int,
+        share: bool = True,
+        pages: int = 1 << 32,
+        microseconds: int = (1 << 32) - 1,
     ) -> Recompressed:
         """Makes pages smaller that are at least `age` ticks old, with "lz4", "zstd" or (zstd with) "dictionary", until
         so many were tried, or so much processor time used. What was tried for this tier (1 to 3) or a higher one is
-        left alone. ENOENT: there is no dictionary; ENODEV without a pager."""
+        left alone. With `share`, those that are alike are stored once, where looking for them pays. ENOENT: there is no
+        dictionary; ENODEV without a pager."""
 
     def limit_writing(self, size_bytes: int | None) -> None:
         """Sets what may still be written to the backing disk; None: there is no limit. Of a budget in the configuration
@@ -238,7 +256,15 @@ class EmbeddedEngine(_native.Engine):
         raise OSError(errno.ENODEV, NO_PAGER)
 
     def recompress(
-        self, codec: str, *, tier: int, level: int, age: int, pages: int = 1 << 32, microseconds: int = (1 << 32) - 1
+        self,
+        codec: str,
+        *,
+        tier: int,
+        level: int,
+        age: int,
+        share: bool = True,
+        pages: int = 1 << 32,
+        microseconds: int = (1 << 32) - 1,
     ) -> Recompressed:
         raise OSError(errno.ENODEV, NO_PAGER)
 

@@ -3,8 +3,9 @@
 from zswapd.config import PAGE_SIZE, Config, format_size, mem_total
 from zswapd.errors import ConfigError
 
-#: Per page of the swap file, taken at the start: its slot word and age; with a backing disk, links and note in the LRU.
-SLOT_BYTES, LRU_BYTES = 9, 12
+#: Per page of the swap file, taken at the start: its slot word and age, and its share of those for shared pages; with a
+#: backing disk, links and note in the LRU.
+SLOT_BYTES, LRU_BYTES = 10, 12
 #: Per page of the pool, taken as it grows: its descriptor (zsmalloc's, the larger one).
 DESCRIPTOR_BYTES = 24
 #: Of each object in the pool: its header. What would be larger than a page with it is stored as it is.

@@ -201,11 +201,15 @@ def _recompression(stats: RecompressionStats) -> Iterable[Metric]:
             "Memory of all dictionaries, and to decompress with them.",
         ),
         ("encoder_memory_bytes", stats["encoder_bytes"], "Memory to compress with the newest dictionary."),
+        ("sharing_pages", stats["pages_shared"], "Pages that are like others, and share one that is stored."),
+        ("shared_pages", stats["shared_pages"], "Pages that are stored once for several."),
+        ("duplicates_index_bytes", stats["index_bytes"], "Memory to find pages that are alike."),
         ("recompressions_in_flight", stats["in_flight"], "Commands to recompress pages that are under way."),
     ):
         yield GaugeMetricFamily(f"zswapd_{name}", text, value=value)
     for name, count, text in (
         ("recompressed_pages", stats["pages_recompressed"], "Pages that were recompressed."),
+        ("deduplicated_pages", stats["pages_deduplicated"], "Pages that were found to be like another one."),
         (
             "not_smaller_pages",
             stats["pages_not_smaller"],

@@ -271,14 +271,25 @@ class Pager:
         self._ask("tick")
 
     def recompress(
-        self, codec: str, *, tier: int, level: int, age: int, pages: int = 1 << 32, microseconds: int = (1 << 32) - 1
+        self,
+        codec: str,
+        *,
+        tier: int,
+        level: int,
+        age: int,
+        share: bool = True,
+        pages: int = 1 << 32,
+        microseconds: int = (1 << 32) - 1,
     ) -> Recompressed:
-        text, _ = self._ask(f"recompress {tier} {codec} {level} {age} {pages} {microseconds}")
+        text, _ = self._ask(
+            f"recompress {tier} {codec} {level} {age} {pages} {microseconds}{' share' if share else ''}"
+        )
         words = dict(word.split("=", 1) for word in text.split())
         return Recompressed(
             looked=int(words["looked"]),
             recompressed=int(words["recompressed"]),
             not_smaller=int(words["not_smaller"]),
+            shared=int(words["shared"]),
             saved=int(words["saved"]),
             microseconds=int(words["microseconds"]),
             ended=words["end"],

@@ -2,7 +2,8 @@
 trained from the coldest of them.
 
 There are two tiers. Pages are recompressed with zstd when they are idle; when they are cold, with more effort and the
-newest dictionary. The pager has the ages and does the work; here is decided when, and how much at a time.
+newest dictionary. Of those that are alike one is kept for all. The pager has the ages and does the work; here is
+decided when, and how much at a time.
 """
 
 import errno
@@ -151,18 +152,27 @@ class Policy:
 
     def _recompress(self, tier: int, seconds: float) -> Recompressed:
         settings, microseconds = self._settings, max(int(seconds * 1e6), 1)
+        age, level = settings.cold_after, settings.cold_level
         if tier == IDLE_TIER:
-            age = self._age(settings.idle_after)
+            age, level = settings.idle_after, settings.idle_level
+
+        def recompress(codec: str) -> Recompressed:
             return self._pager.recompress(
-                "zstd", tier=tier, level=settings.idle_level, age=age, microseconds=microseconds
+                codec,
+                tier=tier,
+                level=level,
+                age=self._age(age),
+                share=settings.duplicates,
+                microseconds=microseconds,
             )
-        age, level = self._age(settings.cold_after), settings.cold_level
-        try:
-            return self._pager.recompress("dictionary", tier=tier, level=level, age=age, microseconds=microseconds)
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                raise
-        return self._pager.recompress("zstd", tier=tier, level=level, age=age, microseconds=microseconds)
+
+        if tier == COLD_TIER:
+            try:
+                return recompress("dictionary")
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+        return recompress("zstd")
 
     async def _train(self) -> bool:
         """Trains a dictionary, if it is time to. Returns whether it was."""

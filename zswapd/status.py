@@ -76,9 +76,10 @@ def quantile(q: float, bounds: Sequence[float], counts: Sequence[int]) -> float 
 
 
 def effective_ratio(stats: dict[str, Any]) -> float | None:
-    """Bytes stored in memory over all that they take of it: reserve, metadata and dictionaries too; None: none."""
-    dictionaries = stats["recompression"]["dictionary_bytes"] + stats["recompression"]["encoder_bytes"]
-    cost = stats["pool_bytes"] + stats["pool_reserve_bytes"] + stats["metadata_bytes"] + dictionaries
+    """Bytes stored in memory over all that they take of it: reserve, metadata, dictionaries and the index of duplicates
+    too; None: none."""
+    others = sum(stats["recompression"][name] for name in ("dictionary_bytes", "encoder_bytes", "index_bytes"))
+    cost = stats["pool_bytes"] + stats["pool_reserve_bytes"] + stats["metadata_bytes"] + others
     return in_memory(stats) / cost if cost else None
 
 
@@ -121,6 +122,8 @@ def render(stats: dict[str, Any], attachment: Attachment | None) -> RenderableTy
     )
     if recompressed := _recompression(stats):
         table.add_row("recompressed", recompressed)
+    if duplicates := _duplicates(stats):
+        table.add_row("duplicates", duplicates)
     for name, text in _backing(stats):
         table.add_row(name, text)
     for operation in ("load", "store"):
@@ -149,6 +152,17 @@ def _recompression(stats: dict[str, Any]) -> str:
         f"in {_duration(counts['processor_seconds'])}; {counts['pages_not_smaller']:,} would not get smaller"
         + (f"\nnow: {tiers}" if tiers else "")
         + (f"\ndictionaries: {dictionaries}; {format_size(memory)} of memory" if dictionaries else "")
+    )
+
+
+def _duplicates(stats: dict[str, Any]) -> str:
+    """What is stored once; empty where nothing was ever found."""
+    counts = stats["recompression"]
+    if not counts["pages_deduplicated"] and not counts["pages_shared"]:
+        return ""
+    return (
+        f"{counts['pages_shared']:,} pages stored as {counts['shared_pages']:,}; "
+        f"{format_size(counts['index_bytes'])} of memory to find them"
     )
 
 

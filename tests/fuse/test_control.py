@@ -168,7 +168,9 @@ SCHEMA = {
     "algorithm": str,
     "allocator": str,
     "zstd_level": int,
-    "pages": dict.fromkeys(("lz4", "zstd", "zstd_dictionary", "same_filled", "incompressible", "on_disk", "lost"), int),
+    "pages": dict.fromkeys(
+        ("lz4", "zstd", "zstd_dictionary", "same_filled", "incompressible", "duplicate", "on_disk", "lost"), int
+    ),
     "original_bytes": int,
     "compressed_bytes": int,
     "pool_bytes": int,
@@ -219,7 +221,8 @@ def test_stats_json(daemon: Daemon, swapfile: int) -> None:
     assert shape(stats, SCHEMA) == SCHEMA
     assert all(shape(entry, CLASS) == CLASS for entry in stats["classes"])
     assert (stats["pid"], stats["swap_size_bytes"], stats["page_size_bytes"]) == (daemon.pid, SIZE, PAGE)
-    pages = {"lz4": 1, "zstd": 0, "zstd_dictionary": 0, "same_filled": 1, "incompressible": 1, "on_disk": 0, "lost": 0}
+    pages = {"lz4": 1, "zstd": 0, "zstd_dictionary": 0, "same_filled": 1, "incompressible": 1}
+    pages |= {"duplicate": 0, "on_disk": 0, "lost": 0}
     assert stats["pages"] == pages
     assert stats["original_bytes"] == 3 * PAGE
     assert PAGE < stats["compressed_bytes"] < 2 * PAGE

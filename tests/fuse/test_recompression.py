@@ -76,7 +76,19 @@ def test_pages_get_smaller_as_told(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["\n", "tock", "algo=lzo", "level=0", "level=23", "priority=0", "priority=4", "age=64", "age=x", "level="],
+    [
+        "\n",
+        "tock",
+        "algo=lzo",
+        "level=0",
+        "level=23",
+        "priority=0",
+        "priority=4",
+        "age=64",
+        "age=x",
+        "level=",
+        "duplicates=x",
+    ],
 )
 def test_what_is_no_recompression_is_refused(daemon: Daemon, command: str) -> None:
     if command == "\n":
@@ -84,6 +96,49 @@ def test_what_is_no_recompression_is_refused(daemon: Daemon, command: str) -> No
         return
     with raises_errno(errno.EINVAL):
         daemon.write("recompress", command)
+
+
+def test_pages_that_are_alike_are_stored_once(daemon: Daemon) -> None:
+    with_standby(daemon)
+
+    def write(n: int, what: int) -> None:
+        with daemon.opened() as swapfile:
+            os.pwrite(swapfile, PAGE_OF[what], n * PAGE)
+
+    def assert_read(of: dict[int, int]) -> None:
+        with daemon.opened() as swapfile:
+            for n, what in of.items():
+                assert os.pread(swapfile, PAGE, n * PAGE) == PAGE_OF[what], f"page {n}"
+
+    of = {n: n % 50 for n in range(PAGES // 2)}
+    for n, what in of.items():
+        write(n, what)
+    daemon.write("recompress", "algo=zstd level=3 duplicates=0")
+    assert daemon.stats()["pages"]["duplicate"] == 0
+    daemon.write("recompress", "algo=zstd level=3 priority=2")
+    stats = daemon.stats()
+    counts = stats["recompression"]
+    assert (counts["pages_shared"], counts["shared_pages"]) == (1000, 50)
+    assert (stats["pages"]["duplicate"], stats["pages"]["zstd"]) == (950, 50)
+    assert stats["original_bytes"] == 1000 * PAGE
+    assert counts["index_bytes"] > 0
+    assert "1,000 pages stored as 50" in daemon.ctl("status").stdout
+    assert_read(of)
+    # Those that are written have their own.
+    for n in range(0, 100, 2):
+        of[n] = 1000 + n
+        write(n, of[n])
+    assert daemon.stats()["recompression"]["pages_shared"] == 950
+    assert_read(of)
+    kill_and_wait(daemon)
+    counts = daemon.stats()["recompression"]
+    assert (counts["pages_shared"], counts["shared_pages"]) == (950, 50)
+    assert_read(of)
+    for n in range(0, 1000, 50):
+        of[n] = 1500
+        write(n, 1500)
+    assert daemon.stats()["recompression"]["shared_pages"] == 49
+    assert_read(of)
 
 
 def test_a_successor_has_the_dictionary_before_it_serves(daemon: Daemon) -> None:

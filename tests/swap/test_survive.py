@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import cycle, islice
 
 import pytest
 
 from tests.daemon import Daemon, wait_until
-from tests.pages import PAGE
+from tests.pages import PAGE, noise, real_pages
 from tests.swap.backing import DISK_BYTES, POOL_BYTES, disk_directory, loop_device
-from tests.swap.workload import ENOUGH, LIMIT, Workload, assert_gone, swap_area, swapped
+from tests.swap.workload import ENOUGH, LIMIT, PAGES, Workload, assert_gone, swap_area, swapped
 from tests.takeover import KILLS, kill, kill_and_wait, kill_at_random, report, status, with_standby
 from zswapd import swapdev
 from zswapd.bench.damon import switches
@@ -194,6 +195,49 @@ def test_killed_while_it_recompresses(attached: Callable[..., Daemon], corpus: i
         counts = daemon.stats()["recompression"]
         assert counts["pages_recompressed"] > 1000
         assert counts["dictionaries"]
+        workload.group.set_limit(ENOUGH)
+        assert daemon.ctl("detach").returncode == 0
+        workload.verify()
+    assert daemon.stop() == 0
+    assert "leaked" not in daemon.log()
+
+
+@pytest.fixture(scope="module")
+def alike() -> Iterator[int]:
+    """A memory file of pages of which one in four differs from all others, and the rest are a few hundred."""
+    fd = os.memfd_create("zswapd-test-alike")
+    with open(fd, "wb", closefd=False) as file:
+        for number, page in enumerate(islice(cycle(real_pages()), PAGES)):
+            what = number if number % 4 == 0 else number % 300
+            file.write(what.to_bytes(8) + (page[8:] if what == number else noise(what)[:1000].ljust(PAGE - 8)))
+    yield fd
+    os.close(fd)
+
+
+def test_killed_while_pages_that_are_alike_are_shared(attached: Callable[..., Daemon], alike: int) -> None:
+    daemon = attached(recompression__cpu_percent=0)
+    pager, ended = Pager(daemon.mount_point), threading.Event()
+
+    def share() -> None:
+        round_ = 0
+        while not ended.is_set():
+            round_ += 1
+            # Another level, so that all are looked at again. Whoever is killed has not done it, or not all of it.
+            with suppress(OSError):
+                pager.recompress("zstd", tier=1, level=1 + round_ % 3, age=0)
+
+    with no_trouble(), swapped(daemon, alike) as workload, ThreadPoolExecutor(1) as beside:
+        workload.fill()
+        beside.submit(share)
+        try:
+            kill_under_load(daemon, workload, "sharing")
+        finally:
+            ended.set()
+        pager.recompress("zstd", tier=2, level=3, age=0)
+        counts = daemon.stats()["recompression"]
+        assert counts["pages_deduplicated"] > 1000
+        assert counts["pages_shared"] > 2 * counts["shared_pages"] > 0
+        workload.verify()
         workload.group.set_limit(ENOUGH)
         assert daemon.ctl("detach").returncode == 0
         workload.verify()

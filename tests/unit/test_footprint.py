@@ -61,5 +61,5 @@ async def test_neither_data_path_begins_to_make_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("zswapd.footprint.mem_total", lambda: GIB)
     for path in ("pager", "pyfuse3"):
         overrides = ["swap.size=16TiB", f"swap.mount_point={tmp_path}", f"swap.data_path={path}"]
-        with pytest.raises(ConfigError, match=r"tables.* 36\.\d GiB of the 1\.0 GiB"):
+        with pytest.raises(ConfigError, match=r"tables.* 40\.\d GiB of the 1\.0 GiB"):
             await daemon.run(load(None, overrides, {}))

@@ -94,7 +94,7 @@ def test_values_are_those_of_the_statistics(engine: EmbeddedEngine) -> None:
     for key in ("loads", "stores", "discards"):
         assert values[f"zswapd_{key}_total", ""] == stats[key] > 0  # type: ignore[literal-required]
     assert {kind: values["zswapd_pages", kind] for kind in stats["pages"]} == stats["pages"]
-    kinds = {"lz4", "zstd", "zstd_dictionary", "same_filled", "incompressible", "on_disk", "lost"}
+    kinds = {"lz4", "zstd", "zstd_dictionary", "same_filled", "incompressible", "duplicate", "on_disk", "lost"}
     assert set(stats["pages"]) == kinds
     for name, counts in (("rejected_stores", stats["rejected_stores"]), ("load_errors", stats["errors"])):
         assert {reason: values[f"zswapd_{name}_total", reason] for reason in counts} == counts

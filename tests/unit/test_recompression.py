@@ -56,15 +56,18 @@ class FakePager:
         self.asked.append(("dictionary", len(dictionary)))
         return self.serial
 
-    def recompress(self, codec: str, *, tier: int, level: int, age: int, microseconds: int) -> Recompressed:
+    def recompress(
+        self, codec: str, *, tier: int, level: int, age: int, share: bool, microseconds: int
+    ) -> Recompressed:
         if codec == "dictionary" and not self.serial:
             raise OSError(errno.ENOENT, "there is no dictionary")
+        assert share
         self.asked.append((codec, tier, level, age))
         self.left[tier] -= 1
         ended = "budget" if self.left[tier] else "done"
         if not self.left[tier]:
             self.left[tier] = 2
-        return Recompressed(512, 10, 0, 4096, min(microseconds, 20_000), ended)
+        return Recompressed(512, 10, 0, 0, 4096, min(microseconds, 20_000), ended)
 
 
 def test_a_budget_is_a_share_of_time_that_is_not_saved_for_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,19 @@ def test_what_was_recompressed_is_shown() -> None:
     assert "(effective ratio 1.33)" in text
 
 
+def test_what_is_stored_once_is_shown() -> None:
+    assert "duplicates" not in shown(stats())
+    counts = {
+        **RECOMPRESSION,
+        "pages_deduplicated": 1500,
+        "pages_shared": 1234,
+        "shared_pages": 56,
+        "index_bytes": MIB,
+    }
+    text = shown(stats(recompression=counts))
+    assert "1,234 pages stored as 56; 1.0 MiB of memory to find them" in text
+
+
 def test_classes_are_shown_with_their_sum() -> None:
     def entry(size: int, zspages_by_fullness: list[int], objects: int, waste_bytes: int) -> dict[str, Any]:
         return {

@@ -240,7 +240,7 @@ class Zswapd(Device):
 
         def tried(stats: dict[str, Any]) -> int:
             counts: dict[str, int] = stats["recompression"]
-            return counts["pages_recompressed"] + counts["pages_not_smaller"]
+            return counts["pages_recompressed"] + counts["pages_not_smaller"] + counts["pages_deduplicated"]
 
         with trio.fail_after(SETTLE_SECONDS):
             done = partial(report, "recompress")
@@ -298,7 +298,7 @@ class Zswapd(Device):
 def held(stats: Mapping[str, Any]) -> Held:
     """What an engine holds in memory, from its statistics."""
     used = stats["pool_bytes"] + stats["pool_reserve_bytes"] + stats["metadata_bytes"]
-    used += stats["recompression"]["dictionary_bytes"] + stats["recompression"]["encoder_bytes"]
+    used += sum(stats["recompression"][name] for name in ("dictionary_bytes", "encoder_bytes", "index_bytes"))
     return Held(stats["original_bytes"] - stats["pages"]["on_disk"] * PAGE, used)
 
 

@@ -71,6 +71,11 @@ impl Ages {
         let _always = self.0[index as usize].0.fetch_update(Relaxed, Relaxed, set);
     }
 
+    /// A page was made of another one: it is as old, and what was tried with that was tried with it.
+    pub fn copy(&self, from: u32, to: u32) {
+        self.0[to as usize].0.store(self.0[from as usize].0.load(Relaxed), Relaxed);
+    }
+
     /// Makes these pages a tick older.
     pub fn tick(&self, indexes: impl Iterator<Item = u32>) {
         for index in indexes {

@@ -65,6 +65,17 @@ impl Error {
         Error::System { what, source: io::Error::last_os_error() }
     }
 
+    /// The same of the page that shares the one that it was found at.
+    pub fn of_page(self, index: u32) -> Error {
+        match self {
+            Error::NotNow { .. } => Error::NotNow { slot: index },
+            Error::Lost { .. } => Error::Lost { slot: index },
+            Error::Corrupt { .. } => Error::Corrupt { slot: index },
+            Error::DiskRead { source, .. } => Error::DiskRead { slot: index, source },
+            error => error,
+        }
+    }
+
     /// The errno that a caller of read(2), write(2) or fallocate(2) sees.
     pub fn errno(&self) -> i32 {
         match self {

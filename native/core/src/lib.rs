@@ -6,7 +6,7 @@
 //! Dependencies point one way:
 //!
 //! ```text
-//! engine → store → {slots, lru, ages, dictionaries, scratch → codec, pool, backing, object}
+//! engine → store → {slots, lru, ages, dictionaries, duplicates, references, scratch → codec, pool, backing, object}
 //!        → {state, touched, page, metrics, locks, gate} → {session, sync, crash}
 //! ```
 
@@ -15,6 +15,7 @@ pub mod backing;
 pub mod codec;
 pub mod crash;
 pub mod dictionaries;
+pub mod duplicates;
 pub mod engine;
 pub mod error;
 pub mod gate;
@@ -26,6 +27,7 @@ pub mod metrics;
 pub mod object;
 pub mod page;
 pub mod pool;
+pub mod references;
 pub mod scratch;
 pub mod session;
 pub mod slots;

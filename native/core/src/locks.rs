@@ -6,6 +6,7 @@
 //! | --- | --- | --- |
 //! | `Recompression` | one for the store | which dictionaries there are, while pages are recompressed |
 //! | `Slot` | a stripe of the slot table | the slot word, and the life of the object that it names |
+//! | `Shared` | a stripe of its part for shared pages | the same of these |
 //! | `Zspage` | a zspage, shared (`pool/lock.rs`) | where the objects are whose bytes are read or written |
 //! | `Class` | one size class, or all of z3fold | its lists and the descriptors of their zspages |
 //! | `Adjust` | the arena's reserve | who takes memory from the system, or gives it back |
@@ -30,6 +31,7 @@ use std::sync::TryLockError;
 pub enum Rank {
     Recompression,
     Slot,
+    Shared,
     Zspage,
     Class,
     Adjust,
@@ -134,7 +136,7 @@ mod debug {
 
     thread_local! {
         /// Bit n is set while this thread holds a lock of rank n.
-        static HELD: Cell<u8> = Cell::default();
+        static HELD: Cell<u16> = Cell::default();
     }
 
     pub struct Held(Rank);
@@ -147,7 +149,7 @@ mod debug {
                     "lock order: {rank:?} taken while holding ranks {:#b}",
                     held.get()
                 );
-                held.set(held.get() | 1 << rank as u8);
+                held.set(held.get() | 1 << rank as u16);
             });
             Held(rank)
         }
@@ -155,7 +157,7 @@ mod debug {
 
     impl Drop for Held {
         fn drop(&mut self) {
-            HELD.with(|held| held.set(held.get() & !(1 << self.0 as u8)));
+            HELD.with(|held| held.set(held.get() & !(1 << self.0 as u16)));
         }
     }
 }

@@ -146,6 +146,11 @@ pub struct Metrics {
     pub pages_same_filled: Counter,
     pub pages_incompressible: Counter,
     pub pages_lost: Counter,
+    /// Slots of the swap file whose page is a shared one, and shared pages, which are counted by codec or on the disk as any
+    /// other. And what finding them takes.
+    pub pages_shared: Counter,
+    pub shared_pages: Counter,
+    pub duplicates_index_bytes: Counter,
     /// Pages whose object lies on the backing disk; those of the pool are counted by codec above.
     pub pages_on_disk: Counter,
     /// Pages of the pool that nobody has read or written since they were last marked idle.
@@ -213,6 +218,8 @@ pub struct Metrics {
     pub pages_recompressed: Counter,
     pub recompression_saved_bytes: Counter,
     pub pages_not_smaller: Counter,
+    /// Pages that were found to be like another one, and share it since.
+    pub pages_deduplicated: Counter,
     pub recompression_ns: Counter,
     /// Pages moved to the disk, and back to the pool when they were read.
     pub pages_written_back: Counter,
@@ -245,7 +252,7 @@ pub struct Metrics {
 }
 
 /// Changes with every change of [`Metrics`], so that nobody reads one layout as another.
-pub const LAYOUT: u64 = 10;
+pub const LAYOUT: u64 = 11;
 
 impl Metrics {
     /// Pages and bytes of the pool by codec: those of incompressible pages are known.
@@ -267,6 +274,8 @@ impl Metrics {
             &self.pages_same_filled,
             &self.pages_incompressible,
             &self.pages_lost,
+            &self.pages_shared,
+            &self.shared_pages,
             &self.pages_on_disk,
             &self.idle_pages,
         ];
@@ -277,6 +286,7 @@ impl Metrics {
             &self.bytes_zstd_dictionary,
             &self.dictionary_bytes,
             &self.encoder_bytes,
+            &self.duplicates_index_bytes,
             &self.pool_bytes,
             &self.backed_bytes,
             &self.backing_state,

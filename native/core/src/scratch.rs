@@ -26,7 +26,7 @@ impl Scratch {
     /// discards do not ask: they never wait for a slot's lock. (Those of a part of a page read the rest of it, and wait
     /// for the disk if it must be.)
     ///
-    /// A load may call it twice, and a request that needs several loads for each. It may be called with a slot locked, so
+    /// A load may call it three times, and a request that needs several loads for each. It may be called with a slot locked, so
     /// that it must use nothing of the store, and may not wait for who does.
     pub fn with_hook(may_wait: impl FnMut() -> bool + Send + 'static) -> Result<Scratch> {
         Ok(Scratch { may_wait: Some(Box::new(may_wait)), ..Scratch::new()? })

@@ -2,11 +2,12 @@
 //!
 //! ```text
 //! bits 63..60  check: makes the exclusive or of the word's sixteen groups of 4 bits zero
-//! bits 59..57  state: EMPTY, LOST, SAME_FILLED, POOL, WRITEBACK, DISK
+//! bits 59..57  state: EMPTY, LOST, SAME_FILLED, POOL, WRITEBACK, DISK, SHARED
 //! bits 56..54  dictionary: 0, or one more than the place of the one that POOL, WRITEBACK, DISK are compressed with
 //! bits 53..45  generation: grows by one with every change, so that an old word can be told from a new one
 //! bits 44..0   SAME_FILLED: the 32-bit word that the page repeats; POOL, WRITEBACK: the location of the object in the
-//!              arena; DISK: that of the record on the backing disk
+//!              arena; DISK: that of the record on the backing disk; SHARED: the index of the slot that has the page, and
+//!              a tag
 //! ```
 //!
 //! The check finds every single flipped bit, and every run of up to four. Fresh memory, all zero, is EMPTY and checks.
@@ -18,6 +19,10 @@
 //! it: it is read where it lies, and is not moved. Whoever takes the word away leaves the object to that one, who frees
 //! it when it comes back and no longer finds its word. So the location is not used again before, and the word cannot come
 //! back meanwhile: that nobody is deceived does not depend on the generation, which begins anew after 512 changes.
+//!
+//! SHARED names another slot, one of those behind the swap file's, whose page this one is too; that one is POOL, WRITEBACK,
+//! DISK or LOST as any other, and never SHARED. How many name it is counted ([`crate::references`]). Its lock is taken under
+//! that of a slot that names it, and has a rank of its own.
 //!
 //! That the word says which dictionary it takes to read the page, on the disk too, is how it is known when a dictionary is
 //! needed no more ([`crate::dictionaries`]).
@@ -31,6 +36,7 @@ use crate::dictionaries::Place;
 use crate::error::Result;
 use crate::locks::{Guard, Rank, Ranked};
 use crate::pool::Location;
+use crate::references::Reference;
 use crate::state::State;
 use crate::sync::Ordering::{AcqRel, Acquire};
 use crate::sync::MODEL;
@@ -60,6 +66,8 @@ pub enum Entry {
     Writeback(Location),
     /// The page is the record at this location of the backing disk.
     Disk(DiskLocation),
+    /// The page is a shared one.
+    Shared(Reference),
     /// The word is not as it was stored: what the slot held is lost. Never stored itself.
     Damaged,
 }
@@ -87,6 +95,7 @@ impl Word {
             Entry::Pool(location) => (3, location.units()),
             Entry::Writeback(location) => (4, location.units()),
             Entry::Disk(location) => (5, location.to_bits()),
+            Entry::Shared(reference) => (6, reference.to_bits()),
         };
         debug_assert!(value <= VALUE_MASK);
         let generation = u64::from(generation & GENERATION_MASK) << GENERATION_SHIFT;
@@ -104,6 +113,7 @@ impl Word {
             3 => Entry::Pool(Location::from_units(value)),
             4 => Entry::Writeback(Location::from_units(value)),
             5 => Entry::Disk(DiskLocation::from_bits(value)),
+            6 => Entry::Shared(Reference::from_bits(value)),
             _ => Entry::Damaged,
         }
     }
@@ -137,12 +147,15 @@ fn fold(word: u64) -> u64 {
 const STRIPES: usize = if MODEL { 4 } else { 1024 };
 /// With a backing disk: one may be held for as long as a read takes, and a WRITE is of up to 256 pages.
 const STRIPES_WITH_DISK: usize = if MODEL { 4 } else { 1 << 16 };
+/// The same of slots for shared pages, of which there are fewer: one of so many.
+const SHARED_STRIPES: usize = if MODEL { 2 } else { 4 };
 
-/// The slot words of the state file, and the locks that guard them (rank `Slot`).
+/// The slot words of the state file, and the locks that guard them (ranks `Slot` and `Shared`).
 pub struct SlotTable {
     state: Arc<State>,
     touched: Touched,
     stripes: Box<[Ranked<()>]>,
+    shared_stripes: Box<[Ranked<()>]>,
 }
 
 /// One slot, locked: what it holds does not change while this lives, and its object is not freed, but may be moved.
@@ -155,12 +168,15 @@ pub struct Slot<'a> {
 impl SlotTable {
     /// A table over slot words that are all EMPTY, or see [`SlotTable::mark_touched`]. Errors: [`crate::error::Error::System`].
     pub fn new(state: Arc<State>) -> Result<SlotTable> {
-        Ok(SlotTable { touched: Touched::new(state.slots())?, state, stripes: stripes(STRIPES) })
+        let touched = Touched::new(state.all_slots())?;
+        let shared_stripes = stripes(Rank::Shared, STRIPES / SHARED_STRIPES);
+        Ok(SlotTable { touched, state, stripes: stripes(Rank::Slot, STRIPES), shared_stripes })
     }
 
     /// Makes more of the locks, for reads of a backing disk. Nobody may have used the table yet.
     pub fn expect_disk(&mut self) {
-        self.stripes = stripes(STRIPES_WITH_DISK);
+        self.stripes = stripes(Rank::Slot, STRIPES_WITH_DISK);
+        self.shared_stripes = stripes(Rank::Shared, STRIPES_WITH_DISK / SHARED_STRIPES);
     }
 
     /// Takes memory for all slot words, so that using them faults no more. May wait for memory.
@@ -194,7 +210,23 @@ impl SlotTable {
     }
 
     fn stripe(&self, index: u32) -> &Ranked<()> {
-        &self.stripes[index as usize % self.stripes.len()]
+        let stripes = if self.is_shared(index) { &self.shared_stripes } else { &self.stripes };
+        &stripes[index as usize % stripes.len()]
+    }
+
+    /// Whether this is a slot for a shared page. A damaged word may name what is none, or no slot at all.
+    pub fn is_shared(&self, index: u32) -> bool {
+        self.shared().contains(&u64::from(index))
+    }
+
+    /// The slots for shared pages.
+    pub fn shared(&self) -> Range<u64> {
+        self.state.slots()..self.state.all_slots()
+    }
+
+    /// All slots, these too.
+    pub fn all(&self) -> Range<u64> {
+        0..self.state.all_slots()
     }
 
     /// The word of a slot that is not locked: it may change at any time.
@@ -219,13 +251,14 @@ impl SlotTable {
 
     /// Bytes of slot words, marks and locks.
     pub fn metadata_bytes(&self) -> u64 {
-        self.state.slots() * 8 + self.touched.metadata_bytes() + size_of_val(&*self.stripes) as u64
+        let stripes = size_of_val(&*self.stripes) + size_of_val(&*self.shared_stripes);
+        self.state.all_slots() * 8 + self.touched.metadata_bytes() + stripes as u64
     }
 }
 
 /// Written once, and so resident.
-fn stripes(count: usize) -> Box<[Ranked<()>]> {
-    (0..count).map(|_| Ranked::new(Rank::Slot, ())).collect()
+fn stripes(rank: Rank, count: usize) -> Box<[Ranked<()>]> {
+    (0..count).map(|_| Ranked::new(rank, ())).collect()
 }
 
 impl Slot<'_> {
@@ -281,6 +314,7 @@ mod tests {
             (0..=VALUE_MASK).prop_map(|units| Entry::Pool(Location::from_units(units))),
             (0..=VALUE_MASK).prop_map(|units| Entry::Writeback(Location::from_units(units))),
             (0..=VALUE_MASK).prop_map(|bits| Entry::Disk(DiskLocation::from_bits(bits))),
+            any::<(u32, u32)>().prop_map(|(slot, shared)| Entry::Shared(Reference::new(slot, shared))),
         ]
     }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! page 0      header: magic, version, sizes, checksum; key and next nonce of the backing disk; settings; the session; which
 //!             dictionaries there are
-//! then        slot words, 8 bytes per page of the swap file
+//! then        slot words, 8 bytes per page of the swap file, and for each page that may be shared
 //! then        the page map, 2 bytes per page of the arena (`pool/page_map.rs`)
 //! then        tables that are made anew by whoever opens the state; of them, the ages of pages are kept
 //! then        dictionaries (`dictionaries.rs`)
@@ -73,6 +73,8 @@ pub enum Table {
     Links,
     /// A byte for each slot (`ages.rs`). Whatever stands there is valid, and a successor goes on with it.
     Ages,
+    /// 4 bytes for each slot for a shared page (`references.rs`).
+    References,
 }
 
 impl State {
@@ -125,6 +127,11 @@ impl State {
         self.shape.slots
     }
 
+    /// Those of the swap file, and behind them those for pages that several of them share.
+    pub fn all_slots(&self) -> u64 {
+        self.shape.all_slots()
+    }
+
     pub fn arena_pages(&self) -> u32 {
         self.shape.arena_pages
     }
@@ -155,12 +162,13 @@ impl State {
         }
     }
 
-    /// The slot words, one per page of the swap file.
+    /// The slot words, one for each of all slots.
     pub fn words(&self) -> &[AtomicU64] {
-        // SAFETY: pages 1.. of the mapping hold `slots` words, 8-aligned; every bit pattern is a valid u64, and they
+        // SAFETY: pages 1.. of the mapping hold so many words, 8-aligned; every bit pattern is a valid u64, and they
         // are only ever accessed as atomics.
         unsafe {
-            std::slice::from_raw_parts(self.mapping.start().as_ptr().add(PAGE_SIZE).cast(), self.shape.slots as usize)
+            let start = self.mapping.start().as_ptr().add(PAGE_SIZE).cast();
+            std::slice::from_raw_parts(start, self.shape.all_slots() as usize)
         }
     }
 
@@ -285,7 +293,7 @@ impl State {
 
     /// Takes memory for all slot words, as [`State::populate`] does for arena pages.
     pub fn populate_words(&self) -> Result<()> {
-        self.mapping.populate(0..PAGE_SIZE + self.shape.slots as usize * size_of::<AtomicU64>())
+        self.mapping.populate(0..PAGE_SIZE + self.shape.all_slots() as usize * size_of::<AtomicU64>())
     }
 
     /// Gives the memory of arena pages back to the system; they read zeros afterwards.

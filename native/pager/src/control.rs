@@ -18,7 +18,7 @@
 //! | command | reply |
 //! | --- | --- |
 //! | `tick` | `ok`: all pages are a tick older, but those that are used; they can be told up to 63 |
-//! | `recompress TIER CODEC LEVEL AGE PAGES MICROSECONDS` | `ok looked=N recompressed=N not_smaller=N saved=N microseconds=N end=...`: pages of the pool that are at least AGE ticks old were recompressed, with `lz4`, `zstd` or `dictionary`, until so many were tried, or so much processor time used. Those that were tried for this tier (1 to 3) or a higher one are left alone. The next call goes on where this one has ended; `done`: at the last page |
+//! | `recompress TIER CODEC LEVEL AGE PAGES MICROSECONDS [share]` | `ok looked=N recompressed=N not_smaller=N shared=N saved=N microseconds=N end=...`: pages of the pool that are at least AGE ticks old were recompressed, with `lz4`, `zstd` or `dictionary`, until so many were tried, or so much processor time used. Those that were tried for this tier (1 to 3) or a higher one are left alone. The next call goes on where this one has ended; `done`: at the last page. `share`: those of them that are alike are stored once, where looking for them pays |
 //! | `dictionary`, with the descriptor of a file | `ok serial=N`: its contents are the newest dictionary; EBUSY: pages need all four that there are |
 //! | `sample-pool AGE PAGES` | `ok pages=N`, with the descriptor of a memory file that has the contents of so many such pages, or all |
 //!
@@ -231,11 +231,10 @@ fn execute(words: &[&str], descriptor: Option<OwnedFd>, shared: &Shared) -> Resu
             done()
         }
         ["tick"] => Ok(ordered(shared.recompressor.order(Recompression::Tick), |()| Reply::Text(String::new()))),
-        ["recompress", tier, codec, level, age, pages, time] => {
-            let order = recompression::parse([tier, codec, level, age, pages, time])?;
-            Ok(ordered(shared.recompressor.order(|answer| Recompression::Recompress(order, answer)), |done| {
-                Reply::Text(recompression::text(&done))
-            }))
+        ["recompress", tier, codec, level, age, pages, time, rest @ ..] if matches!(rest, [] | ["share"]) => {
+            let (order, share) = (recompression::parse([tier, codec, level, age, pages, time])?, !rest.is_empty());
+            let order = |answer| Recompression::Recompress(order, share, answer);
+            Ok(ordered(shared.recompressor.order(order), |done| Reply::Text(recompression::text(&done))))
         }
         ["dictionary"] => {
             let none = || Error::Invalid("the descriptor of a file has to come with the command".into());

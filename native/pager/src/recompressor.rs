@@ -21,7 +21,8 @@ type Answer<T> = Sender<Result<T, Error>>;
 
 pub enum Order {
     Tick(Answer<()>),
-    Recompress(store::Order, Answer<store::Recompressed>),
+    /// Whether pages that are alike are to be found, too.
+    Recompress(store::Order, bool, Answer<store::Recompressed>),
     /// The file has the dictionary.
     Install(OwnedFd, Answer<u64>),
     /// Answered with how many pages there are, and the file that has them.
@@ -66,8 +67,8 @@ pub fn spawn(start: &Arc<Start>, orders: Orders) -> io::Result<()> {
                     no_alloc::forbidden(|| store.tick());
                     drop(answer.send(Ok(())));
                 }
-                Order::Recompress(order, answer) => {
-                    drop(answer.send(made(&mut tools).and_then(|tools| recompress(&shared, tools, &order))))
+                Order::Recompress(order, duplicates, answer) => {
+                    drop(answer.send(made(&mut tools).and_then(|tools| recompress(&shared, tools, &order, duplicates))))
                 }
                 Order::Install(file, answer) => drop(answer.send(install(&shared, file))),
                 Order::Sample { age, pages, answer } => {
@@ -89,9 +90,11 @@ fn recompress(
     shared: &Shared,
     tools: &mut store::Recompressor,
     order: &store::Order,
+    duplicates: bool,
 ) -> Result<store::Recompressed, Error> {
     let store = shared.engine.store();
     store.prepare(tools, order.tier)?;
+    store.prepare_duplicates(tools, duplicates);
     Ok(no_alloc::forbidden(|| store.recompress(tools, order)))
 }
 

@@ -135,6 +135,7 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
         ("zstd_dictionary", metrics.pages_zstd_dictionary.get()),
         ("same_filled", metrics.pages_same_filled.get()),
         ("incompressible", metrics.pages_incompressible.get()),
+        ("duplicate", duplicates(metrics)),
         ("on_disk", metrics.pages_on_disk.get()),
         ("lost", metrics.pages_lost.get()),
     ];
@@ -210,6 +211,11 @@ fn stats<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>
     Ok(stats)
 }
 
+/// Pages that need no object of their own, since others that are alike have one.
+fn duplicates(metrics: &Metrics) -> u64 {
+    metrics.pages_shared.get().saturating_sub(metrics.shared_pages.get())
+}
+
 fn recompression<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>> {
     let dict = counts(
         py,
@@ -220,6 +226,10 @@ fn recompression<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py,
             ("in_flight", metrics.recompressions_in_flight.get()),
             ("dictionary_bytes", metrics.dictionary_bytes.get()),
             ("encoder_bytes", metrics.encoder_bytes.get()),
+            ("pages_deduplicated", metrics.pages_deduplicated.get()),
+            ("pages_shared", metrics.pages_shared.get()),
+            ("shared_pages", metrics.shared_pages.get()),
+            ("index_bytes", metrics.duplicates_index_bytes.get()),
         ],
     )?;
     dict.set_item("processor_seconds", Duration::from_nanos(metrics.recompression_ns.get()).as_secs_f64())?;

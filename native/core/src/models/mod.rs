@@ -93,6 +93,8 @@ impl Swap {
             &metrics.pages_zstd,
             &metrics.pages_incompressible,
             &metrics.pages_lost,
+            &metrics.pages_shared,
+            &metrics.shared_pages,
             &metrics.pages_on_disk,
             &metrics.compressed_bytes,
         ];

@@ -9,9 +9,13 @@ use std::sync::atomic::AtomicU16;
 use xxhash_rust::xxh3::xxh3_64;
 
 const MAGIC: [u8; 8] = *b"zswapd\0\x01";
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 /// Of the part of the header that never changes, with its checksum at the end.
 pub const HEADER_BYTES: usize = 48;
+/// Slots for shared pages: one for so many of the swap file's, and at least so many; a slot index has 32 bits.
+const SHARE: u64 = 32;
+const LEAST_SHARED: u64 = 64;
+const MOST_SLOTS: u64 = 1 << 32;
 /// Regions of the arena are huge pages, if the system makes them so.
 const ARENA_ALIGNMENT: usize = 2 << 20;
 
@@ -25,8 +29,13 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// Those of the swap file, and behind them those for shared pages (`references.rs`).
+    pub fn all_slots(self) -> u64 {
+        (self.slots + (self.slots / SHARE).max(LEAST_SHARED)).min(MOST_SLOTS)
+    }
+
     pub fn page_map_start(self) -> usize {
-        PAGE_SIZE + (self.slots as usize * size_of::<AtomicU64>()).next_multiple_of(PAGE_SIZE)
+        PAGE_SIZE + (self.all_slots() as usize * size_of::<AtomicU64>()).next_multiple_of(PAGE_SIZE)
     }
 
     /// Where a table lies, in whole pages, and how many elements it has.
@@ -36,9 +45,10 @@ impl Shape {
                 let map_bytes = self.arena_pages as usize * size_of::<AtomicU16>();
                 (self.page_map_start() + map_bytes, 24, self.arena_pages as usize)
             }
-            Table::Notes => (self.area(Table::Descriptors).0.end, 4, self.slots as usize),
-            Table::Links => (self.area(Table::Notes).0.end, 8, self.slots as usize),
-            Table::Ages => (self.area(Table::Links).0.end, 1, self.slots as usize),
+            Table::Notes => (self.area(Table::Descriptors).0.end, 4, self.all_slots() as usize),
+            Table::Links => (self.area(Table::Notes).0.end, 8, self.all_slots() as usize),
+            Table::Ages => (self.area(Table::Links).0.end, 1, self.all_slots() as usize),
+            Table::References => (self.area(Table::Ages).0.end, 4, (self.all_slots() - self.slots) as usize),
         };
         let start = before.next_multiple_of(PAGE_SIZE);
         (start..(start + elements * bytes).next_multiple_of(PAGE_SIZE), elements)
@@ -47,7 +57,7 @@ impl Shape {
     /// Of whole pages.
     pub fn dictionary(self, place: usize) -> Range<usize> {
         assert!(place < PLACES);
-        let start = self.area(Table::Ages).0.end + place * PLACE_BYTES;
+        let start = self.area(Table::References).0.end + place * PLACE_BYTES;
         start..start + PLACE_BYTES
     }
 
@@ -92,7 +102,7 @@ impl Shape {
             return Err(format!("it is for pages of {} bytes", u32_at(12)));
         }
         let shape = Shape { slots: u64_at(16), arena_pages: u32_at(24), geometry: u64_at(32) };
-        let possible = (1..=1 << 32).contains(&shape.slots) && u64::from(shape.arena_pages) <= MAX_ARENA_PAGES;
+        let possible = (1..=MOST_SLOTS).contains(&shape.slots) && u64::from(shape.arena_pages) <= MAX_ARENA_PAGES;
         possible.then_some(shape).ok_or_else(|| format!("it cannot be as large as it says: {shape:?}"))
     }
 }

@@ -72,6 +72,7 @@ impl Store {
         if writebacks + cleanings + recompressions > 0 {
             return Err(Error::Busy { writebacks, cleanings, recompressions, movers });
         }
+        self.empty_those_left();
         let mut leaked = Vec::new();
         let moving = self.pool.destroy(patience, |size, object| {
             leaked.push(Leaked { size, slot: object::slot_of(object) });

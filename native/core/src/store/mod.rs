@@ -11,6 +11,7 @@ mod pressure;
 mod recompress;
 mod recover;
 mod sample;
+mod share;
 mod verify;
 mod writeback;
 
@@ -30,6 +31,7 @@ use crate::metrics::{Counter, Metrics, SharedMetrics};
 use crate::object::{self, HEADER_SIZE};
 use crate::page::{self, Page};
 use crate::pool::{Allocator, Location, Pinned, Pool};
+use crate::references::References;
 use crate::scratch::Scratch;
 use crate::session::{Session, Settings};
 use crate::slots::{Entry, Slot, SlotTable};
@@ -49,6 +51,7 @@ pub struct Store {
     metrics: SharedMetrics,
     ages: Ages,
     dictionaries: Dictionaries,
+    references: References,
     recompression: Recompression,
     /// None without a backing disk.
     writeback: Option<Writeback>,
@@ -63,18 +66,27 @@ pub struct Files {
     pub counters: Option<OwnedFd>,
 }
 
+/// What a slot has named, and belongs now to who has replaced its word.
+#[derive(Clone, Copy)]
+enum Released {
+    /// It is to be freed.
+    Object(Location),
+    /// To the shared page of this slot: it is to be put.
+    Reference(u32),
+}
+
 /// Objects that no slot names any more, to be freed.
 ///
 /// A discard empties the slots at once, and may answer before the objects are freed.
 pub struct Detached {
-    objects: Vec<Location>,
+    objects: Vec<Released>,
 }
 
 impl Detached {
     /// Allocates room for `capacity` objects, and never more.
     pub fn with_capacity(capacity: usize) -> Detached {
         // Written once, so that it is resident: pushing to it faults no more.
-        let mut objects = vec![Location::from_units(u64::MAX); capacity];
+        let mut objects = vec![Released::Object(Location::from_units(u64::MAX)); capacity];
         objects.clear();
         Detached { objects }
     }
@@ -101,6 +113,7 @@ impl Store {
             pool: Pool::new(state.clone(), allocator, limit_bytes, metrics.clone())?,
             ages: Ages::new(&state)?,
             dictionaries: Dictionaries::new(state.clone()),
+            references: References::new(&state)?,
             recompression: Recompression::default(),
             state,
             metrics,
@@ -133,14 +146,15 @@ impl Store {
     pub fn populate_slots(&self) -> Result<()> {
         self.slots.populate()?;
         self.ages.populate()?;
+        self.references.populate()?;
         self.writeback.as_ref().map_or(Ok(()), |writeback| writeback.lru.populate())
     }
 
     /// Brings the gauges up to date that are too dear to keep so on the page path.
     pub fn refresh_gauges(&self) {
         let lru = self.writeback.as_ref().map_or(0, |writeback| writeback.lru.metadata_bytes());
-        let ages = self.ages.metadata_bytes();
-        self.metrics.metadata_bytes.set(self.slots.metadata_bytes() + self.pool.metadata_bytes() + lru + ages);
+        let others = self.ages.metadata_bytes() + self.references.metadata_bytes();
+        self.metrics.metadata_bytes.set(self.slots.metadata_bytes() + self.pool.metadata_bytes() + lru + others);
         self.refresh_dictionary_gauges();
     }
 
@@ -233,10 +247,10 @@ impl Store {
         if slot.word().entry() == Entry::Empty {
             return false;
         }
-        if let Some(location) = self.publish(slot, Entry::Empty, None) {
+        if let Some(released) = self.publish(slot, Entry::Empty, None) {
             match detached.objects.len() < detached.objects.capacity() {
-                true => detached.objects.push(location),
-                false => self.free_object(location),
+                true => detached.objects.push(released),
+                false => self.release(released),
             }
         }
         true
@@ -252,7 +266,7 @@ impl Store {
 
     /// Frees what discards have detached.
     pub fn free_detached(&self, detached: &mut Detached) {
-        detached.objects.drain(..).for_each(|location| self.free_object(location));
+        detached.objects.drain(..).for_each(|released| self.release(released));
     }
 
     /// `now` is None for who is about to overwrite the page: that it was read says nothing then. Nor may it move to the
@@ -274,6 +288,7 @@ impl Store {
             }
             Entry::Damaged => return Err(self.found_corrupt(slot)),
             Entry::Disk(at) => return self.load_from_disk(slot, at, page, now, scratch),
+            Entry::Shared(reference) => return self.load_shared(slot, reference, page, now, scratch),
             Entry::Pool(_) | Entry::Writeback(_) => {
                 // SAFETY: we hold the lock of the slot, which names the object since it was pinned. Should the word be
                 // damaged and name another slot's object, that one's bytes may change meanwhile: they do not verify
@@ -366,7 +381,7 @@ impl Store {
             writeback.lru.insert(slot.index(), codec == Codec::Raw, writeback.seconds(now));
         }
         if let Some(old) = old {
-            self.free_object(old);
+            self.release(old);
         }
     }
 
@@ -384,14 +399,14 @@ impl Store {
     /// Publishes `entry`, of no object, as what the slot holds, then frees what it held: in this order, so that no reader and no
     /// crash ever finds a slot that names a freed object.
     fn replace(&self, slot: &mut Slot<'_>, entry: Entry) {
-        if let Some(location) = self.publish(slot, entry, None) {
-            self.free_object(location);
+        if let Some(released) = self.publish(slot, entry, None) {
+            self.release(released);
         }
     }
 
-    /// Publishes `entry`, which takes this dictionary to be read, and returns the object that the slot no longer names, if
-    /// it belongs to the caller now. A record on the disk is freed.
-    fn publish(&self, slot: &mut Slot<'_>, entry: Entry, dictionary: Option<Place>) -> Option<Location> {
+    /// Publishes `entry`, which takes this dictionary to be read, and returns what the slot no longer names, if it belongs to
+    /// the caller now, who has to [`Store::release`] it. A record on the disk is freed.
+    fn publish(&self, slot: &mut Slot<'_>, entry: Entry, dictionary: Option<Place>) -> Option<Released> {
         self.dictionaries.count(dictionary);
         let word = slot.publish(entry, dictionary);
         let old = word.entry();
@@ -415,8 +430,10 @@ impl Store {
             (Entry::Pool(location), _) if entry != Entry::Pool(location) => {
                 let belongs = |object: &[u8]| object::belongs_to(object, slot.index());
                 // SAFETY: the slot no longer names the object, and only we know it; a wrong one is only looked at.
-                Some(location).filter(|&location| unsafe { self.pool.with_object(location, belongs) } == Some(true))
+                let is_ours = unsafe { self.pool.with_object(location, belongs) } == Some(true);
+                is_ours.then_some(Released::Object(location))
             }
+            (Entry::Shared(reference), _) => reference.by(slot.index()).map(Released::Reference),
             (Entry::Disk(at), Some(writeback)) => {
                 writeback.backing.free(at);
                 None
@@ -432,8 +449,16 @@ impl Store {
             Entry::Lost => Some(&self.metrics.pages_lost),
             Entry::SameFilled(_) => Some(&self.metrics.pages_same_filled),
             Entry::Disk(_) => Some(&self.metrics.pages_on_disk),
+            Entry::Shared(_) => Some(&self.metrics.pages_shared),
             // Objects are counted by codec.
             Entry::Pool(_) | Entry::Writeback(_) | Entry::Empty | Entry::Damaged => None,
+        }
+    }
+
+    fn release(&self, released: Released) {
+        match released {
+            Released::Object(location) => self.free_object(location),
+            Released::Reference(shared) => self.put_reference(shared),
         }
     }
 

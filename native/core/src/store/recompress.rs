@@ -16,6 +16,7 @@ use super::Store;
 use crate::codec::dictionary::Encoder;
 use crate::codec::{Codec, Codecs, Compression};
 use crate::dictionaries::Place;
+use crate::duplicates::Duplicates;
 use crate::error::{Error, Result};
 use crate::gate::Gate;
 use crate::locks::{Rank, Ranked};
@@ -89,6 +90,8 @@ pub struct Recompressed {
     pub recompressed: u64,
     /// They stay as they are.
     pub not_smaller: u64,
+    /// They are like another one, and share it from now on.
+    pub shared: u64,
     /// By size class.
     pub saved_bytes: u64,
     pub processor_time: Duration,
@@ -97,12 +100,17 @@ pub struct Recompressed {
 
 /// What a thread needs to recompress pages: it allocates nothing, but in [`Store::prepare`].
 pub struct Recompressor {
-    codecs: Codecs,
-    page: Box<Page>,
+    pub(super) codecs: Codecs,
+    pub(super) page: Box<Page>,
+    /// One that may be like it.
+    pub(super) other: Box<Page>,
+    pub(super) duplicates: Duplicates,
     /// Of a dictionary's place, serial number and level.
     encoder: Option<(Place, u64, Encoder)>,
     /// The slot to go on with.
     next: u64,
+    /// The slot for a shared page to go on with.
+    pub(super) next_shared: u64,
 }
 
 impl Recompressor {
@@ -111,29 +119,34 @@ impl Recompressor {
         Ok(Recompressor {
             codecs: Codecs::up_to(*LEVELS.end())?,
             page: Box::new([1; PAGE_SIZE]),
+            other: Box::new([1; PAGE_SIZE]),
+            duplicates: Duplicates::default(),
             encoder: None,
             next: 0,
+            next_shared: 0,
         })
     }
 
     /// Has the next call begin at the first slot.
     pub fn begin_anew(&mut self) {
-        self.next = 0;
+        (self.next, self.next_shared) = (0, 0);
     }
 }
 
 /// A page whose word says WRITEBACK for us.
-struct Taken {
-    word: Word,
-    object: Location,
+pub(super) struct Taken {
+    pub word: Word,
+    pub object: Location,
     /// That it takes in the pool.
-    bytes: usize,
+    pub bytes: usize,
 }
 
 /// What has become of a page.
-enum Tried {
+pub(super) enum Tried {
     /// By so many bytes of the pool.
     Smaller(usize),
+    /// It has no object of its own any more.
+    Shared,
     NotSmaller,
     /// It was used, or went.
     Gone,
@@ -143,7 +156,8 @@ enum Tried {
 impl Store {
     /// Has all pages grow a tick older, unless they are used. Looks at all slots that were ever used: some nanoseconds each.
     pub fn tick(&self) {
-        self.ages.tick(self.slots.touched(0..self.slots()));
+        self.empty_those_left();
+        self.ages.tick(self.slots.touched(self.slots.all()));
     }
 
     /// Makes what a tier takes: to be called before [`Store::recompress`], whenever there is a newer dictionary too.
@@ -187,7 +201,7 @@ impl Store {
         let this = serial << 16 | (tier.with.algorithm as u64) << 8 | (tier.with.zstd_level as u64 & 0xff) | 1 << 15;
         let before = last.swap(this, Relaxed);
         if before != this && before != 0 {
-            self.ages.forget(self.slots.touched(0..self.slots()), tier.number);
+            self.ages.forget(self.slots.touched(self.slots.all()), tier.number);
         }
         Ok(())
     }
@@ -203,6 +217,7 @@ impl Store {
             looked_at: 0,
             recompressed: 0,
             not_smaller: 0,
+            shared: 0,
             saved_bytes: 0,
             processor_time: Duration::ZERO,
             outcome: Outcome::Stopped,
@@ -216,6 +231,7 @@ impl Store {
         self.metrics.recompressions_in_flight.sub(1);
         self.metrics.pages_recompressed.add(done.recompressed);
         self.metrics.pages_not_smaller.add(done.not_smaller);
+        self.metrics.pages_deduplicated.add(done.shared);
         self.metrics.recompression_saved_bytes.add(done.saved_bytes);
         self.metrics.recompression_ns.add(done.processor_time.as_nanos() as u64);
         self.refresh_dictionary_gauges();
@@ -229,11 +245,12 @@ impl Store {
         begun: Duration,
         done: &mut Recompressed,
     ) -> Outcome {
-        for index in self.slots.touched(recompressor.next..self.slots()) {
+        self.empty_those_left();
+        for index in self.slots.touched(recompressor.next..self.slots.all().end) {
             if self.recompression.gate.is_closed() {
                 return Outcome::Stopped;
             }
-            if done.recompressed + done.not_smaller >= order.pages {
+            if done.recompressed + done.not_smaller + done.shared >= order.pages {
                 return Outcome::Budget;
             }
             recompressor.next = u64::from(index) + 1;
@@ -246,6 +263,7 @@ impl Store {
                         done.recompressed += 1;
                         done.saved_bytes += bytes as u64;
                     }
+                    Tried::Shared => done.shared += 1,
                     Tried::NotSmaller => done.not_smaller += 1,
                     Tried::Gone => {}
                     Tried::NoRoom => return Outcome::Full,
@@ -266,7 +284,13 @@ impl Store {
 
     fn recompress_page(&self, recompressor: &mut Recompressor, tier: &Tier, index: u32) -> Tried {
         let Some(taken) = self.take_for_recompression(index) else { return Tried::Gone };
-        let new = self.encode_again(recompressor, tier, index, &taken);
+        let Recompressor { codecs, page, .. } = recompressor;
+        let whole = self.decode_taken(codecs, page, index, &taken);
+        if let Some(shared) = whole.then(|| self.alike(recompressor, index, &taken)).flatten() {
+            return if self.share(index, &taken, shared) { Tried::Shared } else { Tried::Gone };
+        }
+        // Who reads one that is damaged is told.
+        let new = if whole { self.encode_again(recompressor, tier, &taken) } else { None };
         let mut slot = self.slots.lock(index);
         if slot.word() != taken.word {
             drop(slot);
@@ -300,7 +324,7 @@ impl Store {
     }
 
     /// Step 2.
-    fn take_for_recompression(&self, index: u32) -> Option<Taken> {
+    pub(super) fn take_for_recompression(&self, index: u32) -> Option<Taken> {
         let mut slot = self.slots.lock(index);
         let (entry, pinned) = self.pin(&slot);
         let (Entry::Pool(object), Some(pinned)) = (entry, pinned) else { return None };
@@ -319,15 +343,8 @@ impl Store {
         Some(Taken { word: slot.word(), object, bytes: length })
     }
 
-    /// Step 3: the new codec, payload and dictionary; None if that is no gain.
-    fn encode_again<'a>(
-        &self,
-        recompressor: &'a mut Recompressor,
-        tier: &Tier,
-        index: u32,
-        taken: &Taken,
-    ) -> Option<(Codec, &'a [u8], Option<Place>)> {
-        let Recompressor { codecs, page, encoder, .. } = recompressor;
+    /// Step 3. Returns whether the page is whole.
+    pub(super) fn decode_taken(&self, codecs: &mut Codecs, page: &mut Page, index: u32, taken: &Taken) -> bool {
         // SAFETY: it is our turn.
         let dictionary = unsafe { self.dictionaries.decoder(taken.word.dictionary()) };
         let decode = |object: &[u8]| {
@@ -335,10 +352,17 @@ impl Store {
                 .is_some_and(|(codec, payload)| codecs.decompress(codec, payload, page, dictionary))
         };
         // SAFETY: it is ours, and is not moved: the word says WRITEBACK, or nobody knows it any more.
-        if unsafe { self.pool.with_object(taken.object, decode) } != Some(true) {
-            // Who reads it is told.
-            return None;
-        }
+        unsafe { self.pool.with_object(taken.object, decode) == Some(true) }
+    }
+
+    /// The new codec, payload and dictionary; None if that is no gain.
+    fn encode_again<'a>(
+        &self,
+        recompressor: &'a mut Recompressor,
+        tier: &Tier,
+        taken: &Taken,
+    ) -> Option<(Codec, &'a [u8], Option<Place>)> {
+        let Recompressor { codecs, page, encoder, .. } = recompressor;
         let (codec, payload, place) = match (encoder, tier.dictionary) {
             (Some((place, _, encoder)), true) => {
                 (Codec::ZstdDictionary, codecs.compress_with(page, encoder)?, Some(*place))
@@ -393,7 +417,7 @@ impl Store {
         let _turn = self.recompression.turn.lock();
         let Recompressor { codecs, page, .. } = recompressor;
         let cold = || {
-            let all = self.slots.touched(0..self.slots());
+            let all = self.slots.touched(self.slots.all());
             all.filter(|&index| self.ages.get(index).0 >= age && self.names_object(index))
         };
         let step = (cold().count() as u64).div_ceil(most.max(1)).max(1);

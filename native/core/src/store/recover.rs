@@ -42,7 +42,8 @@ impl Store {
         store.dictionaries.recover();
         store.pool.begin_recovery()?;
         store.slots.mark_touched();
-        for index in store.slots.touched(0..store.slots()) {
+        // Those of the swap file first: they tell which shared ones are named.
+        for index in store.slots.touched(store.slots.all()) {
             store.adopt(index);
         }
         store.pool.end_recovery()?;
@@ -60,6 +61,9 @@ impl Store {
         let mut slot = self.slots.lock(index);
         let word = slot.word();
         let entry = word.entry();
+        if self.slots.is_shared(index) && !self.adopt_shared(&mut slot) {
+            return;
+        }
         // Without its dictionary a page cannot be read.
         let readable = word.dictionary().is_none_or(|place| self.dictionaries.is_ready(place));
         let is_right = match entry {
@@ -79,6 +83,7 @@ impl Store {
                 None => false,
             },
             Entry::Disk(at) => self.writeback.as_ref().is_some_and(|writeback| writeback.backing.adopt(at)),
+            Entry::Shared(reference) => self.adopt_reference(index, reference),
             // A reader is told.
             Entry::Damaged => return,
             Entry::Empty | Entry::Lost | Entry::SameFilled(_) => true,

@@ -23,7 +23,7 @@ impl Store {
             self.slots.peek(*index).is_some_and(|word| matches!(word.entry(), Entry::Disk(_)))
                 && !writeback.writebacks.is_closed()
         };
-        let all = self.slots.touched(0..self.slots()).filter(on_disk);
+        let all = self.slots.touched(self.slots.all()).filter(on_disk);
         let mut read = 0;
         for index in all.skip((start % step) as usize).step_by(step as usize).take(most as usize) {
             let slot = self.slots.lock(index);

@@ -18,7 +18,7 @@ impl Store {
     ///
     /// Page operations go on meanwhile. Allocates nothing, touches no disk.
     pub fn verify(&self, verifier: &mut Verifier) -> bool {
-        for index in self.slots.touched(verifier.next..self.slots()).take(BATCH) {
+        for index in self.slots.touched(verifier.next..self.slots.all().end).take(BATCH) {
             verifier.next = u64::from(index) + 1;
             let mut slot = self.slots.lock(index);
             let (entry, object) = self.pin(&slot);
@@ -34,6 +34,6 @@ impl Store {
                 let _a_reader_is_told = self.found_corrupt(&mut slot);
             }
         }
-        self.slots.touched(verifier.next..self.slots()).next().is_some()
+        self.slots.touched(verifier.next..self.slots.all().end).next().is_some()
     }
 }

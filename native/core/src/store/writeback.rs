@@ -139,7 +139,7 @@ impl Store {
             }
             What::All | What::Idle | What::Unused { .. } | What::Huge | What::HugeIdle => {
                 let now = writeback.seconds(Instant::now());
-                for index in job.next..self.slots() {
+                for index in job.next..self.slots.all().end {
                     let index = index as u32;
                     let goes = match job.what {
                         What::Idle => lru.is_idle(index) && lru.may_go(lru.is_raw(index)),
@@ -153,7 +153,7 @@ impl Store {
                         return true;
                     }
                 }
-                job.next = self.slots();
+                job.next = self.slots.all().end;
                 false
             }
             What::Page(index) => u64::from(index) < self.slots() && self.take(writeback, shrinker, index).is_err(),

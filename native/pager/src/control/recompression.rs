@@ -29,10 +29,11 @@ pub(super) fn text(done: &Recompressed) -> String {
         Outcome::Stopped => "stopped",
     };
     format!(
-        "looked={} recompressed={} not_smaller={} saved={} microseconds={} end={end}",
+        "looked={} recompressed={} not_smaller={} shared={} saved={} microseconds={} end={end}",
         done.looked_at,
         done.recompressed,
         done.not_smaller,
+        done.shared,
         done.saved_bytes,
         done.processor_time.as_micros(),
     )

@@ -132,6 +132,18 @@ fn pages_that_nobody_uses_are_recompressed_as_told() {
 }
 
 #[test]
+fn pages_that_are_alike_are_shared_if_that_is_said() {
+    let control = Control::new();
+    let pages = noise(1, 1).repeat(9);
+    assert_eq!(control.kernel.write(0, &pages), Ok(9 * 4096));
+    let answer = control.ask(b"recompress 1 zstd 3 0 1000 10000000");
+    assert!(answer.contains(" shared=0 "), "{answer}");
+    let answer = control.ask(b"recompress 2 zstd 3 0 1000 10000000 share");
+    assert!(answer.contains(" shared=8 "), "{answer}");
+    assert_eq!(control.kernel.read(0, 9 * 4096), Ok(pages));
+}
+
+#[test]
 fn what_is_no_command_changes_nothing() {
     let control = Control::new();
     let before = control.shared.engine.compression();
@@ -158,6 +170,8 @@ fn what_is_no_command_changes_nothing() {
         b"recompress 1 zstd 13 1 1 1",
         b"recompress 1 zstd 3 64 1 1",
         b"recompress 1 zstd 3 1 1",
+        b"recompress 1 zstd 3 1 1 1 1",
+        b"recompress 1 zstd 3 1 1 1 share share",
         b"sample-pool 1",
         b"sample-pool 1 0",
         b"status\nstop",

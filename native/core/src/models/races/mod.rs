@@ -4,6 +4,7 @@ mod cleaning;
 mod gate;
 mod moving;
 mod recompress;
+mod sharing;
 mod writeback;
 mod z3fold;
 mod zspage_lock;

@@ -15,6 +15,8 @@ use std::sync::atomic::AtomicU16;
 
 pub const MAX_ARENA_PAGES: u64 = 1 << 29;
 
+/// Slots for shared pages.
+const SHARED: u64 = 2;
 /// Bytes that one shadow stands for: the smallest size class of a model. Classes of which two objects would share one
 /// must not be used in models (2720 bytes).
 const SHADOWED: usize = PAGE_SIZE / 2;
@@ -25,6 +27,7 @@ pub enum Table {
     Notes,
     Links,
     Ages,
+    References,
 }
 
 #[derive(Default)]
@@ -59,7 +62,7 @@ impl State {
             settings: Settings::default(),
             session: Session::default(),
             page_map: (0..arena_pages).map(|_| AtomicU16::default()).collect(),
-            words: (0..slots).map(|_| AtomicU64::default()).collect(),
+            words: (0..slots + SHARED).map(|_| AtomicU64::default()).collect(),
             arena: UnsafeCell::new(vec![0; bytes].into()),
             arena_pages,
             shadows: (0..bytes / SHADOWED).map(|_| Shadow::default()).collect(),
@@ -73,6 +76,10 @@ impl State {
     }
 
     pub fn slots(&self) -> u64 {
+        self.words.len() as u64 - SHARED
+    }
+
+    pub fn all_slots(&self) -> u64 {
         self.words.len() as u64
     }
 

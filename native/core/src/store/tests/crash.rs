@@ -14,6 +14,12 @@ enum Step {
         count: u32,
         noise: bool,
     },
+    /// As `Store`, and all are the same.
+    Alike {
+        slot: u32,
+        count: u32,
+        version: u32,
+    },
     SameFilled {
         slot: u32,
     },
@@ -52,6 +58,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         6 => (slot.clone(), count.clone(), any::<bool>())
             .prop_map(|(slot, count, noise)| Step::Store { slot, count, noise }),
+        4 => (slot.clone(), count.clone(), 0..3u32)
+            .prop_map(|(slot, count, version)| Step::Alike { slot, count, version }),
         1 => slot.clone().prop_map(|slot| Step::SameFilled { slot }),
         3 => (slot.clone(), count.clone()).prop_map(|(slot, count)| Step::Load { slot, count }),
         2 => (slot, count).prop_map(|(slot, count)| Step::Discard { slot, count }),
@@ -60,7 +68,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => what.prop_map(Step::WriteBack),
         1 => Just(Step::Clean),
         1 => Just(Step::Shrink),
-        2 => (1..=3u8, any::<bool>()).prop_map(|(tier, dictionary)| Step::Recompress { tier, dictionary }),
+        3 => (1..=3u8, any::<bool>()).prop_map(|(tier, dictionary)| Step::Recompress { tier, dictionary }),
         1 => any::<u32>().prop_map(|seed| Step::Install { seed }),
         1 => Just(Step::Restart),
     ];
@@ -149,6 +157,9 @@ impl World {
                     self.version += 1;
                     self.put(slot, Holds::Version(self.version, noise));
                 }
+            }
+            Step::Alike { slot, count, version } => {
+                within(slot, count).for_each(|slot| self.put(slot, Holds::Alike(version, version % 2 == 0)));
             }
             Step::SameFilled { slot } => {
                 self.version += 1;
@@ -260,6 +271,15 @@ fn every_crash_point_is_survived() {
             Step::Restart,
             Step::Discard { slot: 0, count: SLOTS },
             Step::Install { seed: 3 },
+            Step::Alike { slot: 0, count: 20, version: 1 },
+            Step::Recompress { tier: 1, dictionary: true },
+            Step::Alike { slot: 10, count: 20, version: 1 },
+            store(3, 2, true),
+            Step::Recompress { tier: 2, dictionary: false },
+            Step::WriteBack(What::All),
+            Step::Restart,
+            Step::Load { slot: 0, count: 10 },
+            Step::Discard { slot: 0, count: SLOTS },
         ];
         steps.into_iter().chain(rounds).chain([Step::Restart, Step::Clean]).for_each(|step| world.step(&step));
         end(world.store.as_ref().expect("a store"));

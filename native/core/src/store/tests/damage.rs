@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 
 /// Where the state file has what: see `state.rs`.
 const WORDS: u64 = PAGE_SIZE as u64;
-const MAP: u64 = WORDS + (SLOTS as u64 * 8).next_multiple_of(PAGE_SIZE as u64);
+const MAP: u64 = WORDS + ((SLOTS as u64 + 64) * 8).next_multiple_of(PAGE_SIZE as u64);
 const ARENA: u64 = 2 << 20;
 
 #[derive(Clone, Debug)]

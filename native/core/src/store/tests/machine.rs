@@ -90,6 +90,8 @@ impl Machine {
 pub enum Holds {
     Word(u32),
     Version(u32, bool),
+    /// The same page as in others.
+    Alike(u32, bool),
     Lost,
 }
 
@@ -102,6 +104,7 @@ impl Holds {
                 Some(page)
             }
             Holds::Version(version, noise) => Some(page(slot, version, noise)),
+            Holds::Alike(version, noise) => Some(page(0, version, noise)),
             Holds::Lost => None,
         }
     }
@@ -154,10 +157,11 @@ pub fn evict(store: &Store, what: What) {
     while let Ok(true) = store.write_back(&mut shrinker, &mut job) {}
 }
 
-/// Makes all pages smaller that can be, whatever their age.
+/// Makes all pages smaller that can be, and stores those once that are alike, whatever their age.
 pub fn recompress(store: &Store, tier: Tier) -> Recompressed {
     let mut recompressor = Recompressor::new().expect("memory");
     store.prepare(&mut recompressor, tier).expect("a tier");
+    store.prepare_duplicates(&mut recompressor, true);
     store.recompress(&mut recompressor, &Order { tier, age: 0, pages: u64::MAX, processor_time: Duration::MAX })
 }
 
@@ -181,6 +185,8 @@ pub fn gauges(store: &Store) -> Vec<u64> {
         &metrics.pages_same_filled,
         &metrics.pages_on_disk,
         &metrics.pages_lost,
+        &metrics.pages_shared,
+        &metrics.shared_pages,
         &metrics.compressed_bytes,
         &metrics.pool_bytes,
         &metrics.pool_limit_bytes,

@@ -13,6 +13,8 @@ mod policy;
 mod recompress;
 #[cfg(not(miri))]
 mod recover;
+#[cfg(not(any(feature = "loom", feature = "shuttle", miri)))]
+mod share;
 
 use super::*;
 use crate::backing::{Disk, MemoryDisk, SEGMENT_BYTES};
@@ -75,6 +77,8 @@ fn end(store: &Store) {
         ("pages_same_filled", &metrics.pages_same_filled),
         ("pages_on_disk", &metrics.pages_on_disk),
         ("pages_lost", &metrics.pages_lost),
+        ("pages_shared", &metrics.pages_shared),
+        ("shared_pages", &metrics.shared_pages),
         ("compressed_bytes", &metrics.compressed_bytes),
         ("bytes_lz4", &metrics.bytes_lz4),
         ("bytes_zstd", &metrics.bytes_zstd),

@@ -16,6 +16,14 @@ enum Step {
         count: u32,
         noise: bool,
     },
+    /// As `Store`, and all are the same.
+    Alike {
+        slot: u32,
+        count: u32,
+        version: u32,
+    },
+    /// Stores those once that are alike.
+    Share,
     SameFilled {
         slot: u32,
     },
@@ -55,6 +63,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         12 => (slot.clone(), count.clone(), any::<bool>())
             .prop_map(|(slot, count, noise)| Step::Store { slot, count, noise }),
+        5 => (slot.clone(), count.clone(), 0..4u32)
+            .prop_map(|(slot, count, version)| Step::Alike { slot, count, version }),
+        4 => Just(Step::Share),
         1 => slot.clone().prop_map(|slot| Step::SameFilled { slot }),
         1 => slot.clone().prop_map(|slot| Step::StorePart { slot }),
         8 => (slot.clone(), count.clone()).prop_map(|(slot, count)| Step::Load { slot, count }),
@@ -92,6 +103,7 @@ fn faults(silent: bool) -> impl Strategy<Value = String> {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Holds {
     Version(u32, bool),
+    Alike(u32),
     Word(u32),
     Part(u32, bool),
     Lost,
@@ -102,6 +114,7 @@ struct World {
     scratch: Scratch,
     shrinker: Shrinker,
     cleaner: Cleaner,
+    recompressor: Recompressor,
     slots: Vec<Holds>,
     version: u32,
     /// Whether the disk may give back other bytes than were written.
@@ -116,6 +129,7 @@ impl World {
             scratch: Scratch::new().expect("scratch"),
             shrinker: Shrinker::new().expect("memory"),
             cleaner: Cleaner::new().expect("memory"),
+            recompressor: Recompressor::new().expect("memory"),
             slots: vec![Holds::Word(0); SLOTS as usize],
             version: 0,
             silent,
@@ -160,6 +174,7 @@ impl World {
                 Some(page)
             }
             Holds::Version(version, noise) => Some(page(slot, version, noise)),
+            Holds::Alike(version) => Some(page(0, version, version % 2 == 0)),
             Holds::Part(version, noise) => {
                 let mut page = page(slot, version, noise);
                 page[100..200].fill(7);
@@ -192,6 +207,21 @@ impl World {
                     self.version += 1;
                     self.put(slot, &page(slot, self.version, noise), Holds::Version(self.version, noise));
                 }
+            }
+            Step::Alike { slot, count, version } => {
+                let page = page(0, version, version % 2 == 0);
+                within(slot, count).for_each(|slot| self.put(slot, &page, Holds::Alike(version)));
+            }
+            // On a disk that lies it would not be known whose page a bad record costs.
+            Step::Share if self.silent => {}
+            Step::Share => {
+                let with = Compression { algorithm: Algorithm::Zstd, zstd_level: 1 };
+                let tier = Tier { number: 1, with, dictionary: false };
+                (0..SLOTS).for_each(|slot| self.store.ages.tried(slot, 0));
+                self.store.prepare(&mut self.recompressor, tier).expect("a tier");
+                self.store.prepare_duplicates(&mut self.recompressor, true);
+                let order = Order { tier, age: 0, pages: u64::MAX, processor_time: Duration::MAX };
+                self.store.recompress(&mut self.recompressor, &order);
             }
             Step::SameFilled { slot } => {
                 self.version += 1;
@@ -245,8 +275,10 @@ impl World {
         // A page whose record is bad is not known to be lost before it is read.
         assert_eq!(metrics.pages_lost.get(), lost);
         assert!(metrics.pool_bytes.get() == 0 || metrics.pool_peak_bytes.get() > 0);
-        let pages = metrics.pages_lz4.get() + metrics.pages_incompressible.get() + metrics.pages_on_disk.get();
-        let held = |holds: &&Holds| matches!(holds, Holds::Version(..) | Holds::Part(..));
+        let objects = [&metrics.pages_lz4, &metrics.pages_zstd, &metrics.pages_incompressible, &metrics.pages_on_disk];
+        let pages = objects.iter().map(|pages| pages.get()).sum::<u64>() + metrics.pages_shared.get()
+            - metrics.shared_pages.get();
+        let held = |holds: &&Holds| matches!(holds, Holds::Version(..) | Holds::Alike(..) | Holds::Part(..));
         assert_eq!(pages, self.slots.iter().filter(held).count() as u64, "pages are counted wrong");
     }
 }
