@@ -122,7 +122,7 @@ class Guest:
             # fmt: off
             command = [
                 *_WITH_US, "qemu-system-x86_64", "-nodefaults", "-display", "none", "-monitor", "stdio", "-no-reboot",
-*_accelerator(self._kernel), "-smp", "2", "-m", f"{self._memory}M", *self._more,
+                *_accelerator(self._kernel), "-smp", "2", "-m", f"{self._memory}M", *self._more,
                 "-machine", "pc", "-serial", f"file:{kernel_log}", "-serial", f"file:{output}",
                 *itertools.chain(*(("-drive", f"if=virtio,format=raw,{drive}") for drive in drives)),
                 "-kernel", str(self._kernel), "-initrd", str(initramfs),
