@@ -148,6 +148,8 @@ pub struct Metrics {
     pub pages_lost: Counter,
     /// Pages whose object lies on the backing disk; those of the pool are counted by codec above.
     pub pages_on_disk: Counter,
+    /// Those of them that lie in clusters.
+    pub pages_in_clusters: Counter,
     /// Pages of the pool that nobody has read or written since they were last marked idle.
     pub idle_pages: Counter,
     /// Bytes of all objects of the pool without their headers; and by codec, but for incompressible ones.
@@ -217,6 +219,8 @@ pub struct Metrics {
     /// Pages moved to the disk, and back to the pool when they were read.
     pub pages_written_back: Counter,
     pub pages_promoted: Counter,
+    /// Processor time that making clusters has taken, in nanoseconds.
+    pub cluster_ns: Counter,
     /// Whole blocks, written for evictions and for cleaning.
     pub writeback_bytes: Counter,
     pub cleaning_bytes: Counter,
@@ -245,7 +249,7 @@ pub struct Metrics {
 }
 
 /// Changes with every change of [`Metrics`], so that nobody reads one layout as another.
-pub const LAYOUT: u64 = 10;
+pub const LAYOUT: u64 = 11;
 
 impl Metrics {
     /// Pages and bytes of the pool by codec: those of incompressible pages are known.
@@ -268,6 +272,7 @@ impl Metrics {
             &self.pages_incompressible,
             &self.pages_lost,
             &self.pages_on_disk,
+            &self.pages_in_clusters,
             &self.idle_pages,
         ];
         let bytes = [

@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicU16;
 use xxhash_rust::xxh3::xxh3_64;
 
 const MAGIC: [u8; 8] = *b"zswapd\0\x01";
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 /// Of the part of the header that never changes, with its checksum at the end.
 pub const HEADER_BYTES: usize = 48;
 /// Regions of the arena are huge pages, if the system makes them so.

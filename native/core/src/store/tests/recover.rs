@@ -43,7 +43,7 @@ fn what_is_no_state_of_ours_is_refused_as_it_is() {
         }
     };
     refused(&write(0, b"somebody"), "none of zswapd's");
-    refused(&write(8, const { &2u32.to_ne_bytes() }), "of version 2, and this program knows version 4");
+    refused(&write(8, const { &2u32.to_ne_bytes() }), "of version 2, and this program knows version 5");
     for at in 12..48 {
         refused(&write(at, b"\xee"), "damaged");
     }
