@@ -28,7 +28,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut scratch = Scratch::new()?;
 
     for (name, what) in [("one by one", What::All), ("in clusters", What::Unused { seconds: 0 })] {
-        let file = OpenOptions::new().read(true).write(true).create(true).custom_flags(libc::O_DIRECT).open(&path)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(&path)?;
         file.set_len(bytes.len() as u64)?;
         let options = DiskOptions {
             disk: Box::new(FileDisk::new(file.into())),

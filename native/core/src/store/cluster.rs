@@ -99,13 +99,9 @@ impl Store {
             _ => None,
         };
         self.metrics.cluster_ns.add(thread_time().saturating_sub(begun).as_nanos() as u64);
+        // There is room: it is shorter than four records.
         let together = packed.and_then(|(length, place)| {
-            let record = writer.add(&writeback.backing, first, CLUSTER, &packer.object[..length]);
-            debug_assert!(record.is_some(), "there was room for four records that are longer together");
-            if record.is_none() {
-                self.count_cluster_as_gone(place);
-            }
-            Some((record?, place))
+            Some((writer.add(&writeback.backing, first, CLUSTER, &packer.object[..length])?, place))
         });
         for (slot, page) in slots.into_iter().zip(pages) {
             let Some(page) = page else { continue };
@@ -181,10 +177,6 @@ impl Store {
         let place = encoder.map(|(place, ..)| *place);
         pages.iter().for_each(|_| self.dictionaries.count(place));
         Some((GENERATIONS + length, place))
-    }
-
-    fn count_cluster_as_gone(&self, place: Option<Place>) {
-        (0..CLUSTER_PAGES).for_each(|_| self.dictionaries.discount(place));
     }
 
     /// Reads the page of a slot out of its cluster, from the disk or from what was read of it last. The slot stays locked.

@@ -175,11 +175,12 @@ impl Store {
                 let makes_clusters = shrinker.packer.is_some() && job.what.is_cold();
                 while job.next < self.slots() {
                     let index = job.next as u32;
-                    let group = (job.next + CLUSTER_PAGES as u64).min(self.slots());
+                    let mut group = job.next..job.next + CLUSTER_PAGES as u64;
+                    let next = group.end;
                     let together = makes_clusters
                         && is_first(index)
-                        && group - job.next == CLUSTER_PAGES as u64
-                        && (index..group as u32).all(|index| goes(index) && !lru.is_raw(index));
+                        && next <= self.slots()
+                        && group.all(|slot| goes(slot as u32) && !lru.is_raw(slot as u32));
                     let taken = match together {
                         true => self.take_cluster(writeback, shrinker, index),
                         false if goes(index) => self.take(writeback, shrinker, index).map(|_| ()),
@@ -188,7 +189,7 @@ impl Store {
                     if taken.is_err() {
                         return true;
                     }
-                    job.next = if together { group } else { job.next + 1 };
+                    job.next = if together { next } else { job.next + 1 };
                 }
                 false
             }
