@@ -49,13 +49,16 @@ class WritebackStats(TypedDict):
     `state`: none, ok, or failed (nothing more is written to it; what is there is still read). `live_bytes`: records
     that slots name; what is neither live nor free is free when it was cleaned. `budget_bytes`: what may still be
     written; None: there is no budget. `written_bytes` were written for evictions, `cleaning_bytes` for cleaning, both
-    in whole blocks.
+    in whole blocks. `pages_in_clusters`: of those on the disk, pages that share a record with their neighbours; making
+    such records has taken `cluster_seconds` of processor time.
     """
 
     state: str
     backing_bytes: int
     backing_free_bytes: int
     live_bytes: int
+    pages_in_clusters: int
+    cluster_seconds: float
     budget_bytes: int | None
     idle_pages: int
     writebacks_in_flight: int

@@ -238,6 +238,7 @@ def _writeback(stats: WritebackStats) -> Iterable[Metric]:
         text = "What the wear budget leaves to be written; not there without a budget."
         yield GaugeMetricFamily("zswapd_writeback_budget_bytes", text, value=left)
     for name, value, text in (
+        ("clustered_pages", stats["pages_in_clusters"], "Pages on the backing disk that share a record with others."),
         ("idle_pages", stats["idle_pages"], "Pages of the pool that are marked as idle."),
         ("writebacks_in_flight", stats["writebacks_in_flight"], "Segments that are being written."),
         ("cleanings_in_flight", stats["cleanings_in_flight"], "Segments that are being cleaned."),
@@ -255,6 +256,8 @@ def _writeback(stats: WritebackStats) -> Iterable[Metric]:
         ("waiting_stores", stats["stores_waited"], "Writes that waited until pages were written back."),
     ):
         yield CounterMetricFamily(f"zswapd_{name}", text, value=value)
+    text = "Processor time that went into records which several pages share."
+    yield CounterMetricFamily("zswapd_cluster_cpu_seconds", text, value=stats["cluster_seconds"])
     text = "Time to read one page from the backing disk."
     yield _histogram("zswapd_disk_read_duration_seconds", text, stats["read_latency"])
     text = "Time to write one segment to the backing disk."

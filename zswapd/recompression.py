@@ -128,6 +128,8 @@ class Policy:
         self._tick_seconds = max(settings.idle_after / TICKS, TICK_LEAST_SECONDS, settings.cold_after / MAX_AGE)
         self._next_tick = monotonic() + self._tick_seconds
         self._dictionaries = Dictionaries(settings.cold_level)
+        #: Processor time for clusters on the backing disk, as it was last counted.
+        self._cluster_seconds = pager.stats()["writeback"]["cluster_seconds"]
         #: Tiers that are to be gone through since the last tick, the coldest first.
         self._todo: list[int] = []
 
@@ -140,6 +142,7 @@ class Policy:
             self._next_tick = monotonic() + self._tick_seconds
             await _in_thread(self._pager.tick)
             self._todo = [COLD_TIER, IDLE_TIER]
+        self._count_clusters()
         left = self._budget.left()
         if not self._todo or left <= 0:
             return
@@ -149,6 +152,13 @@ class Policy:
         self._budget.used(done.microseconds / 1e6)
         if done.ended != "budget":
             del self._todo[0]
+
+    def _count_clusters(self) -> None:
+        """What writeback by age uses to make cold pages smaller is part of the budget."""
+        seconds = self._pager.stats()["writeback"]["cluster_seconds"]
+        # Less: that of another pager, whose counters began anew.
+        self._budget.used(max(seconds - self._cluster_seconds, 0))
+        self._cluster_seconds = seconds
 
     def _recompress(self, tier: int, seconds: float) -> Recompressed:
         settings, microseconds = self._settings, max(int(seconds * 1e6), 1)

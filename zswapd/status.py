@@ -171,8 +171,10 @@ def _backing(stats: dict[str, Any]) -> Iterator[tuple[str, Text]]:
     if disk["state"] == "none":
         return
     size, free, live = disk["backing_bytes"], disk["backing_free_bytes"], disk["live_bytes"]
+    pages, clustered = stats["pages"]["on_disk"], disk["pages_in_clusters"]
     text = (
-        f"{format_size(stats['pages']['on_disk'] * PAGE_SIZE)} of pages as {format_size(live)}; "
+        f"{format_size(pages * PAGE_SIZE)} of pages as {format_size(live)}"
+        f"{f', {clustered / pages:.0%} of them in clusters' if clustered else ''}; "
         f"{format_size(free)} of {format_size(size)} free"
     )
     if disk["state"] == "failed":

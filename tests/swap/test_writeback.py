@@ -21,6 +21,7 @@ from tests.swap.backing import (
     touching,
 )
 from tests.swap.workload import ENOUGH
+from tests.takeover import kill_and_wait
 from zswapd.bench.corpus import build
 from zswapd.bench.measure import SWAP_SHARE, measure
 from zswapd.bench.programs import PAGE
@@ -129,6 +130,35 @@ def test_a_disk_that_fills_up_with_dead_records_is_cleaned(attached: Attached, c
         workload.verify()
         assert_all_well(daemon)
     assert daemon.stop() == 0
+
+
+def test_cold_pages_share_records(attached: Attached, corpus: int) -> None:
+    """By age: neighbours together. Some are overwritten, and the pager is killed while all of that lies on the disk."""
+    daemon = attached(pool__mem_limit=64 << 20, writeback__idle_after=1)
+
+    def clusters() -> int:
+        return int(daemon.stats()["writeback"]["pages_in_clusters"])
+
+    with touching(daemon, corpus) as workload:
+        wait_until(lambda: clusters() > 1000, "neighbours go to the disk together")
+        workload.verify()
+        workload.run("rewrite", seed=1)
+        workload.run("random", seed=2)
+        # Not as many: rewritten at random, few groups of slots are whole.
+        wait_until(lambda: clusters() > 50, "what is cold again goes there again")
+        kill_and_wait(daemon)
+        assert clusters() > 0
+        workload.verify()
+        workload.run("rewrite", seed=3)
+        wait_until(lambda: clusters() > 50, "under another pager too")
+        workload.group.set_limit(ENOUGH)
+        detach(daemon)
+        stats = daemon.stats()
+        assert sum(stats["pages"].values()) == clusters() == stats["writeback"]["live_bytes"] == 0
+        assert not any(stats["errors"].values()), stats["errors"]
+        workload.verify()
+    assert daemon.stop() == 0
+    assert "leaked" not in daemon.log()
 
 
 def test_sigterm_brings_back_what_is_on_the_disk(attached: Attached, corpus: int) -> None:

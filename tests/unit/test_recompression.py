@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.writeback import RECOMPRESSION
+from tests.writeback import RECOMPRESSION, writeback
 from zswapd import recompression
 from zswapd.config import PAGE_SIZE, Recompression
 from zswapd.engine import Recompressed
@@ -35,12 +35,13 @@ class FakePager:
         self.asked: list[Any] = []
         self.sample = b""
         self.counts = {**RECOMPRESSION}
+        self.cluster_seconds = 0.0
         self.serial = 0
         self.full = False
         self.left = {1: 3, 2: 2}
 
     def stats(self) -> Any:
-        return {"recompression": self.counts}
+        return {"recompression": self.counts, "writeback": writeback(cluster_seconds=self.cluster_seconds)}
 
     def tick(self) -> None:
         self.asked.append("tick")
@@ -98,6 +99,26 @@ def test_a_budget_is_kept_in_the_long_run(monkeypatch: pytest.MonkeyPatch) -> No
 
 def policy(pager: FakePager, **settings: Any) -> Policy:
     return Policy(pager, Recompression(**settings))  # type: ignore[arg-type]
+
+
+def test_clusters_on_the_disk_are_paid_from_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, pager = Clock(monkeypatch), FakePager()
+    pager.cluster_seconds = 1000.0  # of before
+    subject = policy(pager, idle_after=60, cold_after=600, cpu_percent=2)
+
+    async def steps() -> None:
+        clock.now += 30
+        pager.cluster_seconds += 1.5
+        await subject.step()
+        assert pager.asked == ["tick"]
+        clock.now += 30
+        await subject.step()
+        assert pager.asked == ["tick", "tick"]
+        clock.now += 30
+        await subject.step()
+        assert len(pager.asked) > 3
+
+    trio.run(steps)
 
 
 def test_each_tick_is_followed_by_both_tiers_the_coldest_first(monkeypatch: pytest.MonkeyPatch) -> None:

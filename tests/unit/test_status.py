@@ -177,6 +177,8 @@ def test_the_backing_disk_is_shown() -> None:
     text = shown(on_disk())
     assert "6.0 MiB stored as 3.0 MiB, in a z3fold pool of 4.0 MiB (effective ratio 1.00)" in text
     assert "6.0 MiB of pages as 2.0 MiB; 40.0 MiB of 64.0 MiB free" in text
+    clustered = "6.0 MiB of pages as 2.0 MiB, 25% of them in clusters; 40.0 MiB of 64.0 MiB free"
+    assert clustered in shown(on_disk(pages_in_clusters=384))
     assert "2,048 pages in 3.0 MiB, 1.0 MiB for cleaning; per page 0.50" in text
     assert "100, p50 1.5 ms, p99 2.0 ms; 9 into the pool" in text
     assert "budget" not in text

@@ -4,7 +4,7 @@ pub mod dictionary;
 
 use crate::error::{Error, Result};
 use crate::object;
-use crate::page::{Page, PAGE_SIZE};
+use crate::page::{Cluster, Page, CLUSTER_PAGES, PAGE_SIZE};
 use dictionary::{Decoder, Encoder};
 use lz4_sys::{c_char, c_int, LZ4_decompress_safe};
 use std::ffi::c_void;
@@ -129,9 +129,21 @@ impl Codecs {
 
     /// As [`Codecs::new`], for zstd's levels up to one: with a higher one no page gets smaller. Up to 12 it takes about half.
     pub fn up_to(level: i32) -> Result<Codecs> {
+        Self::for_pages(1, level)
+    }
+
+    /// As [`Codecs::up_to`], for [`Codecs::compress_cluster`] too.
+    pub fn for_clusters(level: i32) -> Result<Codecs> {
+        Self::for_pages(CLUSTER_PAGES, level)
+    }
+
+    fn for_pages(pages: usize, level: i32) -> Result<Codecs> {
         let compressor_bytes = |level| {
             // SAFETY: takes nothing but numbers, returns a number.
-            unsafe { zstd::ZSTD_estimateCCtxSize_usingCParams(zstd::ZSTD_getCParams(level, PAGE_SIZE as u64, 0)) }
+            unsafe {
+                let parameters = zstd::ZSTD_getCParams(level, (pages * PAGE_SIZE) as u64, 0);
+                zstd::ZSTD_estimateCCtxSize_usingCParams(parameters)
+            }
         };
         // SAFETY: as above.
         let (lz4_bytes, decompressor_bytes) = unsafe { (LZ4_sizeofState() as usize, zstd::ZSTD_estimateDCtxSize()) };
@@ -208,20 +220,50 @@ impl Codecs {
     }
 
     fn compress_zstd(&mut self, page: &Page, level: i32) -> Option<usize> {
-        let compressor = self.compressor.as_ptr();
+        self.set_level(level)?;
+        Self::frame(self.compressor, page, &mut self.compressed[..MAX_COMPRESSED])
+    }
+
+    fn set_level(&mut self, level: i32) -> Option<()> {
         if self.level != Some(level) {
-            let parameter = zstd::ZSTD_cParameter::ZSTD_c_compressionLevel;
+            let (compressor, parameter) = (self.compressor.as_ptr(), zstd::ZSTD_cParameter::ZSTD_c_compressionLevel);
             // SAFETY: the context is alive, and this scratch is borrowed exclusively.
             zstd_result(unsafe { zstd::ZSTD_CCtx_setParameter(compressor, parameter, level) })?;
             self.level = Some(level);
         }
-        self.compress_frame(page, 0)
+        Some(())
     }
 
     /// Encodes a page with a dictionary: returns its payload, None if it does not get smaller.
     pub fn compress_with(&mut self, page: &Page, encoder: &Encoder) -> Option<&[u8]> {
-        let compressor = self.compressor.as_ptr();
-        // SAFETY: the context is alive and borrowed exclusively, and forgets the dictionary before that may end.
+        let length = Self::frame_with(self.compressor, page, encoder, &mut self.compressed[..MAX_COMPRESSED])?;
+        Some(&self.compressed[..length])
+    }
+
+    /// Encodes pages together, with a dictionary or without, which then takes zstd's level. Returns how long it is; None if
+    /// there is not as much room. To be read by [`Codecs::decompress_cluster`]. For codecs that were made for clusters up to
+    /// this level, or the encoder's.
+    pub fn compress_cluster(
+        &mut self,
+        pages: &Cluster,
+        level: i32,
+        dictionary: Option<&Encoder>,
+        into: &mut [u8],
+    ) -> Option<usize> {
+        match dictionary {
+            Some(encoder) => Self::frame_with(self.compressor, pages.as_flattened(), encoder, into),
+            None => {
+                self.set_level(level)?;
+                Self::frame(self.compressor, pages.as_flattened(), into)
+            }
+        }
+    }
+
+    /// Makes the version of a dictionary, and a frame that takes it, and returns the length of both.
+    fn frame_with(context: NonNull<zstd::ZSTD_CCtx>, from: &[u8], encoder: &Encoder, into: &mut [u8]) -> Option<usize> {
+        let compressor = context.as_ptr();
+        let (version, rest) = into.split_first_mut()?;
+        // SAFETY: the context is alive and its owner borrowed exclusively; it forgets the dictionary before that may end.
         let frame = unsafe {
             let refer_to = |dictionary| {
                 // A page that did not fit has left it in the middle of a frame, where it takes no other dictionary.
@@ -229,25 +271,24 @@ impl Codecs {
                 zstd_result(zstd::ZSTD_CCtx_refCDict(compressor, dictionary))
             };
             refer_to(encoder.as_ptr())?;
-            let frame = self.compress_frame(page, 1);
+            let frame = Self::frame(context, from, rest);
             refer_to(std::ptr::null()).and(frame)
         };
-        self.compressed[0] = encoder.version();
-        Some(&self.compressed[..1 + frame?])
+        *version = encoder.version();
+        Some(1 + frame?)
     }
 
-    /// Makes a frame, `at` bytes behind the start of the buffer, and returns its length.
-    fn compress_frame(&mut self, page: &Page, at: usize) -> Option<usize> {
-        let room = &mut self.compressed[at..MAX_COMPRESSED];
-        // SAFETY: the context is alive, and this scratch is borrowed exclusively; source and destination are valid for
-        // the lengths given, and do not overlap.
+    /// Makes a frame, and returns its length. For who has the context's owner borrowed exclusively.
+    fn frame(context: NonNull<zstd::ZSTD_CCtx>, from: &[u8], into: &mut [u8]) -> Option<usize> {
+        // SAFETY: the context is alive, and nobody else's; source and destination are valid for the lengths given, and do
+        // not overlap.
         zstd_result(unsafe {
             zstd::ZSTD_compress2(
-                self.compressor.as_ptr(),
-                room.as_mut_ptr().cast(),
-                room.len(),
-                page.as_ptr().cast(),
-                PAGE_SIZE,
+                context.as_ptr(),
+                into.as_mut_ptr().cast(),
+                into.len(),
+                from.as_ptr().cast(),
+                from.len(),
             )
         })
     }
@@ -283,41 +324,59 @@ impl Codecs {
                 };
                 written == PAGE_SIZE as c_int
             }
-            Codec::Zstd => {
-                // SAFETY: the context is alive and borrowed exclusively; source and destination are valid for the
-                // lengths given, and do not overlap; the library checks every length that it reads from the source.
-                let written = unsafe {
-                    zstd::ZSTD_decompressDCtx(
-                        self.decompressor.as_ptr(),
-                        page.as_mut_ptr().cast(),
-                        PAGE_SIZE,
-                        payload.as_ptr().cast(),
-                        payload.len(),
-                    )
-                };
-                zstd_result(written) == Some(PAGE_SIZE)
-            }
-            Codec::ZstdDictionary => {
-                let (Some(dictionary), Some((version, frame))) = (dictionary, payload.split_first()) else {
-                    return false;
-                };
-                if *version != dictionary.version() {
-                    return false;
-                }
-                // SAFETY: as above; who has made the dictionary answers for it.
-                let written = unsafe {
-                    zstd::ZSTD_decompress_usingDDict(
-                        self.decompressor.as_ptr(),
-                        page.as_mut_ptr().cast(),
-                        PAGE_SIZE,
-                        frame.as_ptr().cast(),
-                        frame.len(),
-                        dictionary.as_ptr(),
-                    )
-                };
-                zstd_result(written) == Some(PAGE_SIZE)
-            }
+            Codec::Zstd => self.decompress_frame(payload, page),
+            Codec::ZstdDictionary => self.decompress_frame_with(payload, page, dictionary),
         }
+    }
+
+    /// Decodes what [`Codecs::compress_cluster`] has made. `takes_one`: with a dictionary. Returns false, with `pages`
+    /// undefined, if it is not that, or takes another dictionary than this one.
+    #[must_use]
+    pub fn decompress_cluster(
+        &mut self,
+        payload: &[u8],
+        pages: &mut Cluster,
+        takes_one: bool,
+        dictionary: Option<Decoder<'_>>,
+    ) -> bool {
+        match takes_one {
+            true => self.decompress_frame_with(payload, pages.as_flattened_mut(), dictionary),
+            false => self.decompress_frame(payload, pages.as_flattened_mut()),
+        }
+    }
+
+    fn decompress_frame(&mut self, frame: &[u8], into: &mut [u8]) -> bool {
+        // SAFETY: the context is alive and borrowed exclusively; source and destination are valid for the lengths given,
+        // and do not overlap; the library checks every length that it reads from the source.
+        let written = unsafe {
+            zstd::ZSTD_decompressDCtx(
+                self.decompressor.as_ptr(),
+                into.as_mut_ptr().cast(),
+                into.len(),
+                frame.as_ptr().cast(),
+                frame.len(),
+            )
+        };
+        zstd_result(written) == Some(into.len())
+    }
+
+    fn decompress_frame_with(&mut self, payload: &[u8], into: &mut [u8], dictionary: Option<Decoder<'_>>) -> bool {
+        let (Some(dictionary), Some((version, frame))) = (dictionary, payload.split_first()) else { return false };
+        if *version != dictionary.version() {
+            return false;
+        }
+        // SAFETY: as above; who has made the dictionary answers for it.
+        let written = unsafe {
+            zstd::ZSTD_decompress_usingDDict(
+                self.decompressor.as_ptr(),
+                into.as_mut_ptr().cast(),
+                into.len(),
+                frame.as_ptr().cast(),
+                frame.len(),
+                dictionary.as_ptr(),
+            )
+        };
+        zstd_result(written) == Some(into.len())
     }
 }
 

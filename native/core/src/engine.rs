@@ -99,7 +99,7 @@ impl Engine {
     pub fn read(&self, offset: u64, buffer: &mut [u8], scratch: &mut Scratch) -> Result<usize> {
         let rest = usize::try_from(self.size().saturating_sub(offset)).unwrap_or(usize::MAX);
         let length = buffer.len().min(rest);
-        scratch.disk.forget();
+        scratch.begin_request();
         for part in parts(offset, length) {
             scratch.disk.expect((length - part.from - part.length) / PAGE_SIZE);
             let to = &mut buffer[part.from..part.from + part.length];

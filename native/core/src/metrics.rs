@@ -153,6 +153,8 @@ pub struct Metrics {
     pub duplicates_index_bytes: Counter,
     /// Pages whose object lies on the backing disk; those of the pool are counted by codec above.
     pub pages_on_disk: Counter,
+    /// Those of them that lie in clusters.
+    pub pages_in_clusters: Counter,
     /// Pages of the pool that nobody has read or written since they were last marked idle.
     pub idle_pages: Counter,
     /// Bytes of all objects of the pool without their headers; and by codec, but for incompressible ones.
@@ -224,6 +226,8 @@ pub struct Metrics {
     /// Pages moved to the disk, and back to the pool when they were read.
     pub pages_written_back: Counter,
     pub pages_promoted: Counter,
+    /// Processor time that making clusters has taken, in nanoseconds.
+    pub cluster_ns: Counter,
     /// Whole blocks, written for evictions and for cleaning.
     pub writeback_bytes: Counter,
     pub cleaning_bytes: Counter,
@@ -277,6 +281,7 @@ impl Metrics {
             &self.pages_shared,
             &self.shared_pages,
             &self.pages_on_disk,
+            &self.pages_in_clusters,
             &self.idle_pages,
         ];
         let bytes = [

@@ -4,6 +4,11 @@ pub const PAGE_SIZE: usize = 4096;
 
 pub type Page = [u8; PAGE_SIZE];
 
+/// So many neighbouring slots, aligned, may have their pages in one record of the backing disk.
+pub const CLUSTER_PAGES: usize = 4;
+
+pub type Cluster = [Page; CLUSTER_PAGES];
+
 /// Returns the 32-bit word that the page repeats, if it does (zswap's same-filled pages).
 ///
 /// The kernel looks for a repeated 64-bit word; 32 bits fit into a slot word, which then is all that is stored.

@@ -2,12 +2,12 @@
 //!
 //! ```text
 //! bits 63..60  check: makes the exclusive or of the word's sixteen groups of 4 bits zero
-//! bits 59..57  state: EMPTY, LOST, SAME_FILLED, POOL, WRITEBACK, DISK, SHARED
-//! bits 56..54  dictionary: 0, or one more than the place of the one that POOL, WRITEBACK, DISK are compressed with
+//! bits 59..57  state: EMPTY, LOST, SAME_FILLED, POOL, WRITEBACK, DISK, SHARED, CLUSTER
+//! bits 56..54  dictionary: 0, or one more than the place of the one that POOL, WRITEBACK, DISK, CLUSTER are compressed with
 //! bits 53..45  generation: grows by one with every change, so that an old word can be told from a new one
 //! bits 44..0   SAME_FILLED: the 32-bit word that the page repeats; POOL, WRITEBACK: the location of the object in the
 //!              arena; DISK: that of the record on the backing disk; SHARED: the index of the slot that has the page, and
-//!              a tag
+//!              a tag; CLUSTER: of the record that has this page and others
 //! ```
 //!
 //! The check finds every single flipped bit, and every run of up to four. Fresh memory, all zero, is EMPTY and checks.
@@ -23,6 +23,9 @@
 //! SHARED names another slot, one of those behind the swap file's, whose page this one is too; that one is POOL, WRITEBACK,
 //! DISK or LOST as any other, and never SHARED. How many name it is counted ([`crate::references`]). Its lock is taken under
 //! that of a slot that names it, and has a rank of its own.
+//!
+//! CLUSTER is DISK, of a record that has the pages of four neighbouring slots, aligned: which of them this one is, the index
+//! says. Each of the four words comes and goes by itself.
 //!
 //! That the word says which dictionary it takes to read the page, on the disk too, is how it is known when a dictionary is
 //! needed no more ([`crate::dictionaries`]).
@@ -64,7 +67,7 @@ pub enum Entry {
     Pool(Location),
     /// As `Pool`; a shrinker writes a copy, or the recompressor makes a smaller one, and frees the object.
     Writeback(Location),
-    /// The page is the record at this location of the backing disk.
+    /// The page is the record at this location of the backing disk, or in it ([`DiskLocation::is_cluster`]).
     Disk(DiskLocation),
     /// The page is a shared one.
     Shared(Reference),
@@ -94,7 +97,7 @@ impl Word {
             Entry::SameFilled(word) => (2, u64::from(word)),
             Entry::Pool(location) => (3, location.units()),
             Entry::Writeback(location) => (4, location.units()),
-            Entry::Disk(location) => (5, location.to_bits()),
+            Entry::Disk(location) => (if location.is_cluster() { 7 } else { 5 }, location.to_bits()),
             Entry::Shared(reference) => (6, reference.to_bits()),
         };
         debug_assert!(value <= VALUE_MASK);
@@ -114,6 +117,7 @@ impl Word {
             4 => Entry::Writeback(Location::from_units(value)),
             5 => Entry::Disk(DiskLocation::from_bits(value)),
             6 => Entry::Shared(Reference::from_bits(value)),
+            7 => Entry::Disk(DiskLocation::from_bits(value).of_cluster()),
             _ => Entry::Damaged,
         }
     }
@@ -315,6 +319,7 @@ mod tests {
             (0..=VALUE_MASK).prop_map(|units| Entry::Writeback(Location::from_units(units))),
             (0..=VALUE_MASK).prop_map(|bits| Entry::Disk(DiskLocation::from_bits(bits))),
             any::<(u32, u32)>().prop_map(|(slot, shared)| Entry::Shared(Reference::new(slot, shared))),
+            (0..=VALUE_MASK).prop_map(|bits| Entry::Disk(DiskLocation::from_bits(bits).of_cluster())),
         ]
     }
 
@@ -379,7 +384,7 @@ mod tests {
     #[test]
     fn fresh_memory_is_empty_and_a_state_that_does_not_exist_is_damage() {
         assert_eq!(Word(0).entry(), Entry::Empty);
-        for unknown in [7 << STATE_SHIFT, 3 << STATE_SHIFT | 5 << DICTIONARY_SHIFT] {
+        for unknown in [6 << STATE_SHIFT, 3 << STATE_SHIFT | 5 << DICTIONARY_SHIFT] {
             assert_eq!(Word(unknown | fold(unknown) << CHECK_SHIFT).entry(), Entry::Damaged);
         }
     }

@@ -6,6 +6,7 @@
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
+use zswapd_core::backing::cluster::{first_of, set_generations, CLUSTER};
 use zswapd_core::backing::{
     records_of, Backing, CleanBuffer, DiskLocation, MemoryDisk, Options, Purpose, ReadBuffer, Record, Writer,
     SEGMENT_BYTES,
@@ -15,6 +16,8 @@ use zswapd_core::state::State;
 
 /// The least that a disk may have.
 const SEGMENTS: usize = 3;
+/// Of the slot words that name what was written.
+const GENERATION: u16 = 1;
 /// Of an object.
 const LONGEST: usize = 4106;
 
@@ -51,14 +54,24 @@ fn damage(encryption: bool, lengths: &[u16], changes: &[(u32, u8)], bits: u64) {
     let (bytes, metrics) = ((SEGMENTS * SEGMENT_BYTES) as u64, SharedMetrics::new(None).expect("metrics"));
     let backing = Backing::new(Box::new(disk.clone()), bytes, Options { encryption }, state, metrics).expect("a disk");
     let mut writer = Writer::new().expect("a writer");
-    let object = |slot: u32, length: u16| vec![slot as u8; usize::from(length) % LONGEST + 1];
+    // Some are clusters, which are long enough for their generations.
+    let owner = |slot: u32, length: u16| if length >> 15 == 0 { (slot, GENERATION) } else { (first_of(slot), CLUSTER) };
+    let object = |slot: u32, length: u16| {
+        let mut object = vec![slot as u8; usize::from(length) % LONGEST + 1];
+        if owner(slot, length).1 == CLUSTER {
+            object.resize(object.len() + 8, 0);
+            set_generations(&mut object, [GENERATION; 4]);
+        }
+        object
+    };
 
     // Two segments, so that there is one to be cleaned.
     let mut written: Vec<(Record, Vec<u8>)> = Vec::new();
     for purpose in [Purpose::Evict; SEGMENTS - 1] {
         writer.begin(&backing, purpose).expect("room");
         for (slot, &length) in (0..).zip(lengths) {
-            writer.add(&backing, slot, 1, &object(slot, length));
+            let (first, generation) = owner(slot, length);
+            writer.add(&backing, first, generation, &object(slot, length));
         }
         writer.write(&backing).expect("written");
         let objects = lengths.iter().zip(0..).map(|(&length, slot)| object(slot, length));
@@ -73,7 +86,7 @@ fn damage(encryption: bool, lengths: &[u16], changes: &[(u32, u8)], bits: u64) {
 
     let mut buffer = ReadBuffer::new().expect("a buffer");
     for (record, object) in &written {
-        let read = backing.read(record.location, record.slot, record.generation, &mut buffer);
+        let read = backing.read(record.location, record.slot, GENERATION, &mut buffer);
         assert!(read.as_ref().map_or(!changes.is_empty(), |read| read == object), "{record:?}: {read:?}");
     }
     let location = DiskLocation::from_bits(bits);
@@ -91,5 +104,6 @@ fn damage(encryption: bool, lengths: &[u16], changes: &[(u32, u8)], bits: u64) {
         backing.release(victim);
     }
     backing.free(location);
-    written.iter().for_each(|(record, _)| backing.free(record.location));
+    let names = |record: &Record| if record.location.is_cluster() { 4 } else { 1 };
+    written.iter().for_each(|(record, _)| (0..names(record)).for_each(|_| backing.free(record.location)));
 }

@@ -96,7 +96,7 @@ pub fn spawn(start: &Arc<Start>, orders: Orders, args: &args::Backing) -> io::Re
         spawn_thread(&format!("shrinker-{n}"), start, work)?;
     }
     let mut tools = SweeperTools {
-        shrinker: Shrinker::new().map_err(io::Error::other)?,
+        shrinker: Shrinker::with_clusters().map_err(io::Error::other)?,
         buffer: ReadBuffer::new().map_err(io::Error::other)?,
     };
     spawn_thread("sweeper", start, move |shared| sweep_all(&shared, &mut tools, &orders))?;

@@ -256,6 +256,7 @@ fn writeback<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyD
             ("backing_bytes", metrics.backing_bytes.get()),
             ("backing_free_bytes", metrics.backing_free_bytes.get()),
             ("live_bytes", metrics.disk_live_bytes.get()),
+            ("pages_in_clusters", metrics.pages_in_clusters.get()),
             ("idle_pages", metrics.idle_pages.get()),
             ("writebacks_in_flight", metrics.writebacks_in_flight.get()),
             ("cleanings_in_flight", metrics.cleanings_in_flight.get()),
@@ -276,6 +277,7 @@ fn writeback<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyD
         _ => "failed",
     };
     dict.set_item("state", state)?;
+    dict.set_item("cluster_seconds", Duration::from_nanos(metrics.cluster_ns.get()).as_secs_f64())?;
     let budget = Some(metrics.writeback_budget_bytes.get()).filter(|&bytes| bytes != u64::MAX && state != "none");
     dict.set_item("budget_bytes", budget)?;
     dict.set_item("read_latency", histogram(py, &metrics.disk_read_latency.snapshot())?)?;

@@ -30,6 +30,11 @@ unsafe impl GlobalAlloc for Counted {
 #[global_allocator]
 static COUNTED: Counted = Counted;
 
+/// How often this thread has allocated or freed.
+pub(crate) fn count() -> usize {
+    COUNT.get()
+}
+
 #[test]
 fn nothing_allocates_on_the_way_of_a_page() {
     for encryption in [true, false] {

@@ -8,7 +8,7 @@
 //! place, seals it anew, with a new nonce. The key lives in the state's header, so that who goes on with a state after a
 //! crash goes on with its key. It is wiped at the store's end.
 
-use super::record::{record_bytes, DiskLocation, Header, MAX_OBJECT, RECORD_HEADER, TAG};
+use super::record::{max_object, record_bytes, DiskLocation, Header, RECORD_HEADER, TAG};
 use crate::crash::crash_point;
 use crate::error::{Error, Result};
 use crate::state::State;
@@ -40,7 +40,7 @@ impl Cipher {
 
     /// Makes a record of an object: `record` is as long as it has to be, and lies at `at`.
     pub fn seal(&self, record: &mut [u8], slot: u32, generation: u16, at: DiskLocation, object: &[u8]) {
-        debug_assert!(object.len() <= MAX_OBJECT && record.len() == record_bytes(object.len()));
+        debug_assert!(object.len() <= max_object(generation) && record.len() == record_bytes(object.len()));
         let nonce = match self.encryption {
             Some(_) => self.next_nonce(),
             None => 0,
@@ -59,7 +59,7 @@ impl Cipher {
                 Some(gcm) => {
                     let tag = gcm.encrypt_inout_detached(&nonce_of(header), &associated, sealed.into());
                     // Its one error is an object of 64 GiB.
-                    <[u8; TAG]>::from(tag.expect("an object of at most a page"))
+                    <[u8; TAG]>::from(tag.expect("an object of at most some pages"))
                 }
                 // Nobody should; and nothing goes out readable.
                 None => {

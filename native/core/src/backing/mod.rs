@@ -15,10 +15,11 @@
 //! read. Nothing here allocates on the way of a page, and no lock is held over a transfer.
 
 #[cfg(all(test, not(feature = "model")))]
-mod alloc_tests;
+pub(crate) mod alloc_tests;
 mod cipher;
 #[cfg(all(test, not(feature = "model")))]
 mod cleaning_tests;
+pub mod cluster;
 mod disk;
 #[cfg(any(test, debug_assertions, feature = "testing"))]
 mod faults;
@@ -35,7 +36,7 @@ pub use disk::{Disk, FileDisk};
 #[cfg(any(test, debug_assertions, feature = "testing"))]
 pub use faults::Faults;
 pub use reader::{CleanBuffer, ReadBuffer};
-pub use record::{records_of, Damaged, DiskLocation, Record, Records};
+pub use record::{record_bytes, records_of, Damaged, DiskLocation, Record, Records, MAX_CLUSTER};
 pub use writer::{Purpose, Writer, MAX_RECORDS};
 
 use crate::crash::crash_point;
@@ -43,8 +44,9 @@ use crate::error::{Error, Result};
 use crate::locks::{Rank, Ranked};
 use crate::metrics::SharedMetrics;
 use crate::state::State;
-use crate::sync::{AtomicU64, MODEL};
+use crate::sync::{AtomicU64, Ordering::Acquire, MODEL};
 use cipher::Cipher;
+use cluster::CLUSTER;
 use record::{MAX_DISK_BYTES, RECORD_HEADER};
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
@@ -123,13 +125,19 @@ impl Backing {
         crash_point("record freed");
     }
 
+    /// How many segments were written: as long as no more are, what was read of one that a slot names is still right.
+    pub fn segments_written(&self) -> u64 {
+        self.writes.load(Acquire)
+    }
+
     /// Reads a record's object, as it was given to [`Writer::add`]: the blocks that it lies in, and for a request that
     /// wants more pages those behind it. Twice, if it is not what was written: the fault may be the first reading's.
     ///
     /// Waits for the disk, unless the buffer has them already. The caller holds the slot's lock, so that the record is
     /// not freed meanwhile.
     /// Errors: [`Error::DiskRead`]: it may be readable another time. [`Error::Corrupt`]: what lies there is not what was
-    /// written there for this slot and generation, or `at` is nowhere.
+    /// written there for this slot and generation, or `at` is nowhere. Of a cluster nothing else counts than that it was
+    /// written for this slot and generation, too.
     pub fn read<'b>(
         &self,
         at: DiskLocation,
@@ -141,13 +149,18 @@ impl Backing {
         if bytes.end > self.metrics.backing_bytes.get() {
             return Err(Error::Corrupt { slot });
         }
+        let (owner, said) = if at.is_cluster() { (cluster::first_of(slot), CLUSTER) } else { (slot, generation) };
+        let is_its = |object: &&[u8]| {
+            let of_cluster = || cluster::split(object).map(|(generations, _)| generations[cluster::member_of(slot)]);
+            !at.is_cluster() || of_cluster() == Some(generation)
+        };
         let mut open = |again: bool| {
             if again {
                 buffer.forget();
             }
             let place = buffer.record(self, bytes.clone()).map_err(|source| Error::DiskRead { slot, source })?;
-            let object = self.cipher.open(&mut buffer.bytes[place.clone()], slot, generation, at).map(<[u8]>::len);
-            Ok(object.map(|length| place.start + RECORD_HEADER..place.start + RECORD_HEADER + length))
+            let object = self.cipher.open(&mut buffer.bytes[place.clone()], owner, said, at).filter(is_its);
+            Ok(object.map(<[u8]>::len).map(|length| place.start + RECORD_HEADER..place.start + RECORD_HEADER + length))
         };
         let object = match open(false)? {
             None => open(true)?.ok_or(Error::Corrupt { slot })?,

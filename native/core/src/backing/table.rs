@@ -12,7 +12,9 @@
 //! **What cleaning may cost.** To move what is live in a segment that is `u` full costs `u` and gains `1 - u`. Cleaning
 //! begins when few segments are free, with those that are at most 60 % live ([`SPARSE`]). When there is none left to
 //! evict to, it goes up to 80 % ([`DENSE`]): never more than four bytes are written again for a byte of room. And it
-//! only begins if what may be cleaned fills, moved together, at least one segment less than before.
+//! only begins if what may be cleaned fills, moved together, at least one segment less than before. What decides is not
+//! what lives in a segment but what that weighs: whole clusters are moved as they are, but the pages of others one by one,
+//! and then take more room.
 
 use super::record::{DiskLocation, MAX_RECORD, UNIT};
 use super::{Purpose, SEGMENT_BYTES};
@@ -38,6 +40,9 @@ const FILLED: u64 = (SEGMENT_BYTES - MAX_RECORD + UNIT) as u64;
 /// count once: it is one trouble that has hit them.
 const ERRORS: u32 = 3;
 
+/// Of a segment. More only if damaged words name its records several times.
+const MOST_WEIGHT: u32 = SEGMENT_BYTES as u32 / 2 * 3;
+
 const NONE: u32 = u32::MAX;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,6 +60,8 @@ pub struct Segment {
     state: State,
     /// Bytes of records that slots name, or are about to. Invariant: whoever holds a record holds its bytes here.
     live: u32,
+    /// What they weigh ([`DiskLocation::weight`]): about what they will take when the segment has been cleaned.
+    weight: u32,
     /// Bytes of all records that it was written with.
     written: u32,
     /// Neighbours in the list of its state and group.
@@ -68,7 +75,7 @@ impl Segment {
         match self.state {
             State::Free => Some(FREE),
             State::Retired => Some(RETIRED),
-            State::Sealed => Some((self.live as usize * GROUPS).div_ceil(SEGMENT_BYTES)),
+            State::Sealed => Some((self.weight as usize * GROUPS).div_ceil(SEGMENT_BYTES).clamp(1, GROUPS)),
             State::Filling | State::Cleaning => None,
         }
     }
@@ -85,7 +92,7 @@ struct List {
     last: u32,
     count: u32,
     /// Of all its segments together.
-    live: u64,
+    weight: u64,
 }
 
 /// Guarded by the lock `Backing`. Nothing here allocates but `new`, and nothing takes longer for a larger disk but
@@ -105,7 +112,7 @@ pub struct Table {
 
 impl Table {
     pub fn new(segments: u32) -> Table {
-        let empty = List { first: NONE, last: NONE, count: 0, live: 0 };
+        let empty = List { first: NONE, last: NONE, count: 0, weight: 0 };
         let mut table = Table {
             segments: vec![Segment::default(); segments as usize].into(),
             lists: [empty; LISTS],
@@ -174,10 +181,10 @@ impl Table {
     }
 
     /// All records of the segment are live.
-    pub fn written(&mut self, index: u32, records: u32) {
+    pub fn written(&mut self, index: u32, records: u32, weight: u32) {
         self.errors_in_a_row = 0;
         let segment = &mut self[index];
-        (segment.live, segment.written) = (records, records);
+        (segment.live, segment.written, segment.weight) = (records, records, weight);
         self.live += u64::from(records);
     }
 
@@ -212,7 +219,8 @@ impl Table {
         segment.state = State::Sealed;
         segment.written = segment.written.max((end - begin) as u32);
         // Damaged words may name a record twice.
-        segment.live = (before + (end - start) as u32).min(segment.written);
+        segment.live = (before + at.share()).min(segment.written);
+        segment.weight = segment.weight.saturating_add(at.weight()).min(MOST_WEIGHT);
         self.live += u64::from(self[index].live - before);
         self.enlist(index);
         true
@@ -224,15 +232,15 @@ impl Table {
     /// be written again, while a record in it lives. That one does not open any more, and costs its page, as the
     /// damaged word has cost its own; but it never reads as something else.
     pub fn free(&mut self, at: DiskLocation) {
-        let bytes = at.bytes();
-        let index = bytes.start / SEGMENT_BYTES as u64;
+        let index = at.bytes().start / SEGMENT_BYTES as u64;
         let Some(segment) = self.segments.get(index as usize) else { return };
-        let (live, freed) = (segment.live, ((bytes.end - bytes.start) as u32).min(segment.live));
+        let (live, freed) = (segment.live, at.share().min(segment.live));
         if freed > 0 {
             self.live -= u64::from(freed);
             self.unlist(index as u32);
             let segment = &mut self[index as u32];
             segment.live = live - freed;
+            segment.weight = if segment.live > 0 { segment.weight.saturating_sub(at.weight()) } else { 0 };
             if segment.live == 0 && matches!(segment.state, State::Sealed | State::Retired) {
                 segment.state = State::Free;
             }
@@ -277,9 +285,9 @@ impl Table {
     /// with a segment to fill, and would make at least one less of the segments of these groups.
     fn may_clean(&self, fullest: usize) -> bool {
         let groups = &self.lists[1..=fullest];
-        let (count, live) =
-            groups.iter().fold((0, 0), |(count, live), list| (count + u64::from(list.count), live + list.live));
-        self.cleaning > 0 || self.free_segments() > 0 && live + FILLED <= count * FILLED
+        let (count, weight) =
+            groups.iter().fold((0, 0), |(count, weight), list| (count + u64::from(list.count), weight + list.weight));
+        self.cleaning > 0 || self.free_segments() > 0 && weight + FILLED <= count * FILLED
     }
 
     /// Ends a cleaning; `done` if all of the segment was looked at. Returns whether it is free.
@@ -335,8 +343,8 @@ impl Table {
         for (n, list) in self.lists.iter().enumerate() {
             let members: Vec<_> =
                 (0u32..).zip(&self.segments).filter(|(_, segment)| segment.list() == Some(n)).collect();
-            let live: u64 = members.iter().map(|(_, segment)| u64::from(segment.live)).sum();
-            assert_eq!((list.count as usize, list.live), (members.len(), live), "list {n}");
+            let weight: u64 = members.iter().map(|(_, segment)| u64::from(segment.weight)).sum();
+            assert_eq!((list.count as usize, list.weight), (members.len(), weight), "list {n}");
             let listed = |at| Some(at).filter(|&at| at != NONE);
             let mut listed: Vec<u32> = std::iter::successors(listed(list.first), |&at| listed(self[at].next)).collect();
             listed.sort_unstable();
@@ -344,25 +352,26 @@ impl Table {
         }
         assert_eq!(self.live, self.segments.iter().map(|segment| u64::from(segment.live)).sum::<u64>());
         assert!(self.segments.iter().all(|segment| segment.live <= segment.written || segment.state == State::Free));
+        assert!(self.segments.iter().all(|segment| (segment.live == 0) == (segment.weight == 0)));
         assert_eq!(self.cleaning as usize, self.segments.iter().filter(|s| s.state == State::Cleaning).count());
     }
 
     /// Puts a segment at the end of its list.
     fn enlist(&mut self, index: u32) {
         let Some(n) = self[index].list() else { return };
-        let (last, live) = (self.lists[n].last, self[index].live);
+        let (last, weight) = (self.lists[n].last, self[index].weight);
         (self[index].previous, self[index].next) = (last, NONE);
         match last {
             NONE => self.lists[n].first = index,
             last => self[last].next = index,
         }
         let list = &mut self.lists[n];
-        (list.last, list.count, list.live) = (index, list.count + 1, list.live + u64::from(live));
+        (list.last, list.count, list.weight) = (index, list.count + 1, list.weight + u64::from(weight));
     }
 
     fn unlist(&mut self, index: u32) {
         let Some(n) = self[index].list() else { return };
-        let Segment { previous, next, live, .. } = self[index];
+        let Segment { previous, next, weight, .. } = self[index];
         match previous {
             NONE => self.lists[n].first = next,
             previous => self[previous].next = next,
@@ -372,7 +381,7 @@ impl Table {
             next => self[next].previous = previous,
         }
         let list = &mut self.lists[n];
-        (list.count, list.live) = (list.count - 1, list.live - u64::from(live));
+        (list.count, list.weight) = (list.count - 1, list.weight - u64::from(weight));
     }
 }
 

@@ -479,3 +479,53 @@ fn a_file_is_written_and_read_directly() {
     let at = DiskLocation::new(2 * SEGMENT_BYTES as u64..2 * SEGMENT_BYTES as u64 + 4096);
     assert!(fixture.refuses(Record { slot: 1, generation: 1, location: at }), "a hole");
 }
+
+/// A quarter each, and for each its own generation.
+#[test]
+fn a_cluster_opens_for_its_members_and_is_freed_by_quarters() {
+    for encryption in BOTH {
+        let mut fixture = Fixture::new(3, encryption, "");
+        let (mut object, generations) = (vec![5; 3001], [3, 500, 7, 7]);
+        cluster::set_generations(&mut object, generations);
+        fixture.writer.begin(&fixture.backing, Purpose::Evict).expect("room");
+        let at = fixture.writer.add(&fixture.backing, 8, CLUSTER, &object).expect("fits");
+        fixture.writer.write(&fixture.backing).expect("written");
+        assert_eq!(fixture.writer.records(), [Record { slot: 8, generation: CLUSTER, location: at }]);
+        fixture.writer.finish(&fixture.backing);
+        let mut read = |at, slot, generation| {
+            fixture.buffer.forget();
+            fixture.backing.read(at, slot, generation, &mut fixture.buffer).map(<[u8]>::to_vec)
+        };
+        for (slot, generation) in (8..12).zip(generations) {
+            assert_eq!(read(at, slot, generation).expect("readable"), object);
+        }
+        for (slot, generation) in [(8, 4), (9, 3), (10, 3), (12, 3), (7, 7)] {
+            assert!(matches!(read(at, slot, generation), Err(Error::Corrupt { .. })), "slot {slot}, {generation}");
+        }
+        // A word that says that it is one page's.
+        let alone = DiskLocation::from_bits(at.to_bits());
+        assert!(matches!(read(alone, 8, 3), Err(Error::Corrupt { .. })));
+        let record = record_bytes(object.len()) as u64;
+        for freed in 0..4 {
+            assert_eq!(fixture.live(), record - record / 4 * freed);
+            assert!(fixture.metrics.backing_free_bytes.get() < fixture.metrics.backing_bytes.get());
+            fixture.backing.free(at);
+        }
+        assert_eq!(fixture.live(), 0);
+        assert_eq!(fixture.metrics.backing_free_bytes.get(), fixture.metrics.backing_bytes.get());
+    }
+}
+
+/// As long as a slot word can say, and no longer.
+#[test]
+fn the_longest_cluster_is_read_back() {
+    let mut fixture = Fixture::new(3, true, "");
+    fixture.writer.begin(&fixture.backing, Purpose::Evict).expect("room");
+    let object = vec![0; MAX_CLUSTER];
+    // So that it lies over as many blocks as it can.
+    fixture.writer.add(&fixture.backing, 0, 1, &[1; BLOCK - 48]).expect("fits");
+    let at = fixture.writer.add(&fixture.backing, 0, CLUSTER, &object).expect("fits");
+    fixture.writer.write(&fixture.backing).expect("written");
+    assert_eq!(fixture.backing.read(at, 3, 0, &mut fixture.buffer).expect("readable"), object);
+    fixture.writer.finish(&fixture.backing);
+}

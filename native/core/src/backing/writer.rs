@@ -1,11 +1,13 @@
 //! A segment that is being filled, in memory, and then written at once.
 
-use super::record::{record_bytes, DiskLocation, Record, MAX_OBJECT};
+use super::cluster::CLUSTER;
+use super::record::{max_object, record_bytes, DiskLocation, Record};
 use super::table::Table;
 use super::{Backing, BLOCK, SEGMENT_BYTES};
 use crate::crash::crash_point;
 use crate::error::{Error, Result};
 use crate::memory::ZeroedTable;
+use crate::page::CLUSTER_PAGES;
 use crate::sync::Ordering::Release;
 use std::time::Instant;
 
@@ -27,6 +29,8 @@ pub const MAX_RECORDS: usize = SEGMENT_BYTES / 64;
 pub struct Writer {
     buffer: ZeroedTable<u8>,
     used: usize,
+    /// What the records weigh: see [`DiskLocation::weight`].
+    weight: u32,
     records: Vec<Record>,
     /// The segment that is being filled, and for what; none before `begin`, and after a failed `write`.
     pub(super) segment: Option<(u32, Purpose)>,
@@ -42,7 +46,7 @@ impl Writer {
         let nothing = Record { slot: u32::MAX, generation: 0, location: DiskLocation::from_bits(0) };
         let mut records = vec![nothing; MAX_RECORDS];
         records.clear();
-        Ok(Writer { buffer, used: 0, records, segment: None, written: false })
+        Ok(Writer { buffer, used: 0, weight: 0, records, segment: None, written: false })
     }
 
     /// Takes a free segment. Neither waits nor touches the disk.
@@ -55,21 +59,30 @@ impl Writer {
     }
 
     /// Appends a record of an object (header and payload, without padding), sealed for this slot, generation and the
-    /// place that it returns. None: it does not fit. Takes no lock, and does not touch the disk.
+    /// place that it returns. None: it does not fit. Takes no lock, and does not touch the disk. A cluster's object has the
+    /// generation [`CLUSTER`], and is sealed for its first slot.
     pub fn add(&mut self, backing: &Backing, slot: u32, generation: u16, object: &[u8]) -> Option<DiskLocation> {
         let (segment, _) = self.segment?;
         let place = self.used..self.used + record_bytes(object.len());
         let fits = place.end <= SEGMENT_BYTES && self.records.len() < MAX_RECORDS;
-        debug_assert!(object.len() <= MAX_OBJECT && !self.written);
-        if !fits || object.len() > MAX_OBJECT || self.written {
+        debug_assert!(object.len() <= max_object(generation) && !self.written);
+        if !fits || object.len() > max_object(generation) || self.written {
             return None;
         }
         let start = Backing::offset_of(segment);
         let location = DiskLocation::new(start + place.start as u64..start + place.end as u64);
+        let location = if generation == CLUSTER { location.of_cluster() } else { location };
+        let shares = if location.is_cluster() { CLUSTER_PAGES as u32 } else { 1 };
+        self.weight += shares * location.weight();
         self.used = place.end;
         backing.cipher.seal(&mut self.buffer[place], slot, generation, location, object);
         self.records.push(Record { slot, generation, location });
         Some(location)
+    }
+
+    /// Bytes of records for which there is room.
+    pub fn room(&self) -> usize {
+        SEGMENT_BYTES - self.used
     }
 
     /// Writes what was added, in whole blocks, and waits for the disk. From its success on all records are live.
@@ -107,7 +120,7 @@ impl Writer {
             backing.metrics.writeback_latency.record_since(start);
         }
         backing.writes.fetch_add(1, Release);
-        backing.change(|table| table.written(segment, self.used as u32));
+        backing.change(|table| table.written(segment, self.used as u32, self.weight));
         Ok(())
     }
 
@@ -149,6 +162,6 @@ impl Writer {
             });
         }
         self.records.clear();
-        (self.used, self.written) = (0, false);
+        (self.used, self.weight, self.written) = (0, 0, false);
     }
 }

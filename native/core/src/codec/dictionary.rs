@@ -71,6 +71,8 @@ pub struct Encoder {
 
 // SAFETY: plain memory, which nothing changes any more.
 unsafe impl Send for Encoder {}
+// SAFETY: as above.
+unsafe impl Sync for Encoder {}
 
 impl Encoder {
     /// Takes some 100 KiB to 1 MiB, by level and length. None if it is no dictionary: see [`Decoder::digest`].

@@ -7,14 +7,23 @@
 //! released, so that the word cannot come back meanwhile; and who reads there has the slot locked. What cannot be read
 //! or verified stays where it is, for a reader to find out.
 //!
+//! A cluster of whose pages all still live is moved as it is, with new generations. Of others those that live are taken out,
+//! and become records of their own: dead ones are not moved round and round.
+//!
 //! What fits is moved, from as many old segments as it takes to fill the new one: so that none is written half empty,
 //! and none for nothing.
 
+use super::cluster::cluster;
 use super::disk::Writeback;
-use super::writeback::Shrinker;
+use super::writeback::{Full, Shrinker};
 use super::Store;
-use crate::backing::{CleanBuffer, Purpose, Victim, Writer, MAX_RECORDS};
+use crate::backing::cluster::{set_generations, split, CLUSTER};
+use crate::backing::{CleanBuffer, DiskLocation, Purpose, Record, Victim, Writer, MAX_CLUSTER, MAX_RECORDS};
+use crate::codec::{Algorithm, Codecs, Compression};
+use crate::dictionaries::Place;
 use crate::error::{Error, Result};
+use crate::object::{self, HEADER_SIZE};
+use crate::page::{Cluster, CLUSTER_PAGES};
 use crate::slots::{Entry, Word};
 
 /// Old segments that go into a new one at most: it is written then even if it is not full.
@@ -22,22 +31,55 @@ const MAX_VICTIMS: usize = 16;
 /// Old segments that must go into a new one that does not get full: fewer would gain nothing.
 const WORTH_VICTIMS: usize = 2;
 
+/// What pages that leave their cluster are compressed with: it takes little time, and they may still be cold.
+const ALONE: Compression = Compression { algorithm: Algorithm::Zstd, zstd_level: 3 };
+
 /// What a thread needs to clean, made once: it allocates nothing afterwards.
 pub struct Cleaner {
     writer: Writer,
     old: CleanBuffer,
-    /// The words that name the old records: as many as the writer has new ones, and in their order.
-    words: Vec<Word>,
+    moved: Vec<Moved>,
+    clusters: Clusters,
     /// Old segments that were gone through: they are free when the new one is published.
     done: Vec<Victim>,
 }
 
+/// A page whose record has a copy.
+#[derive(Clone, Copy)]
+struct Moved {
+    slot: u32,
+    /// That names the old record.
+    word: Word,
+    /// What the word is to name, and which dictionary that takes.
+    record: DiskLocation,
+    dictionary: Option<Place>,
+}
+
+/// What it takes to seal a cluster anew, or to take it apart.
+struct Clusters {
+    codecs: Codecs,
+    pages: Box<Cluster>,
+    object: Box<[u8]>,
+}
+
 impl Cleaner {
-    /// Allocates about half a MiB, touched. Errors: [`Error::System`].
+    /// Allocates about 700 KiB, touched. Errors: [`Error::System`]; as [`Codecs::new`].
     pub fn new() -> Result<Cleaner> {
-        let mut words = vec![Word::default(); MAX_RECORDS];
-        words.clear();
-        Ok(Cleaner { writer: Writer::new()?, old: CleanBuffer::new()?, words, done: Vec::with_capacity(MAX_VICTIMS) })
+        let nothing =
+            Moved { slot: u32::MAX, word: Word::default(), record: DiskLocation::from_bits(0), dictionary: None };
+        let mut moved = vec![nothing; MAX_RECORDS];
+        moved.clear();
+        Ok(Cleaner {
+            writer: Writer::new()?,
+            old: CleanBuffer::new()?,
+            moved,
+            clusters: Clusters {
+                codecs: Codecs::up_to(ALONE.zstd_level)?,
+                pages: cluster(),
+                object: vec![1; MAX_CLUSTER].into(),
+            },
+            done: Vec::with_capacity(MAX_VICTIMS),
+        })
     }
 }
 
@@ -112,13 +154,16 @@ impl Store {
             }
             next = if cleaner.done.len() < MAX_VICTIMS { backing.victim() } else { None };
         }
+        // Pages of clusters, taken apart, may take more room than they had, whatever was expected.
+        let too_much = cleaner.done.is_empty() && unfinished.is_some();
         let worth_it = cleaner.done.len() >= WORTH_VICTIMS || unfinished.is_some();
         let result = match () {
-            () if cleaner.words.is_empty() => Ok(true),
+            () if too_much => Ok(false),
+            () if cleaner.moved.is_empty() => Ok(true),
             () if worth_it => self.publish_copies(writeback, cleaner).map(|()| true),
             () => Ok(false),
         };
-        cleaner.words.clear();
+        cleaner.moved.clear();
         cleaner.writer.finish(backing);
         for victim in cleaner.done.drain(..) {
             match result {
@@ -126,45 +171,120 @@ impl Store {
                 _ => backing.put_back(victim),
             }
         }
-        // Less lives in it now.
-        unfinished.into_iter().for_each(|victim| backing.put_back(victim));
+        match unfinished {
+            // It is left alone for a while: else it would be found, and be too much, again and again.
+            Some(victim) if too_much => backing.release(victim),
+            // Less lives in it now.
+            Some(victim) => backing.put_back(victim),
+            None => {}
+        }
         result
     }
 
     /// Adds what lives in an old segment to the new one.
     fn gather(&self, writeback: &Writeback, cleaner: &mut Cleaner, victim: &Victim) -> std::result::Result<(), Full> {
-        let Cleaner { writer, old, words, .. } = cleaner;
-        if old.read(&writeback.backing, victim).is_err() {
+        if cleaner.old.read(&writeback.backing, victim).is_err() {
             return Ok(());
         }
-        while let Some(record) = old.next_record() {
+        while let Some(record) = cleaner.old.next_record() {
+            if record.location.is_cluster() {
+                self.gather_cluster(writeback, cleaner, &record)?;
+                continue;
+            }
             // A hint: the slot is not locked.
             let names =
                 |word: &Word| (word.entry(), word.generation()) == (Entry::Disk(record.location), record.generation);
             let Some(word) = self.slots.peek(record.slot).filter(names) else { continue };
+            let Cleaner { writer, old, moved, .. } = &mut *cleaner;
             let Some(object) = old.object(&writeback.backing) else { continue };
-            writer.add(&writeback.backing, record.slot, word.generation_after(1), object).ok_or(Full)?;
-            words.push(word);
+            let (slot, dictionary) = (record.slot, word.dictionary());
+            let record = writer.add(&writeback.backing, slot, word.generation_after(1), object).ok_or(Full)?;
+            moved.push(Moved { slot, word, record, dictionary });
         }
         Ok(())
     }
 
+    /// As [`Store::gather`], of a cluster that was just found.
+    fn gather_cluster(
+        &self,
+        writeback: &Writeback,
+        cleaner: &mut Cleaner,
+        found: &Record,
+    ) -> std::result::Result<(), Full> {
+        let Cleaner { writer, old, moved, clusters, .. } = cleaner;
+        if moved.capacity() - moved.len() < CLUSTER_PAGES {
+            return Err(Full);
+        }
+        let slots: [u32; CLUSTER_PAGES] = std::array::from_fn(|n| found.slot.wrapping_add(n as u32));
+        // Hints: the slots are not locked.
+        let names = |word: &Word| word.entry() == Entry::Disk(found.location);
+        let words = slots.map(|slot| self.slots.peek(slot).filter(names));
+        if words == [None; CLUSTER_PAGES] {
+            return Ok(());
+        }
+        let Some((generations, payload)) = old.object(&writeback.backing).and_then(split) else { return Ok(()) };
+        let live: [Option<Word>; CLUSTER_PAGES] =
+            std::array::from_fn(|n| words[n].filter(|word| word.generation() == generations[n]));
+        if let [Some(a), Some(b), Some(c), Some(d)] = live {
+            let words = [a, b, c, d];
+            let object = &mut clusters.object[..size_of_val(&generations) + payload.len()];
+            let (head, rest) = object.split_at_mut(size_of_val(&generations));
+            set_generations(head, words.map(|word| word.generation_after(1)));
+            rest.copy_from_slice(payload);
+            let record = writer.add(&writeback.backing, found.slot, CLUSTER, object).ok_or(Full)?;
+            let copies = slots.into_iter().zip(words);
+            moved.extend(copies.map(|(slot, word)| Moved { slot, word, record, dictionary: word.dictionary() }));
+            return Ok(());
+        }
+        if !self.decode(clusters, slots, live, payload) {
+            return Ok(());
+        }
+        let Clusters { codecs, pages, object } = clusters;
+        for ((slot, page), word) in slots.into_iter().zip(pages.iter()).zip(live) {
+            let Some(word) = word else { continue };
+            let (codec, payload) = codecs.compress(page, ALONE);
+            let object = &mut object[..HEADER_SIZE + payload.len()];
+            object::write(object, slot, codec, payload);
+            let record = writer.add(&writeback.backing, slot, word.generation_after(1), object).ok_or(Full)?;
+            moved.push(Moved { slot, word, record, dictionary: None });
+        }
+        Ok(())
+    }
+
+    /// Decodes a cluster, for which a slot is locked that still names it: its dictionary is not given up meanwhile. Returns
+    /// whether that went well.
+    fn decode(
+        &self,
+        clusters: &mut Clusters,
+        slots: [u32; CLUSTER_PAGES],
+        live: [Option<Word>; CLUSTER_PAGES],
+        payload: &[u8],
+    ) -> bool {
+        slots.into_iter().zip(live).any(|(index, word)| {
+            let slot = self.slots.lock(index);
+            if word != Some(slot.word()) {
+                return false;
+            }
+            let place = slot.word().dictionary();
+            // SAFETY: used while the slot is locked, whose word names it.
+            let dictionary = unsafe { self.dictionaries.decoder(place) };
+            clusters.codecs.decompress_cluster(payload, &mut clusters.pages, place.is_some(), dictionary)
+        })
+    }
+
     /// Writes the new segment, and makes slots name it that still name what was copied.
     fn publish_copies(&self, writeback: &Writeback, cleaner: &mut Cleaner) -> Result<()> {
-        let Cleaner { writer, words, .. } = cleaner;
+        let Cleaner { writer, moved, .. } = cleaner;
         writer.write(&writeback.backing)?;
-        for (record, &word) in writer.records().iter().zip(words.iter()) {
-            let mut slot = self.slots.lock(record.slot);
-            if slot.word() == word {
+        for copy in moved.iter() {
+            let mut slot = self.slots.lock(copy.slot);
+            if slot.word() == copy.word {
                 // This frees the old record.
-                self.publish(&mut slot, Entry::Disk(record.location), word.dictionary());
+                self.publish(&mut slot, Entry::Disk(copy.record), copy.dictionary);
             } else {
-                writeback.backing.free(record.location);
+                writeback.backing.free(copy.record);
             }
         }
         Ok(())
     }
 }
-
-/// The new segment has room for no more.
-struct Full;

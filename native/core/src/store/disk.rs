@@ -3,6 +3,7 @@
 use super::pressure::{Pressure, ACCEPT_THRESHOLD_PERCENT};
 use super::Store;
 use crate::backing::{self, Backing, Disk};
+use crate::codec::{Algorithm, Compression};
 use crate::error::{Error, Result};
 use crate::gate::Gate;
 use crate::lru::{Incompressible, Lru};
@@ -13,6 +14,9 @@ use crate::slots::Slot;
 use crate::sync::{AtomicBool, Ordering::Relaxed};
 use std::sync::atomic::Ordering::Relaxed as Plain;
 use std::time::{Duration, Instant};
+
+/// Pages that come back from a cluster: whoever reads them waits.
+const PROMOTED: Compression = Compression { algorithm: Algorithm::Lz4, zstd_level: 1 };
 
 /// A backing disk, and how it is to be used.
 pub struct DiskOptions {
@@ -120,6 +124,20 @@ impl Store {
         if !scratch.may_wait() && now.is_some() {
             return Err(Error::NotNow { slot: slot.index() });
         }
+        let promotes = || writeback.promoting.load(Relaxed) && self.is_below_accept_threshold();
+        if at.is_cluster() {
+            match self.load_member(writeback, slot, at, page, scratch) {
+                Err(Error::Corrupt { .. }) => return Err(self.found_corrupt(slot)),
+                loaded => loaded.inspect_err(|_| self.metrics.disk_read_errors.add(1))?,
+            }
+            if let Some(now) = now {
+                self.ages.touch(slot.index());
+                if promotes() {
+                    self.promote_member(slot, page, now, scratch);
+                }
+            }
+            return Ok(());
+        }
         let object = match writeback.backing.read(at, slot.index(), slot.word().generation(), &mut scratch.disk) {
             Err(Error::Corrupt { .. }) => return Err(self.found_corrupt(slot)),
             object => object.inspect_err(|_| self.metrics.disk_read_errors.add(1))?,
@@ -133,7 +151,7 @@ impl Store {
         if now.is_some() {
             self.ages.touch(slot.index());
         }
-        if let Some(now) = now.filter(|_| writeback.promoting.load(Relaxed) && self.is_below_accept_threshold()) {
+        if let Some(now) = now.filter(|_| promotes()) {
             let object = &object[..HEADER_SIZE + payload.len()];
             if let Ok(copy) = self.pool.insert(object.len(), |copy| copy[..object.len()].copy_from_slice(object)) {
                 let dictionary = slot.word().dictionary();
@@ -142,5 +160,15 @@ impl Store {
             }
         }
         Ok(())
+    }
+
+    /// Moves a page to the pool that was read from its cluster, if there is room: compressed by itself, as fast as can be.
+    fn promote_member(&self, slot: &mut Slot<'_>, page: &Page, now: Instant, scratch: &mut Scratch) {
+        let (codec, payload) = scratch.codecs.compress(page, PROMOTED);
+        let fill = |object: &mut [u8]| object::write(object, slot.index(), codec, payload);
+        if let Ok(copy) = self.pool.insert(HEADER_SIZE + payload.len(), fill) {
+            self.publish_object(slot, copy, codec, payload.len(), None, now);
+            self.metrics.pages_promoted.add(1);
+        }
     }
 }

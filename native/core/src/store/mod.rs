@@ -5,6 +5,7 @@
 //! always exactly what was last written, or an error.
 
 mod clean;
+mod cluster;
 mod disk;
 mod end;
 mod pressure;
@@ -16,6 +17,7 @@ mod verify;
 mod writeback;
 
 pub use clean::Cleaner;
+pub(crate) use cluster::LastCluster;
 pub use disk::DiskOptions;
 pub use end::{InFlight, Leaked};
 pub use recompress::{Order, Outcome, Recompressed, Recompressor, Tier, LEVELS};
@@ -413,12 +415,8 @@ impl Store {
         if old != Entry::Damaged {
             self.dictionaries.discount(word.dictionary());
         }
-        if let Some(gauge) = self.gauge_of(entry) {
-            gauge.add(1);
-        }
-        if let Some(gauge) = self.gauge_of(old) {
-            gauge.sub(1);
-        }
+        self.gauges_of(entry).for_each(|gauge| gauge.add(1));
+        self.gauges_of(old).for_each(|gauge| gauge.sub(1));
         if let (Some(writeback), None) = (&self.writeback, entry.object()) {
             if old.object().is_some() || old == Entry::Damaged {
                 writeback.lru.remove(slot.index());
@@ -444,15 +442,17 @@ impl Store {
     }
 
     /// Counts the slots that hold this.
-    fn gauge_of(&self, entry: Entry) -> Option<&Counter> {
-        match entry {
-            Entry::Lost => Some(&self.metrics.pages_lost),
-            Entry::SameFilled(_) => Some(&self.metrics.pages_same_filled),
-            Entry::Disk(_) => Some(&self.metrics.pages_on_disk),
-            Entry::Shared(_) => Some(&self.metrics.pages_shared),
+    fn gauges_of(&self, entry: Entry) -> impl Iterator<Item = &Counter> {
+        let metrics = &self.metrics;
+        let gauges = match entry {
+            Entry::Lost => [Some(&metrics.pages_lost), None],
+            Entry::SameFilled(_) => [Some(&metrics.pages_same_filled), None],
+            Entry::Disk(at) => [Some(&metrics.pages_on_disk), at.is_cluster().then_some(&metrics.pages_in_clusters)],
+            Entry::Shared(_) => [Some(&metrics.pages_shared), None],
             // Objects are counted by codec.
-            Entry::Pool(_) | Entry::Writeback(_) | Entry::Empty | Entry::Damaged => None,
-        }
+            Entry::Pool(_) | Entry::Writeback(_) | Entry::Empty | Entry::Damaged => [None, None],
+        };
+        gauges.into_iter().flatten()
     }
 
     fn release(&self, released: Released) {

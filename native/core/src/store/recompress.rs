@@ -26,6 +26,7 @@ use crate::pool::Location;
 use crate::slots::{Entry, Word};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Of zstd, that pages are recompressed with: above, effort and memory double, and the gain is a percent.
@@ -37,14 +38,15 @@ const LOOKS: u64 = 512;
 pub(super) struct Recompression {
     /// Who is at it is inside; but for the gate, one at a time.
     pub gate: Gate,
-    turn: Ranked<()>,
+    /// With what compresses with the newest dictionary, if somebody has made it.
+    pub turn: Ranked<Option<Arc<Newest>>>,
     /// What each tier was last, as a number that is never 0.
     tiers: [AtomicU64; crate::ages::MAX_TIER as usize],
 }
 
 impl Default for Recompression {
     fn default() -> Recompression {
-        let turn = Ranked::new(Rank::Recompression, ());
+        let turn = Ranked::new(Rank::Recompression, None);
         Recompression { gate: Gate::new(), turn, tiers: Default::default() }
     }
 }
@@ -98,6 +100,9 @@ pub struct Recompressed {
     pub outcome: Outcome,
 }
 
+/// A dictionary's place and serial number, and what compresses with it.
+pub(super) type Newest = (Place, u64, Encoder);
+
 /// What a thread needs to recompress pages: it allocates nothing, but in [`Store::prepare`].
 pub struct Recompressor {
     pub(super) codecs: Codecs,
@@ -105,8 +110,7 @@ pub struct Recompressor {
     /// One that may be like it.
     pub(super) other: Box<Page>,
     pub(super) duplicates: Duplicates,
-    /// Of a dictionary's place, serial number and level.
-    encoder: Option<(Place, u64, Encoder)>,
+    encoder: Option<Arc<Newest>>,
     /// The slot to go on with.
     next: u64,
     /// The slot for a shared page to go on with.
@@ -139,6 +143,8 @@ pub(super) struct Taken {
     pub object: Location,
     /// That it takes in the pool.
     pub bytes: usize,
+    /// Of its payload.
+    pub length: usize,
 }
 
 /// What has become of a page.
@@ -165,7 +171,7 @@ impl Store {
     ///
     /// Errors: [`Error::Invalid`]; [`Error::System`] (ENOENT): there is no dictionary.
     pub fn prepare(&self, recompressor: &mut Recompressor, tier: Tier) -> Result<()> {
-        let _turn = self.recompression.turn.lock();
+        let mut turn = self.recompression.turn.lock();
         // What the last pages gave up, perhaps.
         self.dictionaries.retire();
         // SAFETY: it is our turn.
@@ -178,17 +184,17 @@ impl Store {
             None => 0,
             Some((place, serial, bytes)) => {
                 let level = tier.with.zstd_level;
-                let as_before =
-                    |(_, before, encoder): &(Place, u64, Encoder)| (*before, encoder.level()) == (serial, level);
-                if !recompressor.encoder.as_ref().is_some_and(as_before) {
+                let as_before = |(_, before, encoder): &Newest| (*before, encoder.level()) == (serial, level);
+                if !recompressor.encoder.as_deref().is_some_and(as_before) {
                     // The old one first: they are large.
-                    recompressor.encoder = None;
+                    (recompressor.encoder, *turn) = (None, None);
                     self.metrics.encoder_bytes.set(0);
                     let encoder = Encoder::digest(bytes, serial as u8, level)
                         .ok_or_else(|| Error::Invalid("zstd does not take the dictionary".into()))?;
                     self.metrics.encoder_bytes.set(encoder.bytes() as u64);
-                    recompressor.encoder = Some((place, serial, encoder));
+                    recompressor.encoder = Some(Arc::new((place, serial, encoder)));
                 }
+                *turn = recompressor.encoder.clone();
                 serial
             }
         };
@@ -330,17 +336,17 @@ impl Store {
         let (Entry::Pool(object), Some(pinned)) = (entry, pinned) else { return None };
         // SAFETY: as in `load_slot`.
         let bytes = unsafe { pinned.bytes() };
-        let (length, whole) = (bytes.len(), object::verify(bytes, index).is_some());
-        if !whole {
+        let (taken, length) = (bytes.len(), object::verify(bytes, index).map(|(_, payload)| payload.len()));
+        let Some(length) = length else {
             drop(pinned);
             let _a_reader_is_told = self.found_corrupt(&mut slot);
             return None;
-        }
+        };
         let old = slot.word();
         // Nobody moves it: it is pinned, and then no longer POOL.
         let ours = slot.publish_over(old, Entry::Writeback(object));
         debug_assert!(ours, "slot {index} was changed while it was locked, and its object pinned");
-        Some(Taken { word: slot.word(), object, bytes: length })
+        Some(Taken { word: slot.word(), object, bytes: taken, length })
     }
 
     /// Step 3. Returns whether the page is whole.
@@ -363,7 +369,7 @@ impl Store {
         taken: &Taken,
     ) -> Option<(Codec, &'a [u8], Option<Place>)> {
         let Recompressor { codecs, page, encoder, .. } = recompressor;
-        let (codec, payload, place) = match (encoder, tier.dictionary) {
+        let (codec, payload, place) = match (encoder.as_deref(), tier.dictionary) {
             (Some((place, _, encoder)), true) => {
                 (Codec::ZstdDictionary, codecs.compress_with(page, encoder)?, Some(*place))
             }
@@ -447,7 +453,7 @@ impl Store {
 }
 
 /// Processor time of this thread.
-fn thread_time() -> Duration {
+pub(super) fn thread_time() -> Duration {
     // SAFETY: all-zero is a valid timespec.
     let mut time: libc::timespec = unsafe { std::mem::zeroed() };
     // SAFETY: writes to `time`.

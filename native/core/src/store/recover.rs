@@ -95,9 +95,7 @@ impl Store {
             slot.publish(Entry::Lost, None);
             self.metrics.errors_corrupt.add(1);
         }
-        if let Some(gauge) = self.gauge_of(entry) {
-            gauge.add(1);
-        }
+        self.gauges_of(entry).for_each(|gauge| gauge.add(1));
     }
 }
 

@@ -30,7 +30,10 @@ impl Store {
             let Entry::Disk(at) = slot.word().entry() else { continue };
             buffer.forget();
             let object = writeback.backing.read(at, index, slot.word().generation(), buffer)?;
-            object::verify(object, index).ok_or(Error::Corrupt { slot: index })?;
+            // Of a cluster `read` has seen all that can be seen.
+            if !at.is_cluster() {
+                object::verify(object, index).ok_or(Error::Corrupt { slot: index })?;
+            }
             read += 1;
         }
         Ok(read)

@@ -136,7 +136,7 @@ impl Store {
     }
 
     /// Gives a page back that was taken, as it was.
-    fn leave_taken(&self, index: u32, taken: &Taken) {
+    pub(super) fn leave_taken(&self, index: u32, taken: &Taken) {
         let mut slot = self.slots.lock(index);
         if slot.word() == taken.word {
             slot.publish(Entry::Pool(taken.object), taken.word.dictionary());

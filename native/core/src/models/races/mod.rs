@@ -1,6 +1,7 @@
 //! One file for each subject, one test for each race.
 
 mod cleaning;
+mod clusters;
 mod gate;
 mod moving;
 mod recompress;
@@ -26,6 +27,13 @@ impl Swap {
     /// Writes pages back, all in one segment if they fit.
     fn evict(&self, what: What) {
         let (mut shrinker, mut job) = (Shrinker::new().expect("a shrinker"), Job::new(what));
+        while let Ok(true) = self.write_back(&mut shrinker, &mut job) {}
+    }
+
+    /// As `evict`, of cold pages: four neighbours together.
+    fn evict_cold(&self) {
+        let shrinker = Shrinker::with_clusters().expect("a shrinker");
+        let (mut shrinker, mut job) = (shrinker, Job::new(What::Unused { seconds: 0 }));
         while let Ok(true) = self.write_back(&mut shrinker, &mut job) {}
     }
 

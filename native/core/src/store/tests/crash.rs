@@ -54,7 +54,8 @@ enum Step {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let (slot, count) = (0..SLOTS, 1..40u32);
-    let what = prop_oneof![Just(What::All), (0..1u64 << 17).prop_map(|bytes| What::Coldest { bytes })];
+    let cold = Just(What::Unused { seconds: 0 });
+    let what = prop_oneof![Just(What::All), cold, (0..1u64 << 17).prop_map(|bytes| What::Coldest { bytes })];
     let step = prop_oneof![
         6 => (slot.clone(), count.clone(), any::<bool>())
             .prop_map(|(slot, count, noise)| Step::Store { slot, count, noise }),
@@ -266,7 +267,10 @@ fn every_crash_point_is_survived() {
             Step::Install { seed: 1 },
             Step::Recompress { tier: 2, dictionary: true },
             Step::WriteBack(What::Coldest { bytes: 1 << 12 }),
+            Step::WriteBack(What::Unused { seconds: 0 }),
             Step::Install { seed: 2 },
+            store(0, 10, false),
+            Step::Load { slot: 20, count: 10 },
             Step::Recompress { tier: 3, dictionary: true },
             Step::Restart,
             Step::Discard { slot: 0, count: SLOTS },

@@ -106,18 +106,17 @@ proptest! {
 
     #[test]
     fn damage_costs_what_it_hits(
-        allocator in prop::sample::select(&Allocator::ALL), on_disk in any::<bool>(), damages in damages(),
+        allocator in prop::sample::select(&Allocator::ALL), on_disk in any::<bool>(), together in any::<bool>(), damages in damages(),
     ) {
         let machine = Machine::new(allocator);
         let mut scratch = Scratch::new().expect("scratch");
         let store = machine.start(1000);
-        let written = |slot| page(slot, 1, slot % 4 == 0);
+        let written = |slot| page(slot, 1, slot % 16 == 0);
         for slot in 0..SLOTS {
             store.store(slot, &written(slot), LZ4, &mut scratch).expect("room");
         }
         if on_disk {
-            let (mut shrinker, mut job) = (Shrinker::new().expect("memory"), Job::new(What::Coldest { bytes: 1 << 16 }));
-            while let Ok(true) = store.write_back(&mut shrinker, &mut job) {}
+            super::machine::evict(&store, if together { What::Unused { seconds: 0 } } else { What::Coldest { bytes: 1 << 16 } });
         }
         drop(store);
         damages.iter().for_each(|damage| apply(&machine.state, damage));

@@ -58,7 +58,7 @@ impl Fixture {
             store,
             interrupted,
             scratch: Scratch::new().expect("scratch"),
-            shrinker: Shrinker::new().expect("memory"),
+            shrinker: Shrinker::with_clusters().expect("memory"),
             cleaner: Cleaner::new().expect("memory"),
         };
         (0..8).for_each(|slot| put(&fixture.store, slot, 1));
@@ -116,6 +116,50 @@ fn whoever_changes_a_page_during_the_write_wins() {
     assert_eq!(fixture.store.metrics().pages_on_disk.get(), 4);
     assert_eq!(fixture.store.metrics().pages_written_back.get(), 4);
     fixture.reads(&[(0, 2), (1, 0), (4, 1), (5, 1), (6, 1), (7, 1)]);
+    end(&fixture.store);
+}
+
+/// Of a cluster, the others are where they were to be.
+#[test]
+fn whoever_changes_a_page_of_a_cluster_during_the_write_wins() {
+    let mut fixture = Fixture::new(8);
+    fixture.meanwhile(|store| {
+        put(store, 0, 2);
+        store.discard(1..2, &mut Detached::with_capacity(0));
+        (0..5000).for_each(|version| put(store, 2, 2 + version));
+        let mut bytes = [0; PAGE_SIZE];
+        store.load(3, &mut bytes, &mut Scratch::new().expect("scratch")).expect("readable");
+        assert!(bytes == page(3, 1, false));
+    });
+    let (result, job) = fixture.write_back(What::Unused { seconds: 0 });
+    assert!(!result.expect("written"));
+    let metrics = fixture.store.metrics();
+    assert_eq!((job.pages, metrics.pages_on_disk.get(), metrics.pages_in_clusters.get()), (5, 5, 5));
+    fixture.reads(&[(0, 2), (1, 0), (2, 5001), (3, 1), (4, 1), (5, 1), (6, 1), (7, 1)]);
+    // A new generation of the same slot, which an old cluster has no page of.
+    fixture.write_back(What::Unused { seconds: 0 }).0.expect("written");
+    fixture.reads(&[(0, 2), (1, 0), (2, 5001), (3, 1)]);
+    end(&fixture.store);
+}
+
+/// Nobody else needs the dictionary that a cluster takes which is being written.
+#[test]
+fn a_dictionary_stays_while_a_cluster_that_takes_it_is_written() {
+    let mut fixture = Fixture::new(8);
+    let dictionary: Vec<u8> = (0..8).flat_map(|slot| page(slot, 1, false)[..300].to_vec()).collect();
+    fixture.store.install_dictionary(&dictionary).expect("a dictionary");
+    let with = Compression { algorithm: Algorithm::Zstd, zstd_level: 9 };
+    let mut recompressor = Recompressor::new().expect("memory");
+    fixture.store.prepare(&mut recompressor, Tier { number: 2, with, dictionary: true }).expect("a dictionary");
+    fixture.meanwhile(|store| {
+        store.install_dictionary(&[7; 300]).expect("another one");
+        store.install_dictionary(&[8; 300]).expect("and another");
+    });
+    fixture.write_back(What::Unused { seconds: 0 }).0.expect("written");
+    assert_eq!(fixture.store.metrics().pages_in_clusters.get(), 8);
+    let needed = fixture.store.dictionaries.installed().map(|installed| installed.pages);
+    assert_eq!(needed.iter().sum::<u64>(), 8, "{needed:?}");
+    fixture.reads(&[(0, 1), (3, 1), (4, 1), (7, 1)]);
     end(&fixture.store);
 }
 

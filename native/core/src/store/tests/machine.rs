@@ -153,7 +153,7 @@ pub fn put(store: &Store, slot: u32, page: &Page, scratch: &mut Scratch) -> Resu
 }
 
 pub fn evict(store: &Store, what: What) {
-    let (mut shrinker, mut job) = (Shrinker::new().expect("memory"), Job::new(what));
+    let (mut shrinker, mut job) = (Shrinker::with_clusters().expect("memory"), Job::new(what));
     while let Ok(true) = store.write_back(&mut shrinker, &mut job) {}
 }
 
@@ -184,6 +184,7 @@ pub fn gauges(store: &Store) -> Vec<u64> {
         &metrics.pages_incompressible,
         &metrics.pages_same_filled,
         &metrics.pages_on_disk,
+        &metrics.pages_in_clusters,
         &metrics.pages_lost,
         &metrics.pages_shared,
         &metrics.shared_pages,

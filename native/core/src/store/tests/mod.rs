@@ -1,5 +1,7 @@
 //! The store with a backing disk: against a simple model of it, and many at once.
 
+#[cfg(not(any(feature = "loom", feature = "shuttle", miri)))]
+mod clusters;
 mod concurrent;
 #[cfg(not(miri))]
 mod crash;
@@ -76,6 +78,7 @@ fn end(store: &Store) {
         ("pages_incompressible", &metrics.pages_incompressible),
         ("pages_same_filled", &metrics.pages_same_filled),
         ("pages_on_disk", &metrics.pages_on_disk),
+        ("pages_in_clusters", &metrics.pages_in_clusters),
         ("pages_lost", &metrics.pages_lost),
         ("pages_shared", &metrics.pages_shared),
         ("shared_pages", &metrics.shared_pages),

@@ -56,6 +56,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let what = prop_oneof![
         Just(What::All),
         Just(What::Idle),
+        Just(What::Unused { seconds: 0 }),
         Just(What::Huge),
         (0..SLOTS).prop_map(What::Page),
         (0..1u64 << 20).prop_map(|bytes| What::Coldest { bytes }),
@@ -127,7 +128,7 @@ impl World {
         World {
             store: new_store(allocator, u64::from(SLOTS), limit_pages, disk_of(SEGMENTS, disk)),
             scratch: Scratch::new().expect("scratch"),
-            shrinker: Shrinker::new().expect("memory"),
+            shrinker: Shrinker::with_clusters().expect("memory"),
             cleaner: Cleaner::new().expect("memory"),
             recompressor: Recompressor::new().expect("memory"),
             slots: vec![Holds::Word(0); SLOTS as usize],
