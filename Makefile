@@ -146,17 +146,17 @@ demo: build
 
 test: build vm
 	$(PYTHON) -m pytest tests/unit
-	# Beside the compilers: for the most part they wait.
+	# Ends itself if a worker allocates: a test swaps through it.
+	cargo build --manifest-path native/Cargo.toml --quiet --locked --package zswapd-pager
+	# Beside the compilers: for the most part they wait. In the background, SIGINT would be ignored.
 	mkdir -p build
-	$(PYTHON) -m pytest tests/fuse >build/test-fuse.log 2>&1 &
+	env --default-signal=INT $(PYTHON) -m pytest tests/fuse >build/test-fuse.log 2>&1 &
 	status=0
 	cargo test --manifest-path native/Cargo.toml --quiet --locked &&
 	    cargo test --manifest-path native/Cargo.toml --quiet --locked --release || status=$$?
 	wait $$! || status=$$?
 	cat build/test-fuse.log
 	((status == 0)) || exit $$status
-	# Ends itself if a worker allocates: a test swaps through it.
-	cargo build --manifest-path native/Cargo.toml --quiet --locked --package zswapd-pager
 	$(PYTHON) -m pytest tests/swap tests/prometheus
 	$(VM_TESTS) tests/qemu -k quick
 	echo "zswapd: all tests passed"
@@ -167,7 +167,7 @@ VM_TESTS := $(PYTHON) -m pytest -o tmp_path_retention_policy=failed
 # Two guests at a time, one from each half: a guest keeps little more than one processor busy.
 test-vm: build vm
 	@mkdir -p build
-	half() { $(VM_TESTS) -v --durations=0 "$$@"; }
+	half() { env --default-signal=INT $(VM_TESTS) -v --durations=0 "$$@"; }
 	half tests/qemu/test_scenarios.py >build/test-vm.log 2>&1 &
 	status=0
 	half tests/qemu --ignore=tests/qemu/test_scenarios.py || status=$$?

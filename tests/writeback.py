@@ -7,7 +7,8 @@ NEVER = {"bounds_seconds": BOUNDS, "counts": [0, 0, 0, 0], "sum_seconds": 0}
 #: As without a backing disk.
 COUNTS = {
     **dict.fromkeys(("backing_bytes", "backing_free_bytes", "live_bytes", "idle_pages"), 0),
-    **dict.fromkeys(("pages_in_clusters", "cluster_seconds"), 0),
+    "pages_in_clusters": 0,
+    "cluster_seconds": 0.0,
     **dict.fromkeys(("writebacks_in_flight", "cleanings_in_flight", "pages_written", "pages_promoted"), 0),
     **dict.fromkeys(("written_bytes", "cleaning_bytes", "cleaned_segments", "reads", "read_bytes"), 0),
     **dict.fromkeys(("write_errors", "stores_waited"), 0),

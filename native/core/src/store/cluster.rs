@@ -90,7 +90,10 @@ impl Store {
         let pages = slots.map(|slot| self.take_for_recompression(slot));
         let alone: usize = pages.iter().flatten().map(|page| record_bytes(HEADER_SIZE + page.length)).sum();
         if writer.room() < alone {
-            slots.iter().zip(&pages).for_each(|(&slot, page)| page.iter().for_each(|page| self.leave_taken(slot, page)));
+            slots
+                .iter()
+                .zip(&pages)
+                .for_each(|(&slot, page)| page.iter().for_each(|page| self.leave_taken(slot, page)));
             return Err(Full);
         }
         let begun = thread_time();
