@@ -7,14 +7,12 @@
 use crate::process;
 use crate::watermark::Watermark;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use zswapd_core::error::Result;
 use zswapd_core::pool::{Need, Pool, PIECE_BYTES};
 
 /// Between two looks at the machine's memory, or two pieces of it, while it is short.
 const PAUSE: Duration = Duration::from_millis(2);
-/// When nobody has taken memory of the reserve between two looks, most of it goes back: a burst of pages is over.
-const QUIET: Duration = Duration::from_secs(4);
 /// After the system has refused memory.
 const AFTER_ERROR: Duration = Duration::from_millis(100);
 
@@ -30,19 +28,12 @@ enum Next {
 pub fn run(pool: &Pool, watermark: Watermark) {
     process::hurry();
     pool.become_adjuster();
-    let mut looked = Instant::now();
     loop {
         match step(pool, || !watermark.leaves(PIECE_BYTES)) {
             Ok(Next::GoOn) => {}
             // Not parked: every page that takes of the reserve unparks us.
             Ok(Next::Pause) => thread::sleep(PAUSE),
-            Ok(Next::Park) => {
-                thread::park_timeout(QUIET);
-                if looked.elapsed() >= QUIET {
-                    pool.look_for_quiet();
-                    looked = Instant::now();
-                }
-            }
+            Ok(Next::Park) => thread::park(),
             Err(error) => {
                 eprintln!("zswapd-pager: {error}; trying again");
                 thread::sleep(AFTER_ERROR);
@@ -68,9 +59,7 @@ mod tests {
     use super::*;
     use zswapd_core::codec::{Algorithm, Compression};
     use zswapd_core::engine::Engine;
-    use zswapd_core::page::PAGE_SIZE;
     use zswapd_core::pool::Allocator;
-    use zswapd_core::scratch::Scratch;
     use zswapd_core::store::Files;
 
     #[test]
@@ -93,31 +82,5 @@ mod tests {
         assert!(backed() > one);
         // There is nothing to wait for.
         assert_eq!(step(pool, || true).expect("looked"), Next::Park);
-    }
-
-    #[test]
-    fn most_of_the_reserve_goes_back_while_nobody_takes_of_it() {
-        let compression = Compression::new(Algorithm::Lz4, 1).expect("in range");
-        let engine =
-            Engine::new(64 << 20, Allocator::Zsmalloc, 64 << 20, compression, Files::default()).expect("engine");
-        let store = engine.store();
-        let free_regions = || {
-            while step(store.pool(), || false).expect("memory") == Next::GoOn {}
-            (store.metrics().backed_bytes.get() - store.metrics().pool_bytes.get()) / (2 << 20)
-        };
-        let mut scratch = Scratch::new().expect("memory");
-        // Of two size classes, so that each takes a zspage.
-        let hard: Vec<u8> = (0..PAGE_SIZE as u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
-        let easy = [[1; 8], [2; 8]].concat().repeat(PAGE_SIZE / 16);
-        let mut write = |at, page: &[u8]| engine.write(at, page, &mut scratch).expect("stored");
-        assert_eq!(free_regions(), 2);
-        write(0, &hard);
-        assert_eq!(free_regions(), 4);
-        store.pool().look_for_quiet();
-        assert_eq!(free_regions(), 4);
-        store.pool().look_for_quiet();
-        assert_eq!(free_regions(), 2);
-        write(PAGE_SIZE as u64, &easy);
-        assert_eq!(free_regions(), 4);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Memory comes from the system, and goes back to it, by the region. A page is only handed out from a region that is
 //! backed by memory, so that neither handing it out nor touching it waits for the system. A few wholly free regions
-//! are kept in reserve (`reserve.rs`), fewer while nobody takes any.
+//! are kept in reserve (`reserve.rs`).
 
 mod bitmap;
 mod recover;
@@ -17,10 +17,8 @@ use crate::page::PAGE_SIZE;
 use crate::state::State;
 use crate::sync::MODEL;
 use bitmap::{first_free_run, longest_free_run, Bitmap};
-use reserve::AT_REST;
-#[cfg(test)]
-pub use reserve::RESERVE_HIGH;
-pub use reserve::{Need, PIECE_BYTES};
+use reserve::RESERVE_LOW;
+pub use reserve::{Need, PIECE_BYTES, RESERVE_HIGH};
 use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
@@ -53,8 +51,6 @@ struct Inner {
     free_regions: u64,
     used_pages: u64,
     limit_pages: u64,
-    /// How often [`Arena::look_for_quiet`] was called since [`Arena::alloc`] last handed out a page; at first AT_REST.
-    quiet_looks: u32,
     /// The region that is being emptied: nothing is handed out from it, so its room is 0.
     isolated: Option<usize>,
     /// So many pages may be in use for that: a zspage more than the limit, or than there were, since what is copied is
@@ -97,7 +93,6 @@ impl Arena {
             free_regions: 0,
             used_pages: 0,
             limit_pages,
-            quiet_looks: AT_REST,
             isolated: None,
             limit_beside: 0,
         };
@@ -122,8 +117,7 @@ impl Arena {
         inner.first_with[pages - 1] = found.map_or(inner.touched, |n| from + n);
         let limit = inner.limit_pages;
         let taken = self.take(&mut inner, found.map(|n| from + n), pages, limit);
-        inner.quiet_looks = 0;
-        let low = inner.free_regions < inner.reserve().start;
+        let low = inner.free_regions < RESERVE_LOW;
         drop(inner);
         if low {
             self.wake_adjuster();
@@ -174,7 +168,7 @@ impl Arena {
         }
         inner.first_with.iter_mut().for_each(|lowest| *lowest = index.min(*lowest));
         inner.used_pages -= pages as u64;
-        let high = inner.free_regions > inner.reserve().end;
+        let high = inner.free_regions > RESERVE_HIGH;
         self.publish_usage(inner);
         drop(guard);
         if high {

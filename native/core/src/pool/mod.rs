@@ -264,11 +264,6 @@ impl Pool {
         self.base.arena.adjust(|pages| self.allocator.prepare(pages))
     }
 
-    /// To be called now and then by the adjuster: see [`Arena::look_for_quiet`].
-    pub fn look_for_quiet(&self) {
-        self.base.arena.look_for_quiet();
-    }
-
     /// In a pool without an adjuster, gives the system back what the arena has too much.
     fn give_back(&self) {
         let arena = &self.base.arena;

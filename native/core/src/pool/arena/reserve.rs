@@ -18,11 +18,6 @@ pub const PIECE_BYTES: u64 = PIECE_PAGES as u64 * PAGE_SIZE as u64;
 pub const RESERVE_LOW: u64 = if MODEL { 1 } else { 4 };
 /// They are given back above this many.
 pub const RESERVE_HIGH: u64 = if MODEL { 1 } else { 6 };
-/// So many are kept while nobody takes pages: one to begin with, and one while the next is added. A region of pages that
-/// are swapped out has freed the memory of at least another.
-const RESERVE_AT_REST: u64 = if MODEL { 1 } else { 2 };
-/// Looks at the arena ([`Arena::look_for_quiet`]) without a page handed out before or between them: then it is at rest.
-pub(super) const AT_REST: u32 = 2;
 
 const REGION_BYTES: u64 = REGION_PAGES as u64 * PAGE_SIZE as u64;
 
@@ -44,15 +39,6 @@ enum Change {
 }
 
 impl Inner {
-    /// Free regions are added below the first number, and given back above the second.
-    pub(super) fn reserve(&self) -> Range<u64> {
-        if self.quiet_looks < AT_REST {
-            RESERVE_LOW..RESERVE_HIGH
-        } else {
-            RESERVE_AT_REST..RESERVE_AT_REST
-        }
-    }
-
     /// A region that is backed, and of which nothing is in use, can be handed out from now on.
     fn add_free(&mut self, index: usize) {
         self.regions[index].backed = true;
@@ -66,15 +52,7 @@ impl Inner {
 impl Arena {
     /// Whether [`Arena::adjust`] has something to give back.
     pub fn has_too_much(&self) -> bool {
-        let inner = self.inner.lock();
-        inner.free_regions > inner.reserve().end
-    }
-
-    /// To be called now and then by who calls [`Arena::adjust`]: when no page was handed out between two calls, the reserve
-    /// is at rest until one is.
-    pub fn look_for_quiet(&self) {
-        let mut inner = self.inner.lock();
-        inner.quiet_looks = inner.quiet_looks.saturating_add(1);
+        self.inner.lock().free_regions > RESERVE_HIGH
     }
 
     /// Waits until there is a free region, taking memory for one if need be. Returns false if the arena has no more.
@@ -140,8 +118,7 @@ impl Arena {
 
     /// The lowest region to back, or the highest free one to give back.
     fn choose(&self, inner: &Inner) -> Option<Change> {
-        let reserve = inner.reserve();
-        if inner.free_regions > reserve.end {
+        if inner.free_regions > RESERVE_HIGH {
             // One that is isolated is not given back before it is put back, or it would be handed out meanwhile.
             let free = |&index: &usize| {
                 inner.regions[index].backed && inner.regions[index].used_pages == 0 && inner.isolated != Some(index)
@@ -149,7 +126,7 @@ impl Arena {
             return (0..inner.touched).rev().find(free).map(Change::GiveBack);
         }
         let backed_pages = self.metrics.backed_bytes.get() / PAGE_SIZE as u64;
-        let enough = inner.free_regions >= reserve.start
+        let enough = inner.free_regions >= RESERVE_LOW
             // Beyond what the limit can ever use, a region would only lie idle.
             || (inner.free_regions > 0 && backed_pages >= inner.limit_pages);
         if enough || inner.limit_pages == 0 {
